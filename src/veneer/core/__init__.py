@@ -1,0 +1,1 @@
+"""Live adapters on a live model. Needs torch and safetensors, nothing else."""

@@ -1,0 +1,130 @@
+"""`Adapter`: plain data, no model. Config + tensors by layer path, and veneer's own folder, which is PEFT's."""
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from veneer.core.config import LoraConfig
+from veneer.core.errors import AdapterError, nearest
+from veneer.core.methods import method
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass
+class Adapter:
+    """What a file holds, and what combining and analysing work on.
+
+    `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, dict[str, Tensor]]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; each whole or not at all.
+
+        Raises `AdapterError` when the folder cannot be written.
+        """
+        names = method(self.config.peft_type).file_names
+        flat = {
+            f"{_PREFIX}{path}.{names[name]}": tensor.detach().contiguous().cpu()
+            for path, tensors in self.tensors.items()
+            for name, tensor in tensors.items()
+        }
+        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / WEIGHTS, lambda path: save_file(flat, path, metadata={"format": "pt"}))
+            write_whole(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
+        """Read a PEFT folder. Raises `AdapterError` that says what is missing or wrong in it."""
+        folder = Path(folder)
+        config = read_config(folder)
+        try:
+            flat = load_file(_existing(folder, WEIGHTS))
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from None
+        endings = {ending: name for name, ending in method(config.peft_type).file_names.items()}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        strangers, broken = [], []
+        for key, tensor in flat.items():
+            match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, endings))})", key)
+            if match is None:
+                strangers.append(key)
+                continue
+            tensors.setdefault(match[1], {})[endings[match[2]]] = tensor
+            if not torch.isfinite(tensor).all():
+                broken.append(key)
+        problems = [f"unexpected tensors: {collapsed(strangers)}"] if strangers else []
+        problems += [f"NaN or infinity in: {collapsed(broken)}"] if broken else []
+        if problems:
+            raise AdapterError(f"{folder / WEIGHTS}: " + "; ".join(problems))
+        return cls(config, tensors)
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The config of a PEFT folder. Raises `AdapterError`."""
+    path = _existing(folder, CONFIG)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise AdapterError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return LoraConfig.from_dict(values, where=str(path))
+
+
+def _existing(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        siblings = [str(sibling) for sibling in folder.parent.glob("*")] if folder.parent.is_dir() else []
+        raise AdapterError(f"adapter folder {folder} does not exist{nearest(str(folder), siblings)}")
+    if not (folder / name).is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise AdapterError(f"{folder} is not an adapter folder: no {name}; it holds {there}")
+    return folder / name
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and put it in place at once."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        descriptor = os.open(temporary, os.O_RDWR)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def collapsed(names: Iterable[str]) -> str:
+    """Every name, with runs that differ only in numbers told once: `layers.*.q_proj.A (30)`."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())

@@ -1,0 +1,145 @@
+"""`LoraConfig`: which layers, which method, which numbers. Field names and defaults are PEFT's."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from veneer.core.errors import AdapterError, listed, nearest
+
+# What PEFT's configs may also say, and the values at which it changes nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "bias": ("none",),
+    "layer_replication": (None,),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+}
+# What says nothing about the numbers in a finished adapter: where it came from, how it started, how it ran.
+_SILENT = {
+    "arrow_config", "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "kasa_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
+    "peft_version", "qalora_group_size", "runtime_config", "velora_config",
+}  # fmt: skip
+
+
+@dataclass
+class LoraConfig:
+    """Which layers of a base model are adapted, by which method, with which numbers.
+
+    `target_modules`: a list of exact module paths or of last parts of them (`["q_proj", "v_proj"]`), a regular
+    expression for the whole path, `"all-linear"` (every linear layer but the output head), or None for the
+    usual choice of the model's architecture. `rank_pattern` and `alpha_pattern` give layers whose path ends
+    with a key (a regular expression) another `r` or `lora_alpha`.
+
+    Raises `AdapterError` that lists every value that is out of range.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    init_lora_weights: bool | str = True
+    peft_type: str = "LORA"
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, set, frozenset)):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        if problems := list(_problems(self)):
+            raise AdapterError("LoraConfig: " + "; ".join(problems))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "LoraConfig") -> "LoraConfig":
+        """The config that a PEFT `adapter_config.json` describes.
+
+        Keys that would change the outputs in a way that is not built are refused; keys that nobody here knows
+        are named in a warning. Raises `AdapterError` with all that is wrong.
+        """
+        known = {f.name for f in fields(cls)}
+        problems, strangers = [], []
+        for key, value in values.items():
+            if key in known or key in _SILENT:
+                continue
+            if key in _NEUTRAL:
+                if value not in _NEUTRAL[key]:
+                    problems.append(f"{key}={value!r} is not supported (expected {_NEUTRAL[key][0]!r})")
+            elif value not in (None, False, [], {}, ""):
+                strangers.append(f"{key}={value!r}{nearest(key, known)}")
+        if problems:
+            raise AdapterError(f"{where}: " + "; ".join(problems))
+        if strangers:
+            warnings.warn(f"{where}: unknown keys are ignored: {', '.join(strangers)}", stacklevel=3)
+        given = {key: value for key, value in values.items() if key in known and value is not None}
+        try:
+            return cls(**given)
+        except AdapterError as error:
+            raise AdapterError(f"{where}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `adapter_config.json`; `use_dora` and `bias` are written for readers that need them."""
+        return {**asdict(self), "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """α / r, or α / √r with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def _problems(config: LoraConfig) -> list[str]:
+    """What is out of range, a sentence each."""
+    found = []
+
+    def expect(holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            found.append(f"{name} should be {expected}, found {getattr(config, name)!r}")
+
+    expect(_is_rank(config.r), "r", "a whole number of at least 1")
+    expect(_is_finite(config.lora_alpha), "lora_alpha", "a finite number")
+    expect(_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    expect(isinstance(ranks, dict) and all(map(_is_rank, ranks.values())), "rank_pattern", "{name: whole number ≥ 1}")
+    expect(isinstance(alphas, dict) and all(map(_is_finite, alphas.values())), "alpha_pattern", "{name: number}")
+    layers = config.layers_to_transform
+    layers = [layers] if isinstance(layers, int) else layers
+    good = layers is None or (isinstance(layers, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in layers))
+    expect(good, "layers_to_transform", "layer numbers counted from 0")
+    expect(layers is not None or config.layers_pattern is None, "layers_pattern", "given with layers_to_transform")
+    starts = (True, False, "gaussian")
+    expect(config.init_lora_weights in starts, "init_lora_weights", f"one of {listed(starts)}")
+    return found
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(name, str) and name for name in value)
+    return value is None or (isinstance(value, str) and bool(value))

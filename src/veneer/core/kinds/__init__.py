@@ -1,0 +1,15 @@
+"""How a base layer is seen as a matrix, and how a change is applied to its output. One family, one file."""
+
+from torch import nn
+
+from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear
+
+KINDS: tuple[type[AdaptedLayer], ...] = (AdaptedLinear, AdaptedConv1D)
+
+
+def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:
+    """The kind that can adapt `layer` (or already does), or None."""
+    if isinstance(layer, AdaptedLayer):
+        return layer.mixin  # type: ignore[return-value]
+    return next((kind for kind in KINDS if kind.handles(layer)), None)

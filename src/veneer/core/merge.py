@@ -1,0 +1,61 @@
+"""Changes into the weights and out again: exact, and the whole model or nothing."""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from veneer.core.errors import AdapterError, listed
+from veneer.core.inject import adapted_layers
+from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.plan import Plan, Term
+
+
+@torch.no_grad()
+def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
+    """W ← W + Σ weight · ΔW in every adapted layer, from the original weight, summed in fp32, rounded once.
+
+    The original is kept for `unmerge`. Raises `AdapterError`, with nothing changed, when a weight is shared with
+    a layer that the change is not meant for, or when a result is not finite.
+    """
+    layers = [(path, layer) for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))]
+    _refuse_tied(model, layers)
+    done: list[AdaptedLayer] = []
+    try:
+        for path, layer in layers:
+            changed = layer.changed_weight(terms)
+            if not torch.isfinite(changed).all():
+                raise AdapterError(f"merging {listed(t.adapter for t in terms)} gives NaN or infinity in {path}")
+            layer.adapters.original = layer.weight.data
+            layer.weight.data = changed
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            _put_back(layer)
+        raise
+    plan.merged, plan.terms = terms, ()
+
+
+def unmerge(model: nn.Module, plan: Plan) -> None:
+    """The original weights, bit for bit, and the adapters live again."""
+    for _, layer in adapted_layers(model):
+        if layer.adapters.original is not None:
+            _put_back(layer)
+    plan.terms, plan.merged = plan.merged, ()
+
+
+def _put_back(layer: AdaptedLayer) -> None:
+    assert layer.adapters.original is not None
+    layer.weight.data = layer.adapters.original
+    layer.adapters.original = None
+
+
+def _refuse_tied(model: nn.Module, layers: list[tuple[str, AdaptedLayer]]) -> None:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners[id(parameter)].append(f"{path}.{name}")
+    tied = [owners[id(layer.weight)] for _, layer in layers if len(owners[id(layer.weight)]) > 1]
+    if tied:
+        shared = "; ".join(" and ".join(paths) for paths in tied)
+        raise AdapterError(f"cannot merge into a weight that other layers share: {shared}; untie it first")

@@ -1,0 +1,208 @@
+"""`PeftModel`: the model itself, once it carries adapters."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veneer.core.adapter import Adapter
+from veneer.core.config import LoraConfig
+from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.inject import adapted_layers, detach, extract, inject
+from veneer.core.merge import merge, unmerge
+from veneer.core.plan import Plan, Spec, terms_of
+from veneer.core.reclass import Reclassed, reclass, restore
+
+
+class PeftModel(Reclassed):
+    """A model with adapters: `isinstance(model, type_of_the_base)` stays true, and so do its paths and keys.
+
+    One `Plan` says which adapters act; switching sets one attribute of it, whatever the model's size. Nothing
+    here touches `requires_grad` but what freezes the base once: `get_peft_model` and `from_pretrained`.
+    """
+
+    adapter_plan: Plan
+    peft_config: dict[str, LoraConfig]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        folder: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+    ) -> "PeftModel":
+        """Put the adapter of a PEFT folder on `model`, freeze the base, and let the adapter act.
+
+        Raises `AdapterError` that lists all that does not fit; the model is then as it was.
+        """
+        adapter = Adapter.load(folder)
+        return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable)
+
+    def load_adapter(self, folder: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False) -> None:
+        """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
+        adapter = Adapter.load(folder)
+        self._add(adapter_name, adapter.config, adapter, is_trainable)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], adapter_name: str | None = None, **_: Any) -> Path:
+        """Write one adapter as a PEFT folder: `adapter_name`, or the only one, or the only one that acts.
+
+        Other keywords, which transformers' Trainer passes, say nothing here. No network call is made.
+        """
+        return self.adapter(adapter_name).save(folder)
+
+    def adapter(self, name: str | None = None) -> Adapter:
+        """The adapter as plain data; its tensors are the live ones."""
+        if name is None:
+            names = list(self.peft_config) if len(self.peft_config) == 1 else self.active_adapters
+            if len(names) != 1:
+                raise AdapterError(f"which adapter? the model carries {listed(self.peft_config)}: give adapter_name")
+            name = names[0]
+        return extract(self, name, self._config(name))
+
+    def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        """Give the layers that `config` means a fresh, trainable update. It does not act until `set_adapter`."""
+        self._add(adapter_name, config, None, True)
+
+    def set_adapter(self, adapters: Spec) -> None:
+        """Let these adapters act: a name, a list of names (their sum), or `{name: weight}` (a blend)."""
+        terms = terms_of(adapters, self.peft_config)
+        self._refuse_merged("switching adapters")
+        self.adapter_plan.terms = terms
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters that act, live or merged."""
+        return [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off the model. If it acted, the others of its blend act on; without any, the base does."""
+        self._config(adapter_name)
+        self._refuse_merged("deleting an adapter")
+        for _, layer in list(adapted_layers(self)):
+            detach(layer, adapter_name)
+        plan = self.adapter_plan
+        plan.terms = tuple(term for term in plan.terms if term.adapter != adapter_name)
+        del self.peft_config[adapter_name]
+
+    @contextmanager
+    def using(self, adapters: Spec) -> Iterator[None]:
+        """`with model.using("fr"):` these adapters act inside, and what acted before acts after, also on an error."""
+        before, merged = self.adapter_plan.terms, self.adapter_plan.merged
+        terms = terms_of(adapters, self.peft_config)
+        if merged:
+            self.unmerge_adapter()
+        self.adapter_plan.terms = terms
+        try:
+            yield
+        finally:
+            self.adapter_plan.terms = before
+            if merged:
+                merge(self, self.adapter_plan, merged)
+
+    def disable_adapter(self) -> Any:
+        """`with model.disable_adapter():` the base model acts inside, to the bit. `requires_grad` is not touched."""
+        return self.using([])
+
+    def merge_adapter(self, adapter_names: Spec | None = None) -> None:
+        """W ← W + Σ ΔW of these adapters (those that act, if not given): whole, or nothing is changed."""
+        self._refuse_merged("merging")
+        terms = self.adapter_plan.terms if adapter_names is None else terms_of(adapter_names, self.peft_config)
+        if not terms:
+            raise AdapterError(f"no adapter acts: name some to merge of {listed(self.peft_config)}")
+        merge(self, self.adapter_plan, terms)
+
+    def unmerge_adapter(self) -> None:
+        """The base's weights again, bit for bit; what was merged acts live."""
+        if not self.adapter_plan.merged:
+            raise AdapterError("nothing is merged")
+        unmerge(self, self.adapter_plan)
+
+    def merge_and_unload(self, adapter_names: Spec | None = None) -> nn.Module:
+        """The plain base model with these adapters inside its weights; nothing of veneer stays on it."""
+        if not self.adapter_plan.merged or adapter_names is not None:
+            self.merge_adapter(adapter_names)
+        return self._strip()
+
+    def unload(self) -> nn.Module:
+        """The plain base model as it was, bit for bit, without adapters."""
+        if self.adapter_plan.merged:
+            self.unmerge_adapter()
+        return self._strip()
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters that train, all parameters), adapters included."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many, and the share."""
+        trains, every = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trains:,} || all params: {every:,} || trainable%: {100 * trains / every:.4f}")
+
+    def _add(self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool) -> None:
+        if name in self.peft_config:
+            raise AdapterError(f"the model already carries an adapter named {name!r}; delete it or take another name")
+        resolved = inject(self, self.adapter_plan, name, config, values)
+        if not is_trainable:
+            for _, layer in adapted_layers(self):
+                if name in layer.adapters:
+                    layer.adapters[name].requires_grad_(False)
+        self.peft_config[name] = resolved
+
+    def _config(self, name: str) -> LoraConfig:
+        if name not in self.peft_config:
+            raise AdapterError(
+                f"no adapter named {name!r}; the model carries {listed(self.peft_config)}"
+                f"{nearest(name, self.peft_config)}"
+            )
+        return self.peft_config[name]
+
+    def _refuse_merged(self, doing: str) -> None:
+        if merged := self.adapter_plan.merged:
+            names = listed(term.adapter for term in merged)
+            raise AdapterError(f"{doing} while {names} is merged would be wrong: call unmerge_adapter() first")
+
+    def _strip(self) -> nn.Module:
+        for _, layer in list(adapted_layers(self)):
+            detach(layer)
+        del self.adapter_plan, self.peft_config
+        restore(self)
+        return self
+
+
+def get_peft_model(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> PeftModel:
+    """Adapt `model` in place: freeze its parameters, give the layers that `config` means a trainable update.
+
+    The returned object is `model` itself, which now is a `PeftModel` too. Raises `AdapterError`, with the model
+    as it was, when a target matches nothing or cannot be adapted.
+    """
+    return _first_adapter(model, adapter_name, config, None, True)
+
+
+def _first_adapter(
+    model: nn.Module, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool
+) -> PeftModel:
+    if isinstance(model, PeftModel):
+        raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
+    if taken := [word for word in ("adapter_plan", "peft_config") if hasattr(model, word)]:
+        raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}")
+    reclass(model, PeftModel)
+    assert isinstance(model, PeftModel)
+    model.adapter_plan, model.peft_config = Plan(), {}
+    try:
+        model._add(name, config, values, is_trainable)
+    except BaseException:
+        model._strip()
+        raise
+    own = {id(p) for _, layer in adapted_layers(model) for p in layer.adapters.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+    config = model.peft_config[name]
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+    model.set_adapter(name)
+    return model

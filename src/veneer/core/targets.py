@@ -1,0 +1,202 @@
+"""Which layers a config means: names to layers, and nothing silently missed."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from veneer.core.config import LoraConfig
+from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.kinds import kind_of
+from veneer.core.kinds.layer import Adapters
+from veneer.core.update import Update
+
+# The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
+_USUAL = {
+    "q_proj v_proj": "bart clip cohere gemma gemma2 gemma3_text gpt_neo gptj granite llama llama4 mbart mistral mixtral "
+    "olmo2 opt phi qwen2 qwen3 smollm3 stablelm",
+    "query value": "bert dinov2 electra layoutlm roberta vit xlm-roberta",
+    "query_key_value": "bloom falcon gpt_neox",
+    "q v": "mt5 t5",
+    "c_attn": "gpt2 gpt_bigcode",
+    "q_lin v_lin": "distilbert",
+    "query_proj value_proj": "deberta-v2",
+    "in_proj": "deberta",
+    "qkv_proj": "phi3",
+    "Wqkv": "mpt",
+}
+DEFAULT_TARGETS = {family: names.split() for names, families in _USUAL.items() for family in families.split()}
+
+
+@dataclass
+class Target:
+    """A layer to adapt, and the config as it reads for this layer."""
+
+    layer: nn.Module
+    config: LoraConfig
+
+
+def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], LoraConfig]:
+    """The layers that `config` means, by path, and the config with `target_modules` spelled out.
+
+    Raises `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no
+    kind can adapt.
+    """
+    modules = base_modules(model)
+    names = config.target_modules if config.target_modules is not None else _usual(model, modules)
+    if names == "all-linear":
+        heads = _heads(model)
+        chosen = [path for path, module in modules.items() if _is_linear(module) and module not in heads]
+    elif isinstance(names, str):
+        chosen = _matching_expression(modules, names)
+    else:
+        chosen = _matching_names(modules, names)
+    excluded = _excluded(modules, config)
+    chosen = _in_layers([path for path in chosen if path not in excluded], config)
+    if not chosen:
+        raise AdapterError(
+            f"target_modules={names!r} leaves no layer of {type(model).__name__} to adapt; "
+            f'its linear layers end with {listed(_last_parts(modules))}, or say "all-linear"'
+        )
+    _refuse_unadaptable(modules, chosen)
+    resolved = replace(config, target_modules=_shortest(modules, chosen) if names == "all-linear" else names)
+    return _with_patterns({path: modules[path] for path in chosen}, resolved), resolved
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the base by path, leaving out what adapters added."""
+    return {
+        path: module for path, module in model.named_modules() if path and not isinstance(module, (Adapters, Update))
+    }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.linear
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """Output layers: transformers' output embeddings, and what stands outside of its backbone."""
+    heads: set[nn.Module] = set()
+    if output := getattr(model, "get_output_embeddings", lambda: None)():
+        heads.add(output)
+    backbone = getattr(model, "base_model", model)
+    if isinstance(backbone, nn.Module) and backbone is not model:
+        heads |= set(model.modules()) - set(backbone.modules())
+    return heads
+
+
+def _usual(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family in DEFAULT_TARGETS:
+        return DEFAULT_TARGETS[family]
+    raise AdapterError(
+        f"target_modules is not given and no usual choice is known for {family or type(model).__name__!r}; "
+        f'say "all-linear" or name some of {listed(_last_parts(modules))}'
+    )
+
+
+def _last_parts(modules: dict[str, nn.Module]) -> list[str]:
+    """The last parts of the linear layers' paths, each once, in the model's order."""
+    return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module)))
+
+
+def _matching_names(modules: dict[str, nn.Module], names: Iterable[str], what: str = "target_modules") -> list[str]:
+    names = list(names)
+    found = {name: [path for path in modules if path == name or path.endswith(f".{name}")] for name in names}
+    if missing := [name for name in names if not found[name]]:
+        known = [*_last_parts(modules), *modules]
+        hints = "; ".join(f"{name!r} matches no module{nearest(name, known)}" for name in missing)
+        raise AdapterError(f"{what}: {hints}; the linear layers end with {listed(_last_parts(modules))}")
+    wanted = {path for paths in found.values() for path in paths}
+    return [path for path in modules if path in wanted]
+
+
+def _matching_expression(modules: dict[str, nn.Module], text: str, what: str = "target_modules") -> list[str]:
+    """The paths that the expression matches whole; containers and layers without parameters are passed over."""
+    try:
+        expression = re.compile(text)
+    except re.error as error:
+        raise AdapterError(f"{what}={text!r} is not a regular expression: {error}") from None
+    matches = [path for path in modules if expression.fullmatch(path)]
+    if not matches:
+        suffix = any(path.endswith(f".{text}") for path in modules)
+        hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
+        hint = hint or nearest(text, ["all-linear", *_last_parts(modules)])
+        raise AdapterError(f"{what}={text!r} is a regular expression for the whole path and matches none{hint}")
+    return [path for path in matches if kind_of(modules[path]) or _is_bare_layer(modules[path])]
+
+
+def _is_bare_layer(module: nn.Module) -> bool:
+    return next(module.children(), None) is None and next(module.parameters(), None) is not None
+
+
+def _excluded(modules: dict[str, nn.Module], config: LoraConfig) -> set[str]:
+    names = config.exclude_modules
+    if names is None:
+        return set()
+    if isinstance(names, str):
+        return set(_matching_expression(modules, names, "exclude_modules"))
+    return set(_matching_names(modules, names, "exclude_modules"))
+
+
+def _in_layers(paths: list[str], config: LoraConfig) -> list[str]:
+    """Those paths that stand in one of `layers_to_transform`, numbered under `layers_pattern` (or any list)."""
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return paths
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    patterns = config.layers_pattern or r"[^.]+"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    expressions = [re.compile(rf"(?:.*\.)?{pattern}\.(\d+)(?:\.|$)") for pattern in patterns]
+    number = {path: int(m[1]) for path in paths for e in expressions if (m := e.match(path))}
+    if missing := sorted(set(wanted) - set(number.values())):
+        there = sorted(set(number.values()))
+        span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {patterns}"
+        raise AdapterError(f"layers_to_transform: no targeted layer is in {missing}; there are {span}")
+    return [path for path in paths if number.get(path) in wanted]
+
+
+def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str]) -> None:
+    problems = []
+    for path in chosen:
+        layer = modules[path]
+        if kind_of(layer) is None:
+            inner = [name for name, child in layer.named_modules() if kind_of(child)]
+            hint = f"; it holds {listed(inner)}: name those" if inner else ""
+            problems.append(f"{path} is a {type(layer).__name__}, which cannot be adapted{hint}")
+        elif "forward" in vars(layer):
+            problems.append(f"{path} has a forward put on the object by a hook: adapt the model before hooking it")
+        elif hasattr(layer, "adapters") and not isinstance(layer.adapters, Adapters):
+            problems.append(f"{path} already has something named 'adapters'")
+    if problems:
+        more = f"\nand {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise AdapterError("target_modules: " + "\n".join(problems[:8]) + more)
+
+
+def _shortest(modules: dict[str, nn.Module], chosen: list[str]) -> list[str]:
+    """The last parts of the chosen paths, where they mean just these layers; else the whole paths."""
+    ends = list(dict.fromkeys(path.rpartition(".")[2] for path in chosen))
+    return ends if set(_matching_names(modules, ends)) == set(chosen) else chosen
+
+
+def _with_patterns(layers: dict[str, nn.Module], config: LoraConfig) -> dict[str, Target]:
+    """Each layer with the `r` and `lora_alpha` that the first matching pattern gives it."""
+    targets = {}
+    used: set[str] = set()
+    patterns: dict[str, dict[str, Any]] = {"r": config.rank_pattern, "lora_alpha": config.alpha_pattern}
+    for path, layer in layers.items():
+        own: dict[str, Any] = {}
+        for name, pattern in patterns.items():
+            keys = [key for key in pattern if re.match(rf"(.*\.)?({key})$", path)]
+            used.update(keys)
+            if keys:
+                own[name] = pattern[keys[0]]
+        targets[path] = Target(layer, replace(config, **own) if own else config)
+    if missing := [key for pattern in patterns.values() for key in pattern if key not in used]:
+        ends = [path.rpartition(".")[2] for path in layers]
+        hints = "; ".join(f"{key!r} matches no adapted layer{nearest(key, ends)}" for key in dict.fromkeys(missing))
+        raise AdapterError(f"rank_pattern, alpha_pattern: {hints}")
+    return targets
