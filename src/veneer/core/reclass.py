@@ -16,8 +16,9 @@ class Reclassed(nn.Module):
     base: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
-        return (_rebuild, (self.mixin, self.base), *state)
+        parts = super().__reduce_ex__(max(protocol, 2))
+        assert isinstance(parts, tuple)
+        return (_rebuild, (self.mixin, self.base), *parts[2:])
 
 
 _JOINED: dict[tuple[type[Reclassed], type[nn.Module]], type[Reclassed]] = {}
@@ -26,7 +27,8 @@ _JOINED: dict[tuple[type[Reclassed], type[nn.Module]], type[Reclassed]] = {}
 def _joined(mixin: type[Reclassed], base: type[nn.Module]) -> type[Reclassed]:
     if (mixin, base) not in _JOINED:
         body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        joined = type(base)(base.__name__, (mixin, base), {**body, "mixin": mixin, "base": base})
+        metaclass: Any = type(base)
+        joined = metaclass(base.__name__, (mixin, base), {**body, "mixin": mixin, "base": base})
         _JOINED[mixin, base] = joined
     return _JOINED[mixin, base]
 

