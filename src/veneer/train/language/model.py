@@ -1,0 +1,66 @@
+"""A base from a folder: its tokenizer and its weights, ready to be adapted."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from veneer.core.adapter import collapsed
+from veneer.core.errors import AdapterError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`. Raises `AdapterError` when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterError(f"base {folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def load_causal_lm(folder: Path, dtype: str, device: torch.device) -> Any:
+    """The causal language model in `folder`, every weight from its files; in `dtype`, on `device`.
+
+    Raises `AdapterError` when the folder holds another kind of model, or not all of its weights.
+    """
+    quiet = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would say of missing weights is an error here
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"base {folder} cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if quiet:
+            logging.enable_progress_bar()
+    if missing := sorted(found["missing_keys"]):
+        raise AdapterError(
+            f"base {folder} is a {config.model_type} without the weights of a causal language model: "
+            f"{collapsed(missing)} are missing; choose another base"
+        )
+    return model.to(device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for `auto` the best there is. Raises `AdapterError` when it is not there."""
+    if name == "auto":
+        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return best or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AdapterError(f"device {name!r} is not to be had here: {_first_line(error)}") from error
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,245 @@
+"""Files and hub datasets become rows; each row knows the place that it came from."""
+
+import csv
+import gzip
+import json
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TypeVar, overload
+
+from veneer.core.errors import AdapterError, listed, nearest
+
+Values = dict[str, object]
+Numbered = Iterable[tuple[int, Values]]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its columns, and where it is (`train.jsonl, line 17`)."""
+
+    values: Values
+    place: str
+
+
+class Rows(Sequence[Row]):
+    """The rows of one source. A row's place is kept as a number and written out when it is asked for."""
+
+    def __init__(self, source: str, unit: str, numbered: Numbered) -> None:
+        """`source` is the file or dataset; `unit` is what `numbered` counts: `line`, `item` or `row`."""
+        self.source, self.unit = source, unit
+        self._values: list[Values] = []
+        self._numbers = array("q")
+        for number, values in numbered:
+            self._numbers.append(number)
+            self._values.append(values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+    def __getitem__(self, index: int | slice) -> "Row | Rows":
+        values, numbers = self._values[index], self._numbers[index]
+        if isinstance(index, slice):
+            return Rows(self.source, self.unit, zip(numbers, values, strict=True))  # type: ignore[arg-type]
+        return Row(values, f"{self.source}, {self.unit} {numbers}")  # type: ignore[arg-type]
+
+
+def read_rows(path: str, split: str = "train") -> Rows:
+    """The rows of a file, read as its ending says, or of the hub dataset `owner/name` (its `split`)."""
+    file = Path(path)
+    ending = Path(path.removesuffix(".gz")).suffix.lower()
+    if file.is_dir():
+        inside = sorted(entry.name for entry in file.iterdir() if entry.is_file())
+        raise AdapterError(f"{path} is a folder, expected a file. Name one of its files: {listed(inside)}")
+    if not file.exists() and ending not in READERS and HUB_NAME.fullmatch(path):
+        rows = _hub_rows(path, split)
+    elif not file.exists():
+        folder = file.parent.iterdir() if file.parent.is_dir() else ()
+        hint = nearest(file.name, (entry.name for entry in folder))
+        raise AdapterError(f"{path}: there is no such file{hint}")
+    elif ending not in READERS:
+        raise AdapterError(f"{path}: cannot read {ending or 'a file without an ending'}; expected {ENDINGS}")
+    else:
+        unit, reader = READERS[ending]
+        try:
+            rows = Rows(file.name, unit, reader(file))
+        except (OSError, EOFError) as error:
+            raise AdapterError(f"{path}: cannot be read: {error}") from error
+    if not rows:
+        raise AdapterError(f"{path}: expected rows, found none; the file or split is empty")
+    return rows
+
+
+def split_held_out(
+    items: Iterable[Item], share: float, seed: int, key: Callable[[Item], str]
+) -> tuple[list[Item], list[Item]]:
+    """(learned from, held out): about `share` of the items is held out, and items of one key stay together.
+
+    A hash of key and seed decides, so the order of the items does not matter, and more items move none of
+    the others. Something is always learned from; with two keys or more and a share, something is held out.
+    """
+    drawn = [(_draw(key(item), seed), item) for item in items]
+    draws = {draw for draw, _ in drawn}
+    held = {draw for draw in draws if draw < share}
+    if share and draws:
+        held = (held or {min(draws)}) - {max(draws)}
+    return [item for draw, item in drawn if draw not in held], [item for draw, item in drawn if draw in held]
+
+
+def _draw(key: str, seed: int) -> float:
+    """A number in [0, 1) that the key and the seed decide."""
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6, salt=str(seed).encode()[-16:])
+    return int.from_bytes(digest.digest()) / 2**48
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked when its name ends in .gz."""
+    with file.open("rb") as plain:
+        if file.suffix != ".gz":
+            yield plain
+        else:
+            with gzip.open(plain) as unpacked:
+                yield unpacked  # type: ignore[misc]
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, each with its end; bytes that are not UTF-8 are named with their line."""
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise AdapterError(
+                    f"{file.name}, line {number}: expected UTF-8, found the byte 0x{error.object[error.start]:02x}; "
+                    "save the file as UTF-8"
+                ) from error
+
+
+def _json_lines(file: Path) -> Numbered:
+    for number, line in enumerate(_lines(file), 1):
+        if not line.isspace():
+            value = _parsed(line, file, number, hint="a file that is one JSON value is named .json")
+            yield number, _object(value, f"{file.name}, line {number}")
+
+
+def _json(file: Path) -> Numbered:
+    value = _parsed("".join(_lines(file)), file, 1, hint="a file with one object a line is named .jsonl")
+    if isinstance(value, dict):
+        lists = [inner for inner in value.values() if isinstance(inner, list)]
+        if len(lists) != 1:
+            raise AdapterError(
+                f"{file.name}: expected a list of objects, or an object that holds one list; found an object "
+                f"with {len(lists)} lists and the keys {listed(value)}"
+            )
+        value = lists[0]
+    if not isinstance(value, list):
+        raise AdapterError(f"{file.name}: expected a list of objects, found {type(value).__name__}")
+    for number, item in enumerate(value, 1):
+        yield number, _object(item, f"{file.name}, item {number}")
+
+
+def _parsed(text: str, file: Path, first_line: int, hint: str) -> Any:
+    """The JSON value of `text`; a fault is named with its line in the file, when `text` begins at `first_line`."""
+    try:
+        return json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        place = f"{file.name}, line {first_line + error.lineno - 1}"
+        raise AdapterError(f"{place}: not valid JSON: {error.msg} at column {error.colno} ({hint})") from error
+    except RecursionError as error:
+        raise AdapterError(f"{file.name}, line {first_line}: the JSON is nested too deeply") from error
+
+
+def _object(value: object, place: str) -> Values:
+    if not isinstance(value, dict):
+        raise AdapterError(f'{place}: expected an object like {{"text": …}}, found {type(value).__name__}')
+    return value
+
+
+def _table(file: Path, delimiter: str) -> Numbered:
+    limit = csv.field_size_limit(2**31 - 1)  # Python's own limit, 131,072 characters, is less than a long text
+    try:
+        yield from _records(file, delimiter)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _records(file: Path, delimiter: str) -> Numbered:
+    """Each record under the header's names, with the line that it begins on (a quoted field may hold lines)."""
+    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    begins = 1
+    try:
+        for fields in reader:
+            place = f"{file.name}, line {begins}"
+            if fields and not header:
+                header = fields
+                if "" in header or len(set(header)) < len(header):
+                    raise AdapterError(f"{place}: expected a header of different names, found {listed(header)}")
+            elif fields:
+                if len(fields) != len(header):
+                    raise AdapterError(
+                        f"{place}: expected {len(header)} fields as in the header ({listed(header)}), found "
+                        f"{len(fields)}; a field that holds a {delimiter!r} or a quote is put in quotes"
+                    )
+                yield begins, dict(zip(header, fields, strict=True))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise AdapterError(f"{file.name}, line {begins}: not a valid table: {error}") from error
+
+
+def _parquet(file: Path) -> Numbered:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        _needs("reading a Parquet file", error)
+    try:
+        with ParquetFile(file) as table:
+            batches = (batch.to_pylist() for batch in table.iter_batches())
+            yield from enumerate((values for batch in batches for values in batch), 1)
+    except ArrowException as error:
+        raise AdapterError(f"{file.name}: cannot be read as Parquet: {error}") from error
+
+
+def _hub_rows(name: str, split: str) -> Rows:
+    try:
+        import datasets
+    except ImportError as error:
+        _needs("a dataset of the hub", error)
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises a dozen unrelated kinds; to a reader they are one
+        reason = str(error).strip() or type(error).__name__
+        raise AdapterError(
+            f"{name}: there is no such file, and the split {split!r} of a hub dataset of that name could not "
+            f"be loaded: {reason}"
+        ) from error
+    return Rows(f"{name} ({split})", "row", enumerate(table, 1))
+
+
+def _needs(what: str, error: ImportError) -> NoReturn:
+    raise AdapterError(f"{what} needs: pip install 'veneer[train]'") from error
+
+
+# ending: (what its rows are counted in, how it is read)
+READERS: dict[str, tuple[str, Callable[[Path], Numbered]]] = {
+    ".jsonl": ("line", _json_lines),
+    ".ndjson": ("line", _json_lines),
+    ".json": ("item", _json),
+    ".csv": ("line", partial(_table, delimiter=",")),
+    ".tsv": ("line", partial(_table, delimiter="\t")),
+    ".parquet": ("row", _parquet),
+}
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+ENDINGS = f"{', '.join(READERS)} (all but the last also as .gz)"

@@ -1,0 +1,244 @@
+"""Rows become documents: what is the prompt, the completion, the chat, and in a chat the assistant's part."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from veneer.core.errors import AdapterError, listed, nearest
+from veneer.train.language.rows import Row, Rows, Values
+from veneer.train.language.settings import LanguageData, Shape, template_parts
+
+Message = dict[str, str]
+Spans = list[tuple[int, int]]  # of characters: begin, end
+
+# the columns that make a shape, the most telling shape first; alpaca's third column is optional
+COLUMNS: dict[Shape, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",), ("conversations",)),
+    "alpaca": (("instruction", "output", "input"), ("instruction", "response", "context")),
+    "prompt-completion": (
+        ("prompt", "completion"),
+        ("prompt", "response"),
+        ("question", "answer"),
+        ("input", "output"),
+        ("article", "summary"),
+    ),
+    "text": (("text",),),
+}
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
+    "human": "user",
+    "gpt": "assistant",
+}
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One row, ready for a tokenizer: a plain prompt and completion, or the messages of a chat."""
+
+    place: str
+    prompt: str = ""
+    completion: str = ""
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def opening(self) -> str | list[Message]:
+        """What a model is given to generate from: the prompt, or all before the first assistant turn."""
+        if not self.messages:
+            return self.prompt
+        roles = [message["role"] for message in self.messages]
+        return list(self.messages[: roles.index("assistant") if "assistant" in roles else None])
+
+    @property
+    def key(self) -> str:
+        """What documents with the same prompt share; for plain text, which has no prompt, the text."""
+        opening = self.opening or self.completion or list(self.messages)
+        return opening if isinstance(opening, str) else json.dumps(opening)
+
+
+def detect_shape(rows: Rows, settings: LanguageData) -> Shape:
+    """The shape that the settings say, or the one whose columns the first rows have."""
+    if settings.prompt is not None:
+        return "prompt-completion"
+    if settings.shape != "auto":
+        return settings.shape
+    columns = list(dict.fromkeys(name for row in rows[:100] for name in row.values))
+    found = [shape for shape, choices in COLUMNS.items() if any(set(c[:2]) <= set(columns) for c in choices)]
+    if found and not (settings.chat and found[0] == "text"):
+        return found[0]
+    known = "\n".join(
+        f"  {shape}: {' or '.join(' + '.join(c[:2]) for c in choices)}" for shape, choices in COLUMNS.items()
+    )
+    wanted = "a prompt and a completion (data.chat is set)" if settings.chat else "the columns of a shape"
+    raise AdapterError(
+        f"{rows.source}: expected {wanted}, found the columns {listed(columns, 20)}. The shapes and their "
+        f"columns:\n{known}\nRename columns, say data.shape=…, or write the rows out of the columns there are: "
+        "data.prompt='Question: {column}' data.completion=' {column}'"
+    )
+
+
+def documents(rows: Rows, shape: Shape, settings: LanguageData) -> list[Document]:
+    """Every row as a document; the faulty rows are counted, and the first few named, in one error."""
+    good, faults = [], []
+    for row in rows:
+        try:
+            good.append(document(row, shape, settings))
+        except AdapterError as error:
+            faults.append(error)
+    if faults:
+        more = f"\n  and {len(faults) - 5:,} more" if len(faults) > 5 else ""
+        raise AdapterError(
+            f"{rows.source}: {len(faults):,} of {len(rows):,} rows cannot be read as {shape}; mend them or "
+            "take them out:\n  " + "\n  ".join(str(fault) for fault in faults[:5]) + more
+        )
+    return good
+
+
+def document(row: Row, shape: Shape, settings: LanguageData) -> Document:
+    """One row of that shape as a document."""
+    if settings.prompt is not None and settings.completion is not None:
+        return _pair(row, _filled(settings.prompt, row), _filled(settings.completion, row), settings)
+    if shape == "messages":
+        (column,) = _columns(row, shape)
+        return Document(row.place, messages=_messages(row, column))
+    if shape == "text":
+        (column,) = _columns(row, shape)
+        return Document(row.place, completion=_text(row, column))
+    if shape == "prompt-completion":
+        prompt, completion = _columns(row, shape)
+        return _pair(row, _text(row, prompt), _text(row, completion), settings)
+    task, output, extra = _columns(row, shape)
+    instruction = _text(row, task)
+    context = _text(row, extra) if row.values.get(extra) is not None else ""
+    if settings.chat:
+        prompt = f"{instruction}\n\n{context}" if context else instruction
+    elif context:
+        prompt = ALPACA_WITH_INPUT.format(instruction, context)
+    else:
+        prompt = ALPACA.format(instruction)
+    return _pair(row, prompt, _text(row, output), settings)
+
+
+def _pair(row: Row, prompt: str, completion: str, settings: LanguageData) -> Document:
+    if not settings.chat:
+        return Document(row.place, prompt, completion)
+    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
+    return Document(row.place, messages=turns)
+
+
+def _columns(row: Row, shape: Shape) -> tuple[str, ...]:
+    """The row's own names for the columns of the shape."""
+    choices = COLUMNS[shape]
+    for columns in choices:
+        if all(column in row.values for column in columns[:2]):
+            return columns
+    closest = max(choices, key=lambda columns: sum(column in row.values for column in columns[:2]))
+    raise _no_column(row, next(column for column in closest[:2] if column not in row.values))
+
+
+def _no_column(row: Row, column: str) -> AdapterError:
+    hint = nearest(column, row.values)
+    return AdapterError(f"{row.place}: no column {column!r}; the columns are {listed(row.values)}{hint}")
+
+
+def _text(row: Row, column: str) -> str:
+    """The row's value as text. Numbers are written out; nothing else that is not text passes."""
+    if column not in row.values:
+        raise _no_column(row, column)
+    value = row.values[column]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and value == value:
+        return str(value)
+    raise AdapterError(f"{row.place}: {column!r} is {_kind(value)}, expected text")
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None or value != value else f"a {type(value).__name__}"
+
+
+def _filled(template: str, row: Row) -> str:
+    """The template with the row's columns in their places."""
+    return "".join(text if column is None else text + _text(row, column) for text, column in template_parts(template))
+
+
+def _messages(row: Row, column: str) -> tuple[Message, ...]:
+    """The turns of a chat, written as role and content or as from and value."""
+    turns = row.values[column]
+    if not isinstance(turns, Iterable) or isinstance(turns, str | Mapping):
+        raise AdapterError(f"{row.place}: {column!r} is {_kind(turns)}, expected a list of messages")
+    return tuple(_message(turn, f"{row.place}, message {number}") for number, turn in enumerate(turns, 1))
+
+
+def _message(turn: object, place: str) -> Message:
+    if not isinstance(turn, dict):
+        raise AdapterError(f"{place}: {_kind(turn)}, expected an object with 'role' and 'content'")
+    values: Values = turn
+    said_by, said = ("from", "value") if "role" not in values and "from" in values else ("role", "content")
+    role = values.get(said_by)
+    if str(role) not in ROLES:
+        hint = nearest(str(role), ROLES)
+        raise AdapterError(f"{place}: {said_by!r} is {role!r}, expected one of {listed(ROLES)}{hint}")
+    if values.get("tool_calls"):
+        raise AdapterError(f"{place}: tool calls cannot be learned from; expected 'content' alone")
+    return {"role": ROLES[str(role)], "content": _text(Row(values, place), said)}
+
+
+def answer_spans(messages: Sequence[Message], text: str, tokenizer: Any) -> Spans | None:
+    """Where the assistant's turns are in `text`, found by writing the chat up to them; None when that fails."""
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            opening = rendered_chat(messages[:turn], tokenizer, answering=True)
+            ending = text if turn == len(messages) - 1 else rendered_chat(messages[: turn + 1], tokenizer)
+        except AdapterError:
+            return None
+        if not (text.startswith(ending) and ending.startswith(opening)):
+            return None
+        spans.append((len(opening), len(ending)))
+    return spans
+
+
+def marked_spans(messages: Sequence[Message], tokenizer: Any) -> Spans:
+    """Where the assistant's turns are, by the template's own `{% generation %}`."""
+    if not re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()):
+        raise AdapterError(
+            "cannot tell which part of the chat is the assistant's: the tokenizer's chat template writes earlier "
+            "turns differently when more follow (or the chat begins with the assistant), and marks no "
+            "{% generation %}. Say data.learn=all, give every row one user and one assistant turn, or choose "
+            "another base"
+        )
+    marked = tokenizer.apply_chat_template(
+        list(messages),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    flagged = zip(marked["assistant_masks"], marked["offset_mapping"], strict=True)
+    runs = [[place for _, place in run] for flag, run in groupby(flagged, key=lambda pair: pair[0]) if flag]
+    return [(run[0][0], run[-1][1]) for run in runs]
+
+
+def rendered_chat(messages: Sequence[Message], tokenizer: Any, answering: bool = False) -> str:
+    """The chat as the tokenizer's template writes it; `answering` opens the assistant's next turn."""
+    if not tokenizer.chat_template:
+        raise AdapterError(
+            "the tokenizer has no chat template: write the rows out with data.prompt and data.completion, or choose "
+            "a base that was trained to chat"
+        )
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
+    except Exception as error:  # a template is a program that came with the base: it may raise anything
+        raise AdapterError(f"the tokenizer's chat template refuses this chat: {error}") from error

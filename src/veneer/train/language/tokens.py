@@ -1,0 +1,297 @@
+"""Documents become tokens, and each token knows whether it is learned.
+
+A document is one text with a border: what comes before it is the prompt. The text is tokenised whole, as
+inference does it elsewhere; where a token would lie across the border, its two sides are tokenised apart. So
+a row's tokens begin with exactly the tokens that `encode_prompt` gives a model to generate from.
+"""
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from veneer.core.errors import AdapterError
+from veneer.train.language.settings import LanguageData
+from veneer.train.language.shapes import Document, Message, Spans, answer_spans, marked_spans, rendered_chat
+
+BATCH = 1000  # texts a call: a fast tokenizer spreads them over the processor's cores
+
+
+@dataclass(slots=True)
+class Example:
+    """One row as tokens: their ids, a flag for each (1: learned), the prompt as text, the row's index."""
+
+    ids: "array[int]"
+    learned: bytes
+    prompt: str
+    row: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """How many rows something happened to, and the places of the first three."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Counts one more row."""
+        self.count += 1
+        if len(self.places) < 3:
+            self.places.append(place)
+
+    def __str__(self) -> str:
+        more = f" and {self.count - len(self.places):,} more" if self.count > len(self.places) else ""
+        return "; ".join(self.places) + more
+
+
+@dataclass(slots=True)
+class TokenReport:
+    """What `encode` did. `tokens` and `learned` count what is trained on; the lengths are from before cutting."""
+
+    rows: int
+    max_length: int
+    kept: int = 0
+    tokens: int = 0
+    learned: int = 0
+    lengths: "array[int]" = field(default_factory=lambda: array("i"))  # sorted; rows with nothing to learn not
+    cut: Tally = field(default_factory=Tally)
+    dropped: Tally = field(default_factory=Tally)
+    left_out: Tally = field(default_factory=Tally)
+
+    def length(self, share: float) -> int:
+        """The length that this share of the rows does not exceed: 0 the shortest, 0.5 the median, 1 the longest."""
+        return self.lengths[round(share * (len(self.lengths) - 1))]
+
+    def sentences(self) -> list[str]:
+        """The report in plain sentences."""
+        said = [
+            f"{self.kept:,} of {self.rows:,} rows are used: {self.tokens:,} tokens, {self.learned:,} of them learned.",
+            f"The shortest row has {self.length(0):,} tokens, the longest {self.length(1):,}; "
+            f"half have at most {self.length(0.5):,}, 95% at most {self.length(0.95):,}.",
+        ]
+        limit = f"longer than data.max_length={self.max_length}"
+        for tally, fate in (
+            (self.cut, f"{limit} and cut"),
+            (self.dropped, f"{limit} and dropped"),
+            (self.left_out, "without anything to learn and left out"),
+        ):
+            if tally.count:
+                said.append(f"Rows {fate}: {tally.count:,} ({tally}).")
+        return said
+
+
+class Passage(NamedTuple):
+    """A document as one text: where its prompt ends, which characters are learned, the ids around the text."""
+
+    text: str
+    border: int
+    spans: Spans
+    before: list[int]
+    after: list[int]
+
+
+class Tokens(NamedTuple):
+    """The tokens of a passage: ids, flags, and which of them are those of the text before the border."""
+
+    ids: list[int]
+    learned: bytes
+    prompt: range
+
+
+def encode(documents: Sequence[Document], tokenizer: Any, settings: LanguageData) -> tuple[list[Example], TokenReport]:
+    """The documents as examples, and what became of the rows; `Example.row` is an index into `documents`."""
+    examples: list[Example] = []
+    report = TokenReport(len(documents), settings.max_length)
+    for start in range(0, len(documents), BATCH):
+        passages = _passages(documents[start : start + BATCH], tokenizer, settings)
+        for row, (passage, tokens) in enumerate(zip(passages, _tokenised(passages, tokenizer), strict=True), start):
+            fitted = _fitted(tokens, documents[row], settings, report)
+            if fitted is not None:
+                ids, learned = fitted
+                examples.append(Example(array("i", ids), learned, passage.text[: passage.border], row))
+                report.tokens += len(ids)
+                report.learned += learned.count(1)
+    report.kept = len(examples)
+    report.lengths = array("i", sorted(report.lengths))
+    _refuse_unusable(report, settings)
+    return examples, report
+
+
+def encode_prompt(prompt: str | Sequence[Message], tokenizer: Any, settings: LanguageData) -> list[int]:
+    """The tokens that come before the completion in training: what a model is given to generate from.
+
+    `prompt` is a `Document.opening`: a text (put into the chat template where data.chat says so), or messages.
+    """
+    if isinstance(prompt, str) and not settings.chat:
+        passage = Passage(prompt, len(prompt), [], _bos(tokenizer), [])
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = rendered_chat(messages, tokenizer, answering=True)
+        spans = answer_spans(messages, text, tokenizer)
+        passage = Passage(text, spans[0][0] if spans else len(text), [], [], [])
+    return _tokenised([passage], tokenizer)[0].ids
+
+
+def coloured(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The example as text, in runs of (text, learned); a character whose bytes two runs share is the later one's."""
+    ids, runs, done = list(example.ids), [], 0
+    borders = [i for i in range(1, len(ids)) if example.learned[i] != example.learned[i - 1]]
+    for border in [*borders, len(ids)]:
+        text = tokenizer.decode(ids[:border], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if border < len(ids):
+            text = text.rstrip("\ufffd")  # how a decoder writes a character that is not whole yet
+        runs.append((text[done:], bool(example.learned[border - 1])))
+        done = max(done, len(text))
+    return runs
+
+
+def _refuse_unusable(report: TokenReport, settings: LanguageData) -> None:
+    """Raises where the settings refuse long rows, and where no row is left."""
+    too_long = f"{report.dropped.count:,} of {report.rows:,} rows are longer than data.max_length={report.max_length}"
+    if settings.too_long == "error" and report.dropped.count:
+        raise AdapterError(
+            f"{too_long} ({report.dropped}); the longest has {report.length(1):,} tokens: raise data.max_length, "
+            "or say data.too_long=cut or data.too_long=drop"
+        )
+    if report.kept == 0 and report.dropped.count:
+        raise AdapterError(f"{too_long} and were dropped ({report.dropped}), so no row is left: raise it")
+    if report.kept == 0:
+        raise AdapterError(
+            f"none of the {report.rows:,} rows has anything to learn ({report.left_out}): expected a text, a "
+            "completion or an assistant turn that is not empty"
+        )
+
+
+def _fitted(
+    tokens: Tokens, document: Document, settings: LanguageData, report: TokenReport
+) -> tuple[list[int], bytes] | None:
+    """Ids and flags, cut where they are too many; None for a row that is not used. The report counts both."""
+    ids, learned, prompt = tokens
+    if not _learnable(learned):
+        report.left_out.add(document.place)
+        return None
+    report.lengths.append(len(ids))
+    surplus = len(ids) - settings.max_length
+    if surplus <= 0:
+        return ids, learned
+    place = f"{document.place}, {len(ids):,} tokens"
+    if not document.messages and not _learnable(learned[:-surplus]):
+        begin, end = prompt.start, min(prompt.stop, prompt.start + surplus)
+        ids, learned = ids[:begin] + ids[end:], learned[:begin] + learned[end:]
+    ids, learned = ids[: settings.max_length], learned[: settings.max_length]
+    if settings.too_long != "cut" or not _learnable(learned):
+        report.dropped.add(place)
+        return None
+    report.cut.add(place)
+    return ids, learned
+
+
+def _learnable(learned: bytes) -> bool:
+    """Whether a token is learned; the first one has none before it to be predicted from."""
+    return 1 in learned[1:]
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before plain text by itself, if it does."""
+    first = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _passages(documents: Sequence[Document], tokenizer: Any, settings: LanguageData) -> list[Passage]:
+    """Each document as one text. One without anything to learn has no spans, and nothing after it."""
+    everything = settings.learn == "all"
+    bos = _bos(tokenizer)
+    stops = tuple(filter(None, {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}))
+    return [
+        _chat_passage(document, tokenizer, everything, stops)
+        if document.messages
+        else _plain_passage(document, tokenizer, everything, bos)
+        for document in documents
+    ]
+
+
+def _plain_passage(document: Document, tokenizer: Any, everything: bool, bos: list[int]) -> Passage:
+    if tokenizer.eos_token_id is None:
+        raise AdapterError("the tokenizer has no eos_token, which tells a model to stop: choose another base")
+    text, border = document.prompt + document.completion, len(document.prompt)
+    if not (text if everything else document.completion).strip():
+        return Passage(text, border, [], [], [])
+    spans = _everything(text) if everything else [(border, len(text) + 1)]
+    return Passage(text, border, spans, bos, [tokenizer.eos_token_id])
+
+
+def _everything(text: str) -> Spans:
+    """All of the text; beyond its ends, for a tokenizer may count a blank at an end as lying outside."""
+    return [(-1, len(text) + 1)]
+
+
+def _chat_passage(document: Document, tokenizer: Any, everything: bool, stops: tuple[str, ...]) -> Passage:
+    """The chat as its template writes it; the spans are the assistant's turns, each with its end-of-turn token."""
+    messages = document.messages
+    said = [message["content"] for message in messages if everything or message["role"] == "assistant"]
+    try:
+        text = rendered_chat(messages, tokenizer)
+        if not any(content.strip() for content in said):
+            return Passage(text, len(text), [], [], [])
+        spans = answer_spans(messages, text, tokenizer)
+        if spans is None and not everything:
+            spans = marked_spans(messages, tokenizer)
+    except AdapterError as error:
+        raise AdapterError(f"{document.place}: {error}") from error
+    spans = [_to_stop(text, begin, end, stops) for begin, end in spans or []]
+    border = spans[0][0] if spans else 0
+    unfinished = messages[-1]["role"] == "assistant" and not text.rstrip().endswith(stops)
+    after = [tokenizer.eos_token_id] if unfinished and tokenizer.eos_token_id is not None else []
+    return Passage(text, border, _everything(text) if everything else spans, [], after)
+
+
+def _to_stop(text: str, begin: int, end: int, stops: tuple[str, ...]) -> tuple[int, int]:
+    """The span without the blanks behind its end-of-turn token, where it has one."""
+    length = len(text[begin:end].rstrip())
+    return (begin, begin + length) if text.endswith(stops, begin, begin + length) else (begin, end)
+
+
+def _tokenised(passages: Sequence[Passage], tokenizer: Any) -> list[Tokens]:
+    """The tokens of each passage, with the ids that go before and after its text."""
+    wholes = _called([passage.text for passage in passages], tokenizer)
+    heads = _called([passage.text[: passage.border] for passage in passages], tokenizer)
+    apart = [i for i, (head, _) in enumerate(heads) if wholes[i][0][: len(head)] != head]
+    tails = _called([passages[i].text[passages[i].border :] for i in apart], tokenizer)
+    for i, (tail, places) in zip(apart, tails, strict=True):
+        head, head_places = heads[i]
+        border = passages[i].border
+        moved = [(begin + border, end + border) for begin, end in places]
+        wholes[i] = (head + tail, head_places + moved)
+    tokens = []
+    for passage, (ids, places), (head, _) in zip(passages, wholes, heads, strict=True):
+        flags = bytearray(len(ids))
+        for begin, end in passage.spans:
+            at_border = begin == passage.border
+            first = len(head) if at_border else bisect_right(places, begin, key=lambda place: place[1])
+            last = bisect_left(places, end, key=lambda place: place[0])
+            flags[first:last] = b"\1" * (last - first)
+        before, after = passage.before, passage.after
+        learned = bytes(len(before)) + flags + b"\1" * len(after)
+        prompt = range(len(before), len(before) + len(head))
+        tokens.append(Tokens(before + ids + after, learned, prompt))
+    return tokens
+
+
+def _called(texts: list[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Each text's ids, and the characters that each id stands for."""
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        raise AdapterError("the tokenizer cannot say which characters a token stands for (it is not a fast one)")
+    different = list(dict.fromkeys(texts))  # rows often share their prompt
+    found = tokenizer(
+        different,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    tokens = dict(zip(different, zip(found["input_ids"], found["offset_mapping"], strict=True), strict=True))
+    return [tokens[text] for text in texts]

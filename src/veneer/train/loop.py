@@ -1,0 +1,149 @@
+"""The loop: a step is a pure function of (recipe, seed, step number)."""
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.core.errors import AdapterError, listed
+from veneer.train.optimizers import optimizer
+from veneer.train.schedules import rate
+from veneer.train.settings import TrainSettings
+from veneer.train.task import Batch, Reporter, Task
+
+Write = Callable[[dict[str, float]], None]
+
+
+@dataclass
+class Outcome:
+    """How far the loop came, and why it ended."""
+
+    steps: int
+    seconds: float
+    interrupted: bool = False
+    failure: str | None = None  # a loss or gradient that is not a number; the step was not taken
+
+
+def count_steps(settings: TrainSettings, size: int) -> int:
+    """Optimizer steps of a run over `size` rows."""
+    a_step = settings.batch_size * settings.accumulation
+    return settings.steps or max(1, math.ceil(settings.epochs * size / a_step))
+
+
+def train(task: Task, settings: TrainSettings, eval_every: int | None, write: Write, reporter: Reporter) -> Outcome:
+    """Take the steps; a record of each goes to `write`. Ctrl-C ends the loop after the step that is under way."""
+    steps = count_steps(settings, task.size)
+    optimiser = optimizer(task.model, settings)
+    began = time.perf_counter()
+    outcome = Outcome(0, 0.0)
+    with _finishing_the_step() as stop:
+        task.model.train()
+        for step in range(steps):
+            batches = [task.batch(rows) for rows in rows_of(step, settings, task.size)]
+            torch.manual_seed(_seed(settings.seed, "step", step))
+            lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
+            loss, outcome.failure = _step(task, batches, optimiser, lr, settings)
+            outcome.seconds = time.perf_counter() - began
+            if outcome.failure:
+                outcome.failure = f"step {step + 1}: {outcome.failure}"
+                break
+            outcome.steps = step + 1
+            tokens = sum(batch.tokens for batch in batches)
+            record = {"step": step + 1, "loss": loss, "lr": lr, "tokens": tokens, "seconds": outcome.seconds}
+            write(record)
+            reporter.step(record, steps)
+            if stop.is_set():
+                outcome.interrupted = step + 1 < steps
+                break
+            if eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
+                write({"step": step + 1, **task.evaluate(whole=False)})
+                task.model.train()
+    return outcome
+
+
+def rows_of(step: int, settings: TrainSettings, size: int) -> list[list[int]]:
+    """The rows of one step, a list for each batch: every epoch is a permutation that (seed, epoch) decides.
+
+    The last epoch is filled up from the next permutation, so every step has the same number of rows.
+    """
+    a_step = settings.batch_size * settings.accumulation
+    places = range(step * a_step, (step + 1) * a_step)
+    orders = {epoch: _order(settings.seed, epoch, size) for epoch in {place // size for place in places}}
+    rows = [orders[place // size][place % size] for place in places]
+    return [rows[i : i + settings.batch_size] for i in range(0, a_step, settings.batch_size)]
+
+
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    generator = torch.Generator().manual_seed(_seed(seed, "epoch", epoch))
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def _seed(seed: int, what: str, number: int) -> int:
+    digest = hashlib.sha256(f"{seed} {what} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _step(
+    task: Task, batches: list[Batch], optimiser: torch.optim.Optimizer, lr: float, settings: TrainSettings
+) -> tuple[float, str | None]:
+    """One optimizer step; the mean loss over all units of its batches, and what went wrong, if anything did."""
+    units = sum(batch.units for batch in batches)
+    total = 0.0
+    optimiser.zero_grad(set_to_none=True)
+    for batch in batches:
+        loss = task.loss(batch) / units
+        value = loss.item()
+        if not math.isfinite(value):
+            return value, _not_finite(f"the loss is {value}", batch.places, lr)
+        loss.backward()
+        total += value
+    norm = _clip(task.model, settings.max_grad_norm)
+    if not math.isfinite(norm):
+        places = [place for batch in batches for place in batch.places]
+        return total, _not_finite(f"the gradient's norm is {norm}", places, lr)
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    return total, None
+
+
+def _clip(model: nn.Module, longest: float) -> float:
+    trains = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if not trains:
+        raise AdapterError("no adapter got a gradient: the adapted layers were never called")
+    return nn.utils.clip_grad_norm_(trains, longest or math.inf).item()
+
+
+def _not_finite(what: str, places: list[str], lr: float) -> str:
+    return (
+        f"{what} on the rows {listed(places, 16)}. The adapter of the step before is kept. Try a lower train.lr "
+        f"(it was {lr:.2g}), a longer train.warmup, or dtype=float32; or look at these rows"
+    )
+
+
+@contextmanager
+def _finishing_the_step() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event; a second one interrupts at once. Outside of the main thread nothing is caught."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before: Any = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

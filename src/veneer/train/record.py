@@ -1,0 +1,119 @@
+"""The run folder: what a run leaves behind, each file written whole."""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from veneer.core.adapter import write_whole
+from veneer.core.errors import AdapterError
+
+
+class Run:
+    """`<output>/<name>-<number>/`, with a number that no run has yet."""
+
+    def __init__(self, output: str, name: str) -> None:
+        """Make the folder. Raises `AdapterError` when it cannot be written."""
+        parent = Path(output).expanduser()
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self.folder = _next_folder(parent, name)
+        except OSError as error:
+            raise AdapterError(f"output {parent}: cannot make the run's folder: {error.strerror or error}") from error
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter is."""
+        return self.folder / "adapter"
+
+    @property
+    def samples(self) -> Path:
+        """Where the samples are."""
+        return self.folder / "samples"
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a text file of the run, whole or not at all."""
+        path = self.folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
+        return path
+
+    def measure(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        try:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise AdapterError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror or error}") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was measured so far."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _next_folder(parent: Path, name: str) -> Path:
+    """The first `<name>-<number>` that is free, made now, so that two runs never share one."""
+    taken = [int(m[1]) for path in parent.iterdir() if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        folder = parent / f"{name}-{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        return folder
+
+
+def draw_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:
+    """loss.png: the loss of each step, its running mean, and the held-out loss."""
+    from matplotlib.figure import Figure
+
+    records = list(records)
+    steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if steps:
+        x, y = zip(*steps, strict=True)
+        axes.plot(x, y, color="#9db4c8", linewidth=1, label="each step")
+        mean, means = y[0], []
+        for value in y:
+            mean += (value - mean) * 0.1
+            means.append(mean)
+        axes.plot(x, means, color="#1f5a8a", linewidth=2, label="running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="#c4622d", markersize=5, label="held out")
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    if steps or held_out:
+        axes.legend(frameon=False)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: of the CUDA device where one was used, else of main memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    if os.name == "nt":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def stamp() -> str:
+    """Now, for a model card."""
+    return time.strftime("%Y-%m-%d", time.gmtime())

@@ -1,0 +1,143 @@
+"""A recipe in, a run folder out."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer import recipes
+from veneer.core.errors import AdapterError
+from veneer.train.card import card
+from veneer.train.loop import Outcome, count_steps, train
+from veneer.train.memory import Estimate, estimate
+from veneer.train.record import Run, draw_losses, peak_memory
+from veneer.train.settings import Recipe, checked
+from veneer.train.task import Reporter, Task
+from veneer.train.tasks import task_named
+
+ADAPTER, USAGE = "adapter", "veneer.json"
+
+
+@dataclass
+class Result:
+    """What a run came to."""
+
+    run: Run
+    outcome: Outcome
+    before: dict[str, float]
+    after: dict[str, float]
+    trainable: int
+    parameters: int
+    seconds: float  # all of it, loading and measuring included
+    samples: list[dict[str, str]] = field(default_factory=list)
+    peak_bytes: int = 0
+    adapter_bytes: int = 0
+
+
+@dataclass
+class Preview:
+    """What a run would do."""
+
+    recipe: dict[str, Any]
+    steps: int
+    layers: list[str]
+    trainable: int
+    parameters: int
+    memory: Estimate
+    facts: dict[str, Any]
+
+
+def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[Task]]:
+    """The recipe, resolved and checked, and its task. Raises `AdapterError` that names every bad key."""
+    values = recipes.load(name, overrides)
+    task = task_named(values.get("task", "causal-lm"))
+    recipe = checked(task.settings, values, f"recipe {name}")
+    recipe.name = recipe.name or Path(name).stem
+    return recipe, task
+
+
+def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
+    """Load everything, train nothing, write nothing."""
+    task = build(recipe, reporter)
+    trainable, parameters = task.model.get_nb_trainable_parameters()
+    facts = task.facts()
+    memory = estimate(task, recipe.train, facts["longest"])
+    layers = list(task.model.adapter().tensors)
+    return Preview(resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts)
+
+
+def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
+    """Train, measure before and after, and leave a run folder. Whatever was learned is saved, also on Ctrl-C.
+
+    Raises `AdapterError` for bad input before the folder is made, and for a loss that is not a number after the last
+    good adapter is saved.
+    """
+    began = time.perf_counter()
+    task = build(recipe, reporter)
+    folder = Run(recipe.output, recipe.name or recipe.task)
+    folder.write("recipe.yaml", _yaml(resolved(recipe)))
+    trainable, parameters = task.model.get_nb_trainable_parameters()
+    before = task.evaluate(whole=True)
+    if before:
+        folder.measure({"step": 0, **before})
+    every = getattr(getattr(recipe, "eval", None), "every_steps", None)
+    outcome = train(task, recipe.train, every, folder.measure, reporter)
+    result = Result(folder, outcome, before, {}, trainable, parameters, 0.0)
+    _save(task, recipe, result)
+    if outcome.failure:
+        _draw(folder)
+        raise AdapterError(f"{outcome.failure}. It is in {folder.adapter}")
+    if not outcome.interrupted:
+        result.after = task.evaluate(whole=True)
+        if result.after:
+            folder.measure({"step": outcome.steps, **result.after})
+        result.samples = task.sample(folder.samples)
+    _draw(folder)
+    result.peak_bytes = peak_memory()
+    result.seconds = time.perf_counter() - began
+    _save(task, recipe, result)
+    return result
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every key said, as `veneer train` reads it again."""
+    return recipe.model_dump(mode="json")
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _draw(folder: Run) -> None:
+    draw_losses(folder.metrics(), folder.folder / "loss.png", folder.folder.name)
+
+
+def _save(task: Task, recipe: Recipe, result: Result) -> None:
+    """The adapter, how to use it, and its card."""
+    folder = result.run
+    task.model.save_pretrained(folder.adapter)
+    result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.glob("adapter_model*"))
+    usage = task.usage()
+    folder.write(f"{ADAPTER}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")
+    rows = _figures(recipe, result)
+    folder.write(f"{ADAPTER}/README.md", card(folder.folder.name, recipe.base, rows, usage, result.samples))
+
+
+def _figures(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
+    """What the card's table says."""
+    config = recipe.adapter
+    rows = [
+        ("method", f"{config.peft_type}, r={config.r}, lora_alpha={config.lora_alpha:g}"),
+        ("trained", f"{result.trainable:,} parameters, {result.outcome.steps} steps of {recipe.train.batch_size}"),
+    ]
+    if result.outcome.interrupted:
+        rows.append(("state", "interrupted before its end"))
+    rows += [
+        (key.replace("eval_loss", "held-out loss"), f"{result.before[key]:.4g} before, {value:.4g} after")
+        for key, value in result.after.items()
+    ]
+    return rows

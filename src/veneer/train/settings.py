@@ -1,0 +1,105 @@
+"""What every recipe says, declared once: the schema, the command line, the docs and the errors come from here."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from veneer.core.config import LoraConfig
+from veneer.core.errors import AdapterError, nearest
+
+
+class Settings(BaseModel):
+    """A part of a recipe; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TrainSettings(Settings):
+    """The `train` part of a recipe."""
+
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; where they are said, epochs are not looked at.")
+    epochs: float = Field(3, gt=0, description="Passes over the rows.")
+    batch_size: int = Field(16, ge=1, description="Rows that go through the model at once.")
+    accumulation: int = Field(
+        1, ge=1, description="Batches an optimizer step; gradients are normalised over all of them."
+    )
+    lr: float = Field(2e-4, gt=0, description="The highest learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
+    warmup: float = Field(
+        0.05, ge=0, description="Steps in which the rate rises: a share of all (below 1) or a number."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay, on matrices only.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two averages.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled down to this; 0 leaves them.")
+    seed: int = Field(0, ge=0, description="Decides the order of the rows, the starting values and the dropout.")
+
+
+class Recipe(Settings):
+    """The keys that every task shares; a task adds its own under data, eval and sample."""
+
+    task: str = Field("causal-lm", description="What is learned.")
+    base: str = Field(description="The base model: a name that `veneer models` lists, a folder, or a hub id.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Of the frozen base.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps, …")
+    adapter: LoraConfig = Field(default_factory=LoraConfig, description="LoraConfig's own fields.")
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    output: str = Field("runs", description="The folder that gets <name>-<number>/.")
+    name: str | None = Field(None, pattern=r"^[\w.+-]+$", description="The run's name; the recipe's, if not said.")
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def checked(schema: type[R], values: dict[str, Any], where: str) -> R:
+    """The values as settings. Raises `AdapterError` that lists all that is wrong, with the nearest known keys."""
+    try:
+        return TypeAdapter(schema).validate_python(values)
+    except ValidationError as error:
+        problems = [_sentence(problem, schema) for problem in error.errors()]
+        raise AdapterError(f"{where}: " + "; ".join(problems)) from None
+
+
+def _sentence(problem: Any, schema: type[Settings]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    kind, key = problem["type"], ".".join(path)
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {key!r}{_nearest_key(path, keys(schema))}"
+    if kind == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
+
+
+def _nearest_key(path: list[str], known: list[str]) -> str:
+    """A hint: the same word in another part, else a like word in this part, else one anywhere."""
+    last = {name: name.rpartition(".")[2] for name in known}
+    same = [name for name, word in last.items() if word == path[-1]]
+    here = [word for name, word in last.items() if name.rpartition(".")[0] == ".".join(path[:-1])]
+    return f"; did you mean {same[0]!r}?" if same else nearest(path[-1], here) or nearest(path[-1], known)
+
+
+def keys(schema: type[Any], prefix: str = "") -> list[str]:
+    """Every key of a recipe, dotted."""
+    if schema is LoraConfig:
+        return [f"{prefix}{field.name}" for field in fields(LoraConfig)]
+    found: list[str] = []
+    for name, field in schema.model_fields.items():
+        inner = field.annotation
+        nested = isinstance(inner, type) and (issubclass(inner, BaseModel) or inner is LoraConfig)
+        found += [f"{prefix}{name}", *(keys(inner, f"{prefix}{name}.") if nested and inner else [])]
+    return found
+
+
+def described(schema: type[Any]) -> Iterator[tuple[str, str, str]]:
+    """(dotted key, default, description) of every key, for `veneer recipes keys` and the docs."""
+    for name, field in schema.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from ((f"{name}.{key}", default, text) for key, default, text in described(inner))
+        else:
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            yield name, default, field.description or ""

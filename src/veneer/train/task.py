@@ -1,0 +1,71 @@
+"""`Task`: what a modality gives the loop, batches and loss; the loop knows neither text nor images."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from veneer.core.model import PeftModel
+from veneer.train.settings import Recipe
+
+
+@dataclass
+class Batch:
+    """Some rows, ready for the model."""
+
+    inputs: dict[str, Tensor]
+    units: int  # what the loss is averaged over: learned tokens, pictures, …
+    tokens: int  # what goes through the model, padding not counted
+    places: list[str]  # where the rows came from, for messages
+
+
+class Reporter:
+    """Is told what happens; this one is silent, the command line's draws."""
+
+    def say(self, text: str) -> None:
+        """A sentence for the person who waits."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` of something that takes a while."""
+
+    def step(self, record: dict[str, float], steps: int) -> None:
+        """An optimizer step of `steps` is done."""
+
+
+class Task(ABC):
+    """A model with a fresh adapter, and the rows that it learns from."""
+
+    settings: ClassVar[type[Recipe]]  # the task's own recipe
+    unit: ClassVar[str]  # what a batch's units are called
+    model: PeftModel
+    size: int  # rows to learn from
+
+    @abstractmethod
+    def __init__(self, recipe: Any, reporter: Reporter) -> None: ...
+
+    @abstractmethod
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """These rows, by number, as a batch on the model's device."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss summed over the batch's units, in fp32."""
+
+    @abstractmethod
+    def evaluate(self, whole: bool) -> dict[str, float]:
+        """Figures on held-out rows; `whole`: also those that take longer, for before and after the training."""
+
+    @abstractmethod
+    def sample(self, folder: Path) -> list[dict[str, str]]:
+        """Show what the base and the adapted model make of a few held-out inputs; write that to `folder`."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What a person wants to know before a run: sizes, lengths, how much memory it will take."""
+
+    @abstractmethod
+    def usage(self) -> dict[str, Any]:
+        """What must be known to use the adapter as it was trained; kept beside it."""

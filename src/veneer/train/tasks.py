@@ -1,0 +1,20 @@
+"""The tasks by name; a task's module is imported when a recipe asks for it."""
+
+from importlib import import_module
+from typing import Any
+
+from veneer.core.errors import AdapterError, nearest
+from veneer.train.task import Task
+
+TASKS = {"causal-lm": "veneer.train.language.causal_lm:CausalLM"}
+
+
+def task_named(name: Any) -> type[Task]:
+    """The task's class. Raises `AdapterError` when there is none of that name, or a package is missing."""
+    if name not in TASKS:
+        raise AdapterError(f"task {name!r} is not one of {', '.join(TASKS)}{nearest(name, TASKS)}")
+    module, _, attribute = TASKS[name].partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise AdapterError(f"training a language model needs: pip install 'veneer[train]' ({error})") from error
