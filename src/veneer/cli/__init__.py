@@ -1,0 +1,31 @@
+"""The command line: one subcommand, one file. A command's own imports are made when it is called."""
+
+import sys
+
+from veneer.core.errors import AdapterError
+
+
+def main() -> None:
+    """`veneer …`: exit code 0 on success, 2 for the user's mistakes (without a traceback), 130 on Ctrl-C."""
+    try:
+        from veneer.cli.app import app
+    except ImportError as error:
+        if error.name not in ("typer", "rich", "click"):
+            raise
+        sys.exit(f"error: the command line needs: pip install 'veneer[train]' ({error})")
+    debug = "--debug" in sys.argv
+    try:
+        app([argument for argument in sys.argv[1:] if argument != "--debug"], standalone_mode=True)
+    except AdapterError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

@@ -1,6 +1,7 @@
 """`LoraConfig`: which layers, which method, which numbers. Field names and defaults are PEFT's."""
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -113,6 +114,8 @@ def _problems(config: LoraConfig) -> list[str]:
         if not holds:
             found.append(f"{name} should be {expected}, found {getattr(config, name)!r}")
 
+    expect(isinstance(config.peft_type, str), "peft_type", "the name of a method")
+    expect(isinstance(config.use_rslora, bool), "use_rslora", "true or false")
     expect(_is_rank(config.r), "r", "a whole number of at least 1")
     expect(_is_finite(config.lora_alpha), "lora_alpha", "a finite number")
     expect(_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
@@ -121,6 +124,8 @@ def _problems(config: LoraConfig) -> list[str]:
     ranks, alphas = config.rank_pattern, config.alpha_pattern
     expect(isinstance(ranks, dict) and all(map(_is_rank, ranks.values())), "rank_pattern", "{name: whole number ≥ 1}")
     expect(isinstance(alphas, dict) and all(map(_is_finite, alphas.values())), "alpha_pattern", "{name: number}")
+    for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+        expect(_is_expressions(getattr(config, name)), name, "made of valid regular expressions")
     layers = config.layers_to_transform
     layers = [layers] if isinstance(layers, int) else layers
     good = layers is None or (isinstance(layers, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in layers))
@@ -143,3 +148,12 @@ def _is_names(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(name, str) and name for name in value)
     return value is None or (isinstance(value, str) and bool(value))
+
+
+def _is_expressions(value: object) -> bool:
+    try:
+        for text in [value] if isinstance(value, str) else value or ():  # type: ignore[attr-defined]
+            re.compile(text)
+    except (re.error, TypeError):
+        return False
+    return True

@@ -63,7 +63,7 @@ class _FusedLinear(torch.autograd.Function):
             kept += [A, B, h, mask]
         ctx.save_for_backward(flat, weight, *kept)
         ctx.shape, ctx.scales, ctx.dtypes = x.shape, scales, [factor.dtype for factor in factors]
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable

@@ -16,9 +16,10 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
     """W ← W + Σ weight · ΔW in every adapted layer, from the original weight, summed in fp32, rounded once.
 
     The original is kept for `unmerge`. Raises `AdapterError`, with nothing changed, when a weight is shared with
-    a layer that the change is not meant for, or when a result is not finite.
+    a layer that the change is not meant for, is computed from others (`weight_norm`), or would not be finite.
     """
     layers = [(path, layer) for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))]
+    _refuse_computed(layers)
     _refuse_tied(model, layers)
     done: list[AdaptedLayer] = []
     try:
@@ -48,6 +49,11 @@ def _put_back(layer: AdaptedLayer) -> None:
     assert layer.adapters.original is not None
     layer.weight.data = layer.adapters.original
     layer.adapters.original = None
+
+
+def _refuse_computed(layers: list[tuple[str, AdaptedLayer]]) -> None:
+    if computed := [path for path, layer in layers if "weight" not in layer._parameters]:
+        raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
 
 
 def _refuse_tied(model: nn.Module, layers: list[tuple[str, AdaptedLayer]]) -> None:

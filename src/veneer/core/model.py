@@ -13,7 +13,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.inject import adapted_layers, detach, extract, inject
 from veneer.core.merge import merge, unmerge
-from veneer.core.plan import Plan, Spec, terms_of
+from veneer.core.plan import Plan, Spec, Term, terms_of
 from veneer.core.reclass import Reclassed, reclass, restore
 
 
@@ -84,9 +84,8 @@ class PeftModel(Reclassed):
         self._refuse_merged("deleting an adapter")
         for _, layer in list(adapted_layers(self)):
             detach(layer, adapter_name)
-        plan = self.adapter_plan
-        plan.terms = tuple(term for term in plan.terms if term.adapter != adapter_name)
         del self.peft_config[adapter_name]
+        self.adapter_plan.terms = self._carried(self.adapter_plan.terms)
 
     @contextmanager
     def using(self, adapters: Spec) -> Iterator[None]:
@@ -99,8 +98,10 @@ class PeftModel(Reclassed):
         try:
             yield
         finally:
-            self.adapter_plan.terms = before
-            if merged:
+            if self.adapter_plan.merged:
+                self.unmerge_adapter()
+            self.adapter_plan.terms = self._carried(before)
+            if merged := self._carried(merged):
                 merge(self, self.adapter_plan, merged)
 
     def disable_adapter(self) -> Any:
@@ -151,6 +152,7 @@ class PeftModel(Reclassed):
             for _, layer in adapted_layers(self):
                 if name in layer.adapters:
                     layer.adapters[name].requires_grad_(False)
+        resolved.base_model_name_or_path = resolved.base_model_name_or_path or getattr(self, "name_or_path", None)
         self.peft_config[name] = resolved
 
     def _config(self, name: str) -> LoraConfig:
@@ -160,6 +162,9 @@ class PeftModel(Reclassed):
                 f"{nearest(name, self.peft_config)}"
             )
         return self.peft_config[name]
+
+    def _carried(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        return tuple(term for term in terms if term.adapter in self.peft_config)
 
     def _refuse_merged(self, doing: str) -> None:
         if merged := self.adapter_plan.merged:
@@ -188,8 +193,8 @@ def _first_adapter(
 ) -> PeftModel:
     if isinstance(model, PeftModel):
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
-    if taken := [word for word in ("adapter_plan", "peft_config") if hasattr(model, word)]:
-        raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}")
+    if taken := _taken(model):
+        raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}, as a PeftModel has")
     reclass(model, PeftModel)
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}
@@ -202,7 +207,12 @@ def _first_adapter(
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
-    config = model.peft_config[name]
-    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
     model.set_adapter(name)
     return model
+
+
+def _taken(model: nn.Module) -> list[str]:
+    """The names on the object itself (its submodules, say) that a `PeftModel`'s own would hide."""
+    own = set(dir(PeftModel)) - set(dir(nn.Module))
+    held = {*vars(model), *model._modules, *model._parameters, *model._buffers}
+    return sorted(own & held | {word for word in ("adapter_plan", "peft_config") if hasattr(model, word)})

@@ -1,5 +1,6 @@
 """`Plan`: which adapters act now, with which weights. One object per model, shared by all its layers."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -30,6 +31,8 @@ class Plan:
 def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:
     """The terms that a name, a list of names (the sum), or a mapping of names to weights (a blend) asks for."""
     if isinstance(spec, Mapping):
+        if wrong := {name: weight for name, weight in spec.items() if not _is_weight(weight)}:
+            raise AdapterError(f"an adapter's weight should be a finite number, found {wrong}")
         terms = tuple(Term(name, float(weight)) for name, weight in spec.items())
     else:
         terms = tuple(Term(name) for name in ([spec] if isinstance(spec, str) else spec))
@@ -41,3 +44,10 @@ def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:
     if len(set(names)) < len(names):
         raise AdapterError(f"an adapter may be named once, found {listed(names)}; use weights for more of it")
     return terms
+
+
+def _is_weight(weight: object) -> bool:
+    try:
+        return math.isfinite(float(weight))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False

@@ -4,7 +4,7 @@
 PyTorch's `fully_shard` works like this.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -12,24 +12,23 @@ from torch import nn
 class Reclassed(nn.Module):
     """What a mixin inherits to be used with `reclass`: copies and pickles are rebuilt from the base class."""
 
-    mixin: ClassVar[type["Reclassed"]]
-    base: ClassVar[type[nn.Module]]
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         parts = super().__reduce_ex__(max(protocol, 2))
         assert isinstance(parts, tuple)
-        return (_rebuild, (self.mixin, self.base), *parts[2:])
+        return (_rebuild, _PARTS[type(self)], *parts[2:])
 
 
+# Kept here and not on the classes: a model may well have a submodule called `base`.
 _JOINED: dict[tuple[type[Reclassed], type[nn.Module]], type[Reclassed]] = {}
+_PARTS: dict[type, tuple[type[Reclassed], type[nn.Module]]] = {}
 
 
 def _joined(mixin: type[Reclassed], base: type[nn.Module]) -> type[Reclassed]:
     if (mixin, base) not in _JOINED:
         body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         metaclass: Any = type(base)
-        joined = metaclass(base.__name__, (mixin, base), {**body, "mixin": mixin, "base": base})
-        _JOINED[mixin, base] = joined
+        joined = metaclass(base.__name__, (mixin, base), body)
+        _JOINED[mixin, base], _PARTS[joined] = joined, (mixin, base)
     return _JOINED[mixin, base]
 
 
@@ -45,4 +44,9 @@ def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
 
 def restore(module: Reclassed) -> None:
     """Give the module its own class back."""
-    module.__class__ = module.base  # type: ignore[assignment]
+    module.__class__ = _PARTS[type(module)][1]  # type: ignore[assignment]
+
+
+def mixin_of(module: Reclassed) -> type[Reclassed]:
+    """The mixin that the module was given."""
+    return _PARTS[type(module)][0]

@@ -12,6 +12,8 @@ from typing import Any
 from veneer.core.adapter import write_whole
 from veneer.core.errors import AdapterError
 
+USAGE = "veneer.json"  # beside an adapter: how it is used
+
 
 class Run:
     """`<output>/<name>-<number>/`, with a number that no run has yet."""
@@ -107,7 +109,7 @@ def peak_memory() -> int:
     if os.name == "nt":
         import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

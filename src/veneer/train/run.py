@@ -12,12 +12,10 @@ from veneer.core.errors import AdapterError
 from veneer.train.card import card
 from veneer.train.loop import Outcome, count_steps, train
 from veneer.train.memory import Estimate, estimate
-from veneer.train.record import Run, draw_losses, peak_memory
+from veneer.train.record import USAGE, Run, draw_losses, peak_memory
 from veneer.train.settings import Recipe, checked
 from veneer.train.task import Reporter, Task
 from veneer.train.tasks import task_named
-
-ADAPTER, USAGE = "adapter", "veneer.json"
 
 
 @dataclass
@@ -77,7 +75,7 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
     began = time.perf_counter()
     task = build(recipe, reporter)
     folder = Run(recipe.output, recipe.name or recipe.task)
-    folder.write("recipe.yaml", _yaml(resolved(recipe)))
+    folder.write("recipe.yaml", as_yaml(resolved(recipe)))
     trainable, parameters = task.model.get_nb_trainable_parameters()
     before = task.evaluate(whole=True)
     if before:
@@ -106,7 +104,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def _yaml(values: dict[str, Any]) -> str:
+def as_yaml(values: dict[str, Any]) -> str:
+    """The values as a recipe file says them."""
     import yaml
 
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
@@ -122,9 +121,9 @@ def _save(task: Task, recipe: Recipe, result: Result) -> None:
     task.model.save_pretrained(folder.adapter)
     result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.glob("adapter_model*"))
     usage = task.usage()
-    folder.write(f"{ADAPTER}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")
+    folder.write(f"{folder.adapter.name}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")
     rows = _figures(recipe, result)
-    folder.write(f"{ADAPTER}/README.md", card(folder.folder.name, recipe.base, rows, usage, result.samples))
+    folder.write(f"{folder.adapter.name}/README.md", card(folder.folder.name, recipe.base, rows, usage, result.samples))
 
 
 def _figures(recipe: Recipe, result: Result) -> list[tuple[str, str]]:

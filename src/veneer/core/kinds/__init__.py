@@ -4,6 +4,7 @@ from torch import nn
 
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear
+from veneer.core.reclass import mixin_of
 
 KINDS: tuple[type[AdaptedLayer], ...] = (AdaptedLinear, AdaptedConv1D)
 
@@ -11,5 +12,5 @@ KINDS: tuple[type[AdaptedLayer], ...] = (AdaptedLinear, AdaptedConv1D)
 def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:
     """The kind that can adapt `layer` (or already does), or None."""
     if isinstance(layer, AdaptedLayer):
-        return layer.mixin  # type: ignore[return-value]
+        return mixin_of(layer)  # type: ignore[return-value]
     return next((kind for kind in KINDS if kind.handles(layer)), None)

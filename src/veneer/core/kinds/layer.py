@@ -11,6 +11,10 @@ from veneer.core.reclass import Reclassed
 from veneer.core.update import Update
 
 
+def _never_called(module: nn.Module, inputs: object) -> None:
+    """Adapters are a container: nobody calls them."""
+
+
 class Adapters(nn.ModuleDict):
     """The one child that an adapted layer has more than its base: an `Update` for each adapter name."""
 
@@ -20,6 +24,8 @@ class Adapters(nn.ModuleDict):
         super().__init__()
         self.plan = plan
         self.register_buffer("original", None, persistent=False)
+        # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
+        self.register_forward_pre_hook(_never_called)
 
     def acting(self, terms: tuple[Term, ...] | None = None) -> Iterator[tuple[Update, float]]:
         """The updates that act on this layer, with their weights: those of `terms`, or of the plan."""

@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from veneer.core.fused import Change, fused_linear
 from veneer.core.kinds.layer import AdaptedLayer
@@ -15,7 +16,12 @@ class AdaptedLinear(AdaptedLayer):
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+        # nn.MultiheadAttention reads its out_proj's weight and never calls the module: a change of it would not act
+        return (
+            isinstance(layer, nn.Linear)
+            and not isinstance(layer, NonDynamicallyQuantizableLinear)
+            and type(layer).forward is nn.Linear.forward
+        )
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:

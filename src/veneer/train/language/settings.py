@@ -78,6 +78,11 @@ class LanguageData(BaseModel):
             return text
         return "".join(words + (text if column else "") for words, column in parts)
 
+    def answer_columns(self) -> list[str]:
+        """The columns that only the completion's template reads: a prompt can be written without them."""
+        asked = {column for _, column in template_parts(self.prompt or "")}
+        return [column for _, column in template_parts(self.completion or "") if column and column not in asked]
+
     @model_validator(mode="after")
     def _agrees(self) -> "LanguageData":
         """Refuses settings that contradict each other."""

@@ -1,0 +1,111 @@
+"""`veneer train`: a recipe in, a run folder out."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from veneer.train.run import Preview, Result
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (`veneer recipes` lists them) or a file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Values that replace the recipe's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; train nothing, write nothing.")
+    ] = False,
+) -> None:
+    """Train an adapter: a recipe in, a run folder out."""
+    from veneer.cli.terminal import TerminalReporter
+    from veneer.train import run
+
+    settings, task = run.read_recipe(recipe, overrides or ())
+    with TerminalReporter() as reporter:
+        reporter.say(f"recipe {recipe}: {settings.task} on {settings.base}")
+        if dry_run:
+            _show_preview(run.preview(settings, task, reporter))
+            return
+        result = run.run(settings, task, reporter)
+    _show_result(result)
+    if result.outcome.interrupted:
+        raise typer.Exit(130)
+
+
+def _show_preview(preview: "Preview") -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from veneer.cli.terminal import size
+    from veneer.core.adapter import collapsed
+    from veneer.train.run import as_yaml
+
+    console = Console(highlight=False)
+    console.rule("recipe")
+    console.print(as_yaml(preview.recipe), markup=False, end="")
+    console.rule("adapter")
+    print(f"adapted layers ({len(preview.layers)}): {collapsed(preview.layers)}")
+    share = 100 * preview.trainable / preview.parameters
+    print(f"trainable parameters: {preview.trainable:,} of {preview.parameters:,} ({share:.2f} %)")
+    print(f"optimizer steps: {preview.steps:,}")
+    memory = preview.memory
+    print(
+        f"memory, about: {size(memory.total)} beside the interpreter's own 0.5 GB (base {size(memory.base)}, adapter "
+        f"and optimizer {size(memory.adapter)}, activations of a batch of the longest rows {size(memory.activations)})"
+    )
+    console.rule("tokens")
+    for sentence in preview.facts["report"].sentences():
+        print(sentence)
+    print("A few rows; what is learned is green and underlined:")
+    for look in preview.facts["looks"]:
+        text = Text()
+        for part, learned in look:
+            text.append(part, style="green underline" if learned else "dim")
+        console.print(text)
+        print()
+
+
+def _show_result(result: "Result") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if result.samples:
+        table = Table("prompt", "base", "adapted", show_lines=True)
+        for sample in result.samples:
+            table.add_row(*(sample[key].strip() for key in ("prompt", "base", "adapted")))
+        console.print(table)
+    figures = Table("", "before", "after", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    names = {"eval_loss": "held-out loss", "bleu": "BLEU"}
+    for key, value in result.after.items():
+        figures.add_row(names.get(key, key), f"{result.before[key]:.3f}", f"{value:.3f}")
+    if result.after:
+        console.print(figures)
+    _show_facts(result)
+
+
+def _show_facts(result: "Result") -> None:
+    from veneer.cli.terminal import size
+
+    outcome, folder = result.outcome, result.run.folder
+    share = 100 * result.trainable / result.parameters
+    print(f"trainable parameters  {result.trainable:,} of {result.parameters:,} ({share:.2f} %)")
+    print(f"adapter               {size(result.adapter_bytes)} in {result.run.adapter}")
+    print(f"peak memory           {size(result.peak_bytes)}")
+    print(f"time                  {result.seconds:.0f} s, {outcome.seconds:.0f} s of it for {outcome.steps} steps")
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"the run               {folder}: {files}")
+    if outcome.interrupted:
+        print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
+    prompt = result.samples[0]["prompt"].splitlines()[0] if result.samples else "…"
+    print("\nworth typing next:")
+    print(f"  veneer generate {folder} --compare --prompt {_quoted(prompt)}")
+    print(f"  veneer merge {folder} --out {folder}-merged")
+    print("  veneer recipes copy causal-lm my.yaml     # then train on rows of your own")
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)

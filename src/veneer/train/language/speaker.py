@@ -1,0 +1,131 @@
+"""An adapted language model from its folders: to be asked, or to be merged."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer import zoo
+from veneer.core.adapter import read_config
+from veneer.core.errors import AdapterError, nearest
+from veneer.core.model import PeftModel
+from veneer.train.language.answers import answer, pad_of
+from veneer.train.language.model import choose_device, load_causal_lm, load_tokenizer
+from veneer.train.language.rows import read_rows
+from veneer.train.language.settings import LanguageData
+from veneer.train.language.shapes import Message, detect_shape, documents
+from veneer.train.language.tokens import encode_prompt
+from veneer.train.record import USAGE
+
+Opening = str | list[Message]
+
+
+@dataclass
+class Speaker:
+    """A base, an adapter on it, and how prompts are written for it."""
+
+    model: Any
+    tokenizer: Any
+    data: LanguageData
+
+    @classmethod
+    def load(cls, adapter: str, base: str | None = None, dtype: str = "bfloat16", device: str = "auto") -> "Speaker":
+        """From a run's or an adapter's folder; the base is the one that the adapter names, or `base`."""
+        folder = adapter_folder(adapter)
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise AdapterError(f"dtype {dtype!r} is not one of bfloat16, float16, float32")
+        named = read_config(folder).base_model_name_or_path
+        if not (base or named):
+            raise AdapterError(f"{folder} does not say which base it is for: give --base")
+        place = zoo.resolve(base or named or "")
+        model = load_causal_lm(place, dtype, choose_device(device))
+        model = PeftModel.from_pretrained(model, folder)
+        return cls(model.eval(), load_tokenizer(place), _usage(folder))
+
+    def opening(self, text: str) -> Opening:
+        """What a person types, as the rows of the training write it."""
+        return self.data.filled(text)
+
+    def read(self, file: Path) -> list[Opening]:
+        """The prompts of a file, whose rows have the columns that the training's had; completions may be missing."""
+        rows = read_rows(str(file))
+        for row in rows:
+            for column in self.data.answer_columns():
+                row.values.setdefault(column, "")
+        return [document.opening for document in documents(rows, detect_shape(rows, self.data), self.data)]
+
+    def answers(
+        self,
+        prompts: Sequence[Opening],
+        adapted: bool = True,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        **options: Any,
+    ) -> list[str]:
+        """The answer to each prompt, of the adapted model or of the base."""
+        ids = [encode_prompt(prompt, self.tokenizer, self.data) for prompt in prompts]
+        with nullcontext() if adapted else self.model.disable_adapter():
+            return answer(self.model, self.tokenizer, ids, progress=progress, **options)
+
+    def stream(self, prompt: Opening, **options: Any) -> None:
+        """Print the answer to one prompt as it comes."""
+        import torch
+        from transformers import TextStreamer
+
+        ids = torch.tensor([encode_prompt(prompt, self.tokenizer, self.data)], device=self.model.device)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                pad_token_id=pad_of(self.tokenizer),
+                **{"do_sample": False, **options},
+            )
+
+
+def adapter_folder(name: str) -> Path:
+    """The adapter's folder: that of a run, or the folder itself."""
+    folder = Path(name).expanduser()
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return folder / "adapter"
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    if folder.is_dir():
+        raise AdapterError(f"{folder} is neither a run nor an adapter: it has no adapter/ and no adapter_config.json")
+    siblings = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    raise AdapterError(f"{folder}: there is no such run or adapter{nearest(str(folder), siblings)}")
+
+
+def write_merged(adapter: str, out: Path, base: str | None, dtype: str) -> Path:
+    """Merge and write an ordinary transformers folder, tokenizer included, whole or not at all."""
+    if out.exists():
+        raise AdapterError(f"{out} exists already; nothing was written")
+    speaker = Speaker.load(adapter, base, dtype, "cpu")
+    model = speaker.model.merge_and_unload()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            model.save_pretrained(workspace / "model")
+            speaker.tokenizer.save_pretrained(workspace / "model")
+            os.replace(workspace / "model", out)
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+    except OSError as error:
+        raise AdapterError(f"{out} cannot be written: {error.strerror or error}") from error
+    return out
+
+
+def _usage(folder: Path) -> LanguageData:
+    """How prompts are written for the adapter; plainly, where it does not say."""
+    path = folder / USAGE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
+        return LanguageData(path="-", **data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path} is damaged: {error}; without it, prompts are taken as they are") from error
