@@ -98,7 +98,7 @@ def _show_facts(result: "Result") -> None:
     print(f"the run               {folder}: {files}")
     if outcome.interrupted:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
-    prompt = result.samples[0]["prompt"].splitlines()[0] if result.samples else "…"
+    prompt = result.samples[0]["prompt"] if result.samples else "…"
     print("\nworth typing next:")
     print(f"  veneer generate {folder} --compare --prompt {_quoted(prompt)}")
     print(f"  veneer merge {folder} --out {folder}-merged")

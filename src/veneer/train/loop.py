@@ -40,7 +40,11 @@ def count_steps(settings: TrainSettings, size: int) -> int:
 
 
 def train(task: Task, settings: TrainSettings, eval_every: int | None, write: Write, reporter: Reporter) -> Outcome:
-    """Take the steps; a record of each goes to `write`. Ctrl-C ends the loop after the step that is under way."""
+    """Take the steps; a record of each goes to `write`.
+
+    Ctrl-C ends the loop after the step that is under way, with the adapter as that step left it; pressed again in a
+    step, it interrupts at once, and in a measurement, it ends the loop.
+    """
     steps = count_steps(settings, task.size)
     optimiser = optimizer(task.model, settings)
     began = time.perf_counter()
@@ -48,6 +52,9 @@ def train(task: Task, settings: TrainSettings, eval_every: int | None, write: Wr
     with _finishing_the_step() as stop:
         task.model.train()
         for step in range(steps):
+            if stop.is_set():
+                outcome.interrupted = True
+                break
             batches = [task.batch(rows) for rows in rows_of(step, settings, task.size)]
             torch.manual_seed(_seed(settings.seed, "step", step))
             lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
@@ -61,11 +68,11 @@ def train(task: Task, settings: TrainSettings, eval_every: int | None, write: Wr
             record = {"step": step + 1, "loss": loss, "lr": lr, "tokens": tokens, "seconds": outcome.seconds}
             write(record)
             reporter.step(record, steps)
-            if stop.is_set():
-                outcome.interrupted = step + 1 < steps
-                break
             if eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
-                write({"step": step + 1, **task.evaluate(whole=False)})
+                try:
+                    write({"step": step + 1, **task.evaluate(whole=False)})
+                except KeyboardInterrupt:
+                    stop.set()
                 task.model.train()
     return outcome
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -26,6 +27,10 @@ class Run:
             self.folder = _next_folder(parent, name)
         except OSError as error:
             raise AdapterError(f"output {parent}: cannot make the run's folder: {error.strerror or error}") from error
+
+    def discard(self) -> None:
+        """Take the folder away again, for a run that could not begin."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def adapter(self) -> Path:

@@ -69,13 +69,17 @@ def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
 def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
     """Train, measure before and after, and leave a run folder. Whatever was learned is saved, also on Ctrl-C.
 
-    Raises `AdapterError` for bad input before the folder is made, and for a loss that is not a number after the last
-    good adapter is saved.
+    Raises `AdapterError` for bad input, with no folder left, and for a loss that is not a number, with the adapter of
+    the last good step saved.
     """
     began = time.perf_counter()
-    task = build(recipe, reporter)
     folder = Run(recipe.output, recipe.name or recipe.task)
-    folder.write("recipe.yaml", as_yaml(resolved(recipe)))
+    try:
+        task = build(recipe, reporter)
+        folder.write("recipe.yaml", as_yaml(resolved(recipe)))
+    except BaseException:
+        folder.discard()
+        raise
     trainable, parameters = task.model.get_nb_trainable_parameters()
     before = task.evaluate(whole=True)
     if before:
@@ -88,15 +92,23 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
         _draw(folder)
         raise AdapterError(f"{outcome.failure}. It is in {folder.adapter}")
     if not outcome.interrupted:
-        result.after = task.evaluate(whole=True)
-        if result.after:
-            folder.measure({"step": outcome.steps, **result.after})
-        result.samples = task.sample(folder.samples)
+        try:
+            _measure(task, result)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
     _draw(folder)
     result.peak_bytes = peak_memory()
     result.seconds = time.perf_counter() - began
     _save(task, recipe, result)
     return result
+
+
+def _measure(task: Task, result: Result) -> None:
+    """The figures after the training, and samples."""
+    result.after = task.evaluate(whole=True)
+    if result.after:
+        result.run.measure({"step": result.outcome.steps, **result.after})
+    result.samples = task.sample(result.run.samples)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class CausalLM(Task):
         with self.model.disable_adapter():
             before = answer(self.model, self.tokenizer, prompts, most)
         after = answer(self.model, self.tokenizer, prompts, most)
-        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt, _ in asked]
+        texts = [self.recipe.data.typed(p if isinstance(p, str) else p[-1]["content"]) for p, _ in asked]
         samples = [
             {"prompt": text, "base": old, "adapted": new, "reference": question.references[0] if question else ""}
             for text, old, new, (_, question) in zip(texts, before, after, asked, strict=True)

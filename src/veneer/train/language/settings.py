@@ -1,10 +1,11 @@
 """What a recipe says about the data of a language model."""
 
 from functools import lru_cache
+from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from veneer.core.errors import AdapterError
 
@@ -78,10 +79,21 @@ class LanguageData(BaseModel):
             return text
         return "".join(words + (text if column else "") for words, column in parts)
 
+    def typed(self, text: str) -> str:
+        """What a person would have to type for this prompt: the other way round of `filled`."""
+        before, after = self.filled("\0").split("\0") if "\0" in self.filled("\0") else ("", "")
+        return text.removeprefix(before).removesuffix(after)
+
     def answer_columns(self) -> list[str]:
         """The columns that only the completion's template reads: a prompt can be written without them."""
         asked = {column for _, column in template_parts(self.prompt or "")}
         return [column for _, column in template_parts(self.completion or "") if column and column not in asked]
+
+    @field_validator("path", "eval_path")
+    @classmethod
+    def _named_in_full(cls, path: str | None) -> str | None:
+        """A file is named in full, so that the recipe of a run can be run again from anywhere."""
+        return str(Path(path).resolve()) if path and Path(path).is_file() else path
 
     @model_validator(mode="after")
     def _agrees(self) -> "LanguageData":
