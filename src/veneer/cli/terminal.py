@@ -33,7 +33,7 @@ class TerminalReporter(Reporter):
 
     def say(self, text: str) -> None:
         self._end()
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         if done >= total:

@@ -15,9 +15,9 @@ from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
-    "q_proj v_proj": "bart clip cohere gemma gemma2 gemma3_text gpt_neo gptj granite llama llama4 mbart mistral "
-    "mixtral olmo2 opt phi qwen2 qwen3 smollm3 stablelm",
-    "query value": "bert dinov2 electra layoutlm roberta vit xlm-roberta",
+    "q_proj v_proj": "bart clip cohere dinov2 gemma gemma2 gemma3_text gpt_neo gptj granite llama llama4 mbart mistral "
+    "mixtral olmo2 opt phi qwen2 qwen3 smollm3 stablelm vit",
+    "query value": "bert electra layoutlm roberta xlm-roberta",
     "query_key_value": "bloom falcon gpt_neox",
     "q v": "mt5 t5",
     "c_attn": "gpt2 gpt_bigcode",

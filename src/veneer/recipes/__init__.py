@@ -42,7 +42,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise AdapterError(f"override {override!r}: expected key.sub=value")
-        values = merged(values, _nested(key.split("."), _parsed(text, f"override {override!r}")))
+        values = merged(values, _nested(key.split("."), _typed(text)))
     return values
 
 
@@ -86,6 +86,21 @@ def _placed(values: Any, folder: Path) -> Any:
 
 def _nested(keys: list[str], value: Any) -> Any:
     return {keys[0]: _nested(keys[1:], value)} if keys else value
+
+
+def _typed(text: str) -> Any:
+    """A value as typed on the command line: YAML where it is plainly meant, else the text to the letter.
+
+    `{facts}` and `Facts: {facts}` are texts; `{q_proj: 8}` and `[q_proj]` are not.
+    """
+    try:
+        value = _parsed(text, text)
+    except AdapterError:
+        return text
+    written_out = text.startswith(("{", "[", "'", '"'))
+    if isinstance(value, dict) and (not written_out or None in value.values()):
+        return text
+    return text if isinstance(value, (str, list)) and not written_out else value
 
 
 def _parsed(text: str, what: str) -> Any:

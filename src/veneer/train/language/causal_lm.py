@@ -68,8 +68,9 @@ class CausalLM(Task):
         if self.held_out is None:
             return {}
         figures = {"eval_loss": self._held_out_loss(self.held_out)}
-        if whole and self.recipe.eval.answers:
-            figures["bleu"] = self._bleu(self.held_out)
+        asked = evenly(questions(self.held_out), self.recipe.eval.answers) if whole else []
+        if asked:
+            figures["bleu"] = self._bleu(asked)
         return figures
 
     def sample(self, folder: Path) -> list[dict[str, str]]:
@@ -135,8 +136,7 @@ class CausalLM(Task):
             self.reporter.progress("held-out loss", min(start + size, len(rows)), len(rows))
         return total / units
 
-    def _bleu(self, part: Part) -> float:
-        asked = evenly(questions(part), self.recipe.eval.answers)
+    def _bleu(self, asked: list[Question]) -> float:
         prompts = [encode_prompt(q.document.opening, self.tokenizer, self.recipe.data) for q in asked]
 
         def progress(done: int, total: int) -> None:

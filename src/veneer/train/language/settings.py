@@ -5,17 +5,16 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from veneer.core.errors import AdapterError
+from veneer.train.settings import Settings
 
 Shape = Literal["text", "prompt-completion", "messages", "alpaca"]
 
 
-class LanguageData(BaseModel):
+class LanguageData(Settings):
     """The `data` part of a recipe for a language model: where the rows are, and how they are read."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str = Field(
         min_length=1,
@@ -72,17 +71,23 @@ class LanguageData(BaseModel):
     )
 
     def filled(self, text: str) -> str:
-        """What a person types as a prompt, as the rows write it: the value of the template's only column."""
-        parts = template_parts(self.prompt or "")
-        columns = [column for _, column in parts if column]
-        if len(columns) != 1:
-            return text
-        return "".join(words + (text if column else "") for words, column in parts)
+        """What a person types as a prompt, as the rows write it: in the place of the template's only column."""
+        before, after = self._around()
+        return f"{before}{text}{after}"
 
-    def typed(self, text: str) -> str:
-        """What a person would have to type for this prompt: the other way round of `filled`."""
-        before, after = self.filled("\0").split("\0") if "\0" in self.filled("\0") else ("", "")
-        return text.removeprefix(before).removesuffix(after)
+    def typed(self, prompt: str) -> str:
+        """What a person would have to type for this prompt."""
+        before, after = self._around()
+        return prompt.removeprefix(before).removesuffix(after)
+
+    def _around(self) -> tuple[str, str]:
+        """What the prompt's template has before and after its column; nothing, if it has not just one."""
+        match template_parts(self.prompt or ""):
+            case ((before, str()),):
+                return before, ""
+            case ((before, str()), (after, None)):
+                return before, after
+        return "", ""
 
     def answer_columns(self) -> list[str]:
         """The columns that only the completion's template reads: a prompt can be written without them."""
@@ -127,10 +132,8 @@ def template_parts(template: str) -> tuple[tuple[str, str | None], ...]:
     return tuple((text, column) for text, column, _, _ in parts)
 
 
-class LanguageEvaluation(BaseModel):
+class LanguageEvaluation(Settings):
     """The `eval` part of a recipe for a language model."""
-
-    model_config = ConfigDict(extra="forbid")
 
     every_steps: int | None = Field(None, ge=1, description="Measure the held-out loss every so many steps.")
     rows: int = Field(500, ge=1, description="The most held-out rows that the loss is measured on, evenly spread.")
@@ -143,10 +146,8 @@ class LanguageEvaluation(BaseModel):
     max_new_tokens: int = Field(64, ge=1, description="The longest answer, in tokens.")
 
 
-class LanguageSample(BaseModel):
+class LanguageSample(Settings):
     """The `sample` part of a recipe for a language model."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompts: list[str] | None = Field(
         None, description="Prompts that base and adapted model answer at the end; held-out ones, if not given."
