@@ -35,7 +35,9 @@ def main(source: str) -> None:
     draw = random.Random(0)
     draw.shuffle(facts)
     held_out, learned = facts[:HELD_OUT_FACTS], facts[HELD_OUT_FACTS:]
-    pairs = [(fact, sentence) for fact in learned for sentence in draw.sample(sentences[fact], min(3, len(sentences[fact])))]
+    pairs = [
+        (fact, sentence) for fact in learned for sentence in draw.sample(sentences[fact], min(3, len(sentences[fact])))
+    ]
     draw.shuffle(pairs)
     write(TARGET / "train.jsonl", pairs[:TRAIN_PAIRS])
     write(TARGET / "held-out.jsonl", [(fact, sentence) for fact in held_out for sentence in sentences[fact]])

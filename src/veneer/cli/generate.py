@@ -25,7 +25,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; higher is freer.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Decides the draws where the temperature is above 0.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the base: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
 ) -> None:
     """Answer prompts with an adapted language model."""

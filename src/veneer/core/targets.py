@@ -61,7 +61,9 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
             f'its linear layers end with {listed(_last_parts(modules))}, or say "all-linear"'
         )
     _refuse_unadaptable(modules, chosen)
-    resolved = replace(config, target_modules=_shortest(modules, chosen) if names == "all-linear" else names)
+    # PEFT does not read an expression together with layer numbers
+    spell = names == "all-linear" or (isinstance(names, str) and config.layers_to_transform is not None)
+    resolved = replace(config, target_modules=_shortest(modules, chosen) if spell else names)
     return _with_patterns({path: modules[path] for path in chosen}, resolved), resolved
 
 

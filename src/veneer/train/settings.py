@@ -41,7 +41,11 @@ class Recipe(Settings):
 
     task: str = Field("causal-lm", description="What is learned.")
     base: str = Field(description="The base model: a name that `veneer models` lists, a folder, or a hub id.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Of the frozen base.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Of the frozen base; the adapter trains in float32. auto: bfloat16 where the device multiplies it "
+        "faster than float32, else float32.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps, …")
     adapter: LoraConfig = Field(default_factory=LoraConfig, description="LoraConfig's own fields.")
     train: TrainSettings = Field(default_factory=TrainSettings)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer import zoo
 from veneer.core.model import get_peft_model
 from veneer.train.language.answers import answer, bleu, pad_of
-from veneer.train.language.model import choose_device, load_causal_lm, load_tokenizer
+from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer
 from veneer.train.language.parts import Part, Question, evenly, questions, read_parts
 from veneer.train.language.settings import LanguageData, LanguageEvaluation, LanguageSample
 from veneer.train.language.tokens import coloured, encode_prompt
@@ -39,6 +39,7 @@ class CausalLM(Task):
     def __init__(self, recipe: CausalLMRecipe, reporter: Reporter) -> None:
         self.recipe, self.reporter = recipe, reporter
         device = choose_device(recipe.device)
+        recipe.dtype = choose_dtype(recipe.dtype, device)  # type: ignore[assignment]
         folder = zoo.resolve(recipe.base)
         self.tokenizer = load_tokenizer(folder)
         self.part, self.held_out = read_parts(recipe.data, self.tokenizer, recipe.train.seed)

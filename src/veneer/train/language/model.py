@@ -10,6 +10,8 @@ from transformers.utils import logging
 from veneer.core.adapter import collapsed
 from veneer.core.errors import AdapterError
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`. Raises `AdapterError` when there is none."""
@@ -60,6 +62,20 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise AdapterError(f"device {name!r} is not to be had here: {_first_line(error)}") from error
     return device
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """For `auto`, bfloat16 where the device multiplies it faster than float32: with AMX on a CPU, or on a GPU."""
+    if name not in DTYPES:
+        raise AdapterError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        # without AMX a bfloat16 product takes twice as long as a float32 one (AVX-512, measured)
+        fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    else:
+        fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
 
 
 def _first_line(error: BaseException) -> str:

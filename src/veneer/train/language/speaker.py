@@ -15,7 +15,7 @@ from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError, nearest
 from veneer.core.model import PeftModel
 from veneer.train.language.answers import answer, pad_of
-from veneer.train.language.model import choose_device, load_causal_lm, load_tokenizer
+from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer
 from veneer.train.language.rows import read_rows
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Message, detect_shape, documents
@@ -34,16 +34,15 @@ class Speaker:
     data: LanguageData
 
     @classmethod
-    def load(cls, adapter: str, base: str | None = None, dtype: str = "bfloat16", device: str = "auto") -> "Speaker":
+    def load(cls, adapter: str, base: str | None = None, dtype: str = "auto", device: str = "auto") -> "Speaker":
         """From a run's or an adapter's folder; the base is the one that the adapter names, or `base`."""
         folder = adapter_folder(adapter)
-        if dtype not in ("bfloat16", "float16", "float32"):
-            raise AdapterError(f"dtype {dtype!r} is not one of bfloat16, float16, float32")
         named = read_config(folder).base_model_name_or_path
         if not (base or named):
             raise AdapterError(f"{folder} does not say which base it is for: give --base")
         place = zoo.resolve(base or named or "")
-        model = load_causal_lm(place, dtype, choose_device(device))
+        chosen = choose_device(device)
+        model = load_causal_lm(place, choose_dtype(dtype, chosen), chosen)
         model = PeftModel.from_pretrained(model, folder)
         return cls(model.eval(), load_tokenizer(place), _usage(folder))
 
