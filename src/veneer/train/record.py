@@ -92,14 +92,15 @@ def draw_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> No
     if steps:
         x, y = zip(*steps, strict=True)
         axes.plot(x, y, color="#9db4c8", linewidth=1, label="each step")
-        mean, means = y[0], []
-        for value in y:
-            mean += (value - mean) * 0.1
+        mean, means = 0.0, []
+        for count, value in enumerate(y, 1):
+            mean += (value - mean) * max(0.1, 1 / count)
             means.append(mean)
         axes.plot(x, means, color="#1f5a8a", linewidth=2, label="running mean")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#c4622d", markersize=5, label="held out")
     axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     if steps or held_out:
         axes.legend(frameon=False)

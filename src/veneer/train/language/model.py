@@ -1,5 +1,7 @@
 """A base from a folder: its tokenizer and its weights, ready to be adapted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +28,36 @@ def load_causal_lm(folder: Path, dtype: str, device: torch.device) -> Any:
 
     Raises `AdapterError` when the folder holds another kind of model, or not all of its weights.
     """
-    quiet = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would say of missing weights is an error here
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
-        )
+        with quiet():  # what it would say of missing weights is an error here
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError) as error:
         raise AdapterError(
             f"base {folder} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if quiet:
-            logging.enable_progress_bar()
     if missing := sorted(found["missing_keys"]):
         raise AdapterError(
             f"base {folder} is a {config.model_type} without the weights of a causal language model: "
             f"{collapsed(missing)} are missing; choose another base"
         )
     return model.to(device)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers prints no progress and no warnings."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def choose_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError, nearest
 from veneer.core.model import PeftModel
 from veneer.train.language.answers import answer, pad_of
-from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer
+from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer, quiet
 from veneer.train.language.rows import read_rows
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Message, detect_shape, documents
@@ -110,8 +110,11 @@ def write_merged(adapter: str, out: Path, base: str | None, dtype: str) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
-            model.save_pretrained(workspace / "model")
+            with quiet():
+                model.save_pretrained(workspace / "model")
             speaker.tokenizer.save_pretrained(workspace / "model")
+            for path in (workspace / "model").glob("*.safetensors"):
+                shutil.copymode(workspace / "model/config.json", path)  # else only their owner could read them
             os.replace(workspace / "model", out)
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
