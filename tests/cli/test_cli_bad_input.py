@@ -150,7 +150,7 @@ def test_a_wheel_whose_checksum_differs(veneer, tmp_path, monkeypatch):
 
 def test_recipes_are_listed_shown_and_copied(veneer, tmp_path):
     assert "quickstart" in veneer("recipes").out
-    assert "epochs: 1" in veneer("recipes", "show", "quickstart").out
+    assert "steps: 60" in veneer("recipes", "show", "quickstart").out
     assert "max_grad_norm: 1.0" in veneer("recipes", "show", "quickstart", "--resolved").out
     assert veneer("recipes", "copy", "quickstart", tmp_path / "my.yaml").code == 0
     from veneer.train.run import read_recipe
@@ -168,5 +168,5 @@ def test_recipes_extend_each_other(tmp_path):
     (tmp_path / "mine.yaml").write_text("extend: quickstart\ntrain: {lr: 1.0}\n")
     values = recipes.load(str(tmp_path / "mine.yaml"), ["train.seed=3", "data.prompt=Q: {facts}"])
     assert values["base"] == "smollm2-135m"
-    assert values["train"] == {"epochs": 1, "batch_size": 16, "lr": 1.0, "warmup": 0.1, "seed": 3}
+    assert values["train"] == {"steps": 60, "batch_size": 8, "lr": 1.0, "warmup": 0.1, "seed": 3}
     assert values["data"]["prompt"] == "Q: {facts}"

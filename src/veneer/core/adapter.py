@@ -3,9 +3,8 @@
 import json
 import os
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, nearest
 from veneer.core.methods import method
+from veneer.core.whole import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -33,7 +33,7 @@ class Adapter:
     tensors: dict[str, dict[str, Tensor]]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; each whole or not at all.
+        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; both whole or not at all.
 
         Raises `AdapterError` when the folder cannot be written.
         """
@@ -47,8 +47,12 @@ class Adapter:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / WEIGHTS, lambda path: save_file(flat, path, metadata={"format": "pt"}))
-            write_whole(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+            write_whole(
+                {
+                    folder / WEIGHTS: lambda path: save_file(flat, path, metadata={"format": "pt"}),
+                    folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+                }
+            )
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
         return folder
@@ -100,28 +104,6 @@ def _existing(folder: Path, name: str) -> Path:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise AdapterError(f"{folder} is not an adapter folder: no {name}; it holds {there}")
     return folder / name
-
-
-def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and put it in place at once."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        descriptor = os.open(temporary, os.O_RDWR)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def collapsed(names: Iterable[str]) -> str:

@@ -29,6 +29,8 @@ _SILENT = {
     "peft_version", "qalora_group_size", "runtime_config", "velora_config",
 }  # fmt: skip
 
+_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
+
 
 @dataclass
 class LoraConfig:
@@ -79,6 +81,8 @@ class LoraConfig:
         known = {f.name for f in fields(cls)}
         problems, strangers = [], []
         for key, value in values.items():
+            if key == "init_lora_weights" and str(value).lower().startswith(_MOVE_THE_BASE):
+                problems.append(f"{key}={value!r} is an adapter for a base that was changed; save it as a plain LoRA")
             if key in known or key in _SILENT:
                 continue
             if key in _NEUTRAL:
@@ -91,6 +95,7 @@ class LoraConfig:
         if strangers:
             warnings.warn(f"{where}: unknown keys are ignored: {', '.join(strangers)}", stacklevel=3)
         given = {key: value for key, value in values.items() if key in known and value is not None}
+        given.pop("init_lora_weights", None)  # how a finished adapter once started says nothing about it now
         try:
             return cls(**given)
         except AdapterError as error:

@@ -34,6 +34,12 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequen
     return _FusedLinear.apply(x, weight, bias, scales, masks, *factors)
 
 
+def thin_linear(x: Tensor, change: Change) -> Tensor:
+    """scale · B A · drop(x) alone, for a layer whose own forward gives the rest."""
+    h = F.linear(F.dropout(x, change.dropout), change.A.to(x.dtype))  # (..., r)
+    return F.linear(h, change.B.to(x.dtype)) * change.scale
+
+
 def _mask(x: Tensor, dropout: float) -> Tensor | None:
     """Which inputs are kept, one byte each, in x's flat shape."""
     if dropout == 0:

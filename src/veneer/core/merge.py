@@ -34,15 +34,15 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
         for layer in done:
             _put_back(layer)
         raise
-    plan.merged, plan.terms = terms, ()
+    plan.merged, plan.resting, plan.terms = terms, plan.terms, ()
 
 
 def unmerge(model: nn.Module, plan: Plan) -> None:
-    """The original weights, bit for bit, and the adapters live again."""
+    """The original weights, bit for bit; what acted before the merge acts again."""
     for _, layer in adapted_layers(model):
         if layer.adapters.original is not None:
             _put_back(layer)
-    plan.terms, plan.merged = plan.merged, ()
+    plan.terms, plan.merged, plan.resting = plan.resting, (), ()
 
 
 def _put_back(layer: AdaptedLayer) -> None:

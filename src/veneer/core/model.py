@@ -52,9 +52,9 @@ class PeftModel(Reclassed):
 
         Other keywords, which transformers' Trainer passes, say nothing here. No network call is made.
         """
-        return self.adapter(adapter_name).save(folder)
+        return self.get_adapter(adapter_name).save(folder)
 
-    def adapter(self, name: str | None = None) -> Adapter:
+    def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones."""
         if name is None:
             names = list(self.peft_config) if len(self.peft_config) == 1 else self.active_adapters
@@ -90,10 +90,11 @@ class PeftModel(Reclassed):
     @contextmanager
     def using(self, adapters: Spec) -> Iterator[None]:
         """`with model.using("fr"):` these adapters act inside, and what acted before acts after, also on an error."""
-        before, merged = self.adapter_plan.terms, self.adapter_plan.merged
         terms = terms_of(adapters, self.peft_config)
+        merged = self.adapter_plan.merged
         if merged:
             self.unmerge_adapter()
+        before = self.adapter_plan.terms
         self.adapter_plan.terms = terms
         try:
             yield
@@ -117,19 +118,19 @@ class PeftModel(Reclassed):
         merge(self, self.adapter_plan, terms)
 
     def unmerge_adapter(self) -> None:
-        """The base's weights again, bit for bit; what was merged acts live."""
+        """The base's weights again, bit for bit; what acted before the merge acts again, live."""
         if not self.adapter_plan.merged:
             raise AdapterError("nothing is merged")
         unmerge(self, self.adapter_plan)
 
     def merge_and_unload(self, adapter_names: Spec | None = None) -> nn.Module:
-        """The plain base model with these adapters inside its weights; nothing of veneer stays on it."""
+        """The plain base model with these adapters inside its weights; its parameters stay frozen."""
         if not self.adapter_plan.merged or adapter_names is not None:
             self.merge_adapter(adapter_names)
         return self._strip()
 
     def unload(self) -> nn.Module:
-        """The plain base model as it was, bit for bit, without adapters."""
+        """The plain base model as it was, bit for bit, without adapters; its parameters stay frozen."""
         if self.adapter_plan.merged:
             self.unmerge_adapter()
         return self._strip()
@@ -147,6 +148,7 @@ class PeftModel(Reclassed):
     def _add(self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool) -> None:
         if name in self.peft_config:
             raise AdapterError(f"the model already carries an adapter named {name!r}; delete it or take another name")
+        self._refuse_merged("adding an adapter")
         resolved = inject(self, self.adapter_plan, name, config, values)
         if not is_trainable:
             for _, layer in adapted_layers(self):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from veneer.core.errors import AdapterError, listed, nearest
 
@@ -21,11 +21,13 @@ class Term:
 class Plan:
     """y = W x + Σ weight · ΔW x over `terms`; no terms is the base model.
 
-    While adapters are merged, `merged` holds the terms that are inside the weights and `terms` is empty.
+    While adapters are merged, `merged` holds the terms that are inside the weights, `terms` is empty, and
+    `resting` holds what acts again after unmerging.
     """
 
     terms: tuple[Term, ...] = ()
-    merged: tuple[Term, ...] = field(default=())
+    merged: tuple[Term, ...] = ()
+    resting: tuple[Term, ...] = ()
 
 
 def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:

@@ -11,7 +11,6 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.layer import Adapters
-from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
@@ -69,9 +68,8 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by path, leaving out what adapters added."""
-    return {
-        path: module for path, module in model.named_modules() if path and not isinstance(module, (Adapters, Update))
-    }
+    added = {inner for module in model.modules() if isinstance(module, Adapters) for inner in module.modules()}
+    return {path: module for path, module in model.named_modules() if path and module not in added}
 
 
 def _is_linear(module: nn.Module) -> bool:

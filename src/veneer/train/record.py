@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from veneer.core.adapter import write_whole
 from veneer.core.errors import AdapterError
+from veneer.core.whole import write_whole
 
 USAGE = "veneer.json"  # beside an adapter: how it is used
 
@@ -47,7 +47,7 @@ class Run:
         path = self.folder / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+            write_whole({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
         except OSError as error:
             raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
         return path
@@ -83,6 +83,7 @@ def _next_folder(parent: Path, name: str) -> Path:
 def draw_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:
     """loss.png: the loss of each step, its running mean, and the held-out loss."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     records = list(records)
     steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
@@ -100,11 +101,11 @@ def draw_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> No
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#c4622d", markersize=5, label="held out")
     axes.set(xlabel="step", ylabel="loss", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     if steps or held_out:
         axes.legend(frameon=False)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    write_whole({path: lambda temporary: figure.savefig(temporary, dpi=120, format="png")})
 
 
 def peak_memory() -> int:

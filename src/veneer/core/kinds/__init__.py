@@ -3,10 +3,10 @@
 from torch import nn
 
 from veneer.core.kinds.layer import AdaptedLayer
-from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear
+from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear, AdaptedOwnLinear
 from veneer.core.reclass import mixin_of
 
-KINDS: tuple[type[AdaptedLayer], ...] = (AdaptedLinear, AdaptedConv1D)
+KINDS: tuple[type[AdaptedLayer], ...] = (AdaptedLinear, AdaptedOwnLinear, AdaptedConv1D)
 
 
 def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veneer.core.fused import Change, fused_linear
+from veneer.core.fused import Change, fused_linear, thin_linear
 from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.update import Update
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -16,33 +17,51 @@ class AdaptedLinear(AdaptedLayer):
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
-        # nn.MultiheadAttention reads its out_proj's weight and never calls the module: a change of it would not act
-        return (
-            isinstance(layer, nn.Linear)
-            and not isinstance(layer, NonDynamicallyQuantizableLinear)
-            and type(layer).forward is nn.Linear.forward
-        )
+        return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and _is_called(layer)
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        acting = list(self.adapters.acting())
-        if not acting:
+        thin, dense = self._changes()
+        if not thin and not dense:
             return super().forward(x)
+        matrix = self.matrix(self.weight)
+        y = fused_linear(x, matrix, self.bias, thin)
+        return self._with_dense(y, x, dense)
+
+    def _changes(self) -> tuple[list[Change], list[tuple[Update, float, float]]]:
+        """What acts: products of thin matrices, and (update, weight, dropout) for the rest."""
         thin, dense = [], []
-        for update, weight in acting:
+        for update, weight in self.adapters.acting():
             dropout = update.dropout if self.training else 0.0
             if factors := update.factors():
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout))
             else:
                 dense.append((update, weight, dropout))
-        matrix = self.matrix(self.weight)
-        y = fused_linear(x, matrix, self.bias, thin)
+        return thin, dense
+
+    def _with_dense(self, y: Tensor, x: Tensor, dense: list[tuple[Update, float, float]]) -> Tensor:
         for update, weight, dropout in dense:
-            y = y + F.linear(F.dropout(x, dropout), (weight * update.delta(matrix)).to(y.dtype))
+            delta = weight * update.delta(self.matrix(self.weight))
+            y = y + F.linear(F.dropout(x, dropout), delta.to(x.dtype)).to(y.dtype)
         return y
+
+
+class AdaptedOwnLinear(AdaptedLinear):
+    """A subclass of `nn.Linear` with a forward of its own (Falcon's, say): it runs, and the changes are added."""
+
+    @classmethod
+    def handles(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and _is_called(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        thin, dense = self._changes()
+        y = super(AdaptedLinear, self).forward(x)
+        for change in thin:
+            y = y + thin_linear(x, change).to(y.dtype)
+        return self._with_dense(y, x, dense)
 
 
 class AdaptedConv1D(AdaptedLinear):
@@ -55,3 +74,8 @@ class AdaptedConv1D(AdaptedLinear):
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
         return weight.t()
+
+
+def _is_called(layer: nn.Linear) -> bool:
+    """Whether the layer is called: `nn.MultiheadAttention` only reads its out_proj's weight, so no change would act."""
+    return not isinstance(layer, NonDynamicallyQuantizableLinear)

@@ -1,0 +1,72 @@
+"""Every test runs offline, on few threads, from one seed; and tiny genuine models to adapt are a call away."""
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false"
+)
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+}
+_ENCODER = {**_SIZES, "max_position_embeddings": 40}
+_FAMILIES = {
+    "llama": ("CausalLM", {**_SIZES, "num_key_value_heads": 1}),
+    "qwen3": ("CausalLM", {**_SIZES, "num_key_value_heads": 1, "head_dim": 16}),
+    "gpt2": ("CausalLM", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}),
+    "gpt_neox": ("CausalLM", _ENCODER),
+    "opt": ("CausalLM", {**_ENCODER, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "bloom": ("CausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}),
+    "bert": ("SequenceClassification", _ENCODER),
+    "roberta": ("SequenceClassification", _ENCODER),
+    "deberta-v2": ("SequenceClassification", _ENCODER),
+    "distilbert": ("MaskedLM", {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "vocab_size": 64}),
+    "t5": ("Seq2SeqLM", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 64}),
+    "vit": ("ImageClassification", {**_SIZES, "image_size": 8, "patch_size": 4}),
+}
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def bits() -> Callable[[nn.Module], dict[str, object]]:
+    """Every tensor of a model to the bit (NaN and the sign of zero included), for `==`."""
+
+    def of(tensor: torch.Tensor) -> object:
+        return tensor.dtype, tensor.shape, tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+    return lambda model: {name: of(tensor) for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., nn.Module]:
+    """`tiny("llama")`: a genuine transformers model of that family, with random weights, in eval mode."""
+
+    def build(family: str, head: str | None = None, **settings: object) -> nn.Module:
+        import transformers
+
+        usual, sizes = _FAMILIES[family]
+        # a token outside of so small a vocabulary would be warned of
+        tokens = {} if family == "vit" else {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        if family == "t5":
+            tokens["decoder_start_token_id"] = 0
+        config = transformers.AutoConfig.for_model(family, **{**sizes, **tokens, **settings})
+        name = f"AutoModelFor{head or usual}" if head != "" else "AutoModel"
+        return getattr(transformers, name).from_config(config).eval()
+
+    return build

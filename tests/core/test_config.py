@@ -1,0 +1,109 @@
+"""`LoraConfig`: what it accepts, what it says, and how it reads PEFT's files."""
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+
+from veneer import AdapterError, LoraConfig
+from veneer.core.config import scaling
+
+NAN, INFINITY = math.nan, math.inf
+OUT_OF_RANGE = {
+    "r": (0, -1, 1.5, True, "8", None),
+    "lora_alpha": (NAN, INFINITY, "8", None, True),
+    "lora_dropout": (1, 1.0, -0.1, NAN, "0", None),
+    "use_rslora": ("no", 1, None),
+    "target_modules": ("", [], [""], [1], 3, {}),
+    "exclude_modules": ("", [], ["q", ""], 3),
+    "layers_pattern": ("(", "layers", [3]),  # the second one only because layers_to_transform is not given
+    "layers_to_transform": (-1, [-1], [0.5], "1", [None]),
+    "rank_pattern": (None, [], {"q": 0}, {"q": 1.5}, {"(": 2}),
+    "alpha_pattern": (None, [], {"q": NAN}, {"q": "1"}, {"(": 2}),
+    "init_lora_weights": ("pissa", None, "true", [], 2),
+    "peft_type": (None, 3, []),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, v) for name, values in OUT_OF_RANGE.items() for v in values], ids=str
+)
+def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(name, value):
+    with pytest.raises(AdapterError) as error:
+        LoraConfig(**{name: value})
+    assert str(error.value).startswith(f"LoraConfig: {name} should be ")
+    assert f"found {value!r}" in str(error.value)
+
+
+def test_all_problems_are_in_one_message():
+    with pytest.raises(AdapterError) as error:
+        LoraConfig(**{name: values[0] for name, values in OUT_OF_RANGE.items()})
+    assert all(f"{name} should be " in str(error.value) for name in OUT_OF_RANGE)
+
+
+@pytest.mark.parametrize(
+    "junk", [None, True, -1, 0, 1.5, NAN, "x", "(", [], [[]], [None], {}, {"(": []}, {"x": None}], ids=str
+)
+@pytest.mark.parametrize("name", [f.name for f in fields(LoraConfig)])
+def test_junk_from_a_file_is_a_config_or_an_adapter_error(name, junk):
+    try:
+        config = LoraConfig.from_dict({name: junk})
+    except AdapterError:
+        return
+    assert LoraConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("names", [("v", "q"), {"v", "q"}, frozenset("qv"), ["q", "v"]], ids=str)
+def test_names_become_a_list_that_json_can_hold(names):
+    assert sorted(LoraConfig(target_modules=names).target_modules) == ["q", "v"]
+    assert isinstance(LoraConfig(target_modules={"v", "q"}).target_modules, list)
+
+
+def test_to_dict_and_from_dict_are_inverse_and_json():
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=["q"], lora_dropout=0.1, use_rslora=True, rank_pattern={"q": 2},
+        alpha_pattern={"q": 1.5}, layers_to_transform=[1], layers_pattern="h", exclude_modules="x", task_type="T",
+    )  # fmt: skip
+    assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"modules_to_save": ["head"]},
+        {"trainable_token_indices": [1]},
+        {"target_parameters": ["w"]},
+        {"layer_replication": [[0, 2]]},
+        {"alora_invocation_tokens": [1]},
+        {"use_qalora": True},
+    ],
+    ids=str,
+)
+def test_what_is_not_built_is_refused_by_name(values):
+    (key,) = values
+    with pytest.raises(AdapterError, match=f"^file.json: {key}=.* is not supported"):
+        LoraConfig.from_dict(values, where="file.json")
+
+
+def test_the_values_at_which_peft_does_nothing_are_read_in_silence():
+    from peft import LoraConfig as Theirs
+
+    config = LoraConfig.from_dict(json.loads(json.dumps(Theirs(target_modules=["q"]).to_dict(), default=list)))
+    assert config == LoraConfig(target_modules=["q"])
+
+
+def test_our_defaults_and_names_are_those_of_peft():
+    from peft import LoraConfig as Theirs
+
+    theirs = Theirs().to_dict()
+    for name, value in LoraConfig().to_dict().items():
+        assert (theirs[name] or None) == (value or None), name
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
+def test_scaling(rslora, scale):
+    assert scaling(4, 16, rslora) == scale

@@ -1,0 +1,45 @@
+"""LoRA by hand: the numbers of the formula, and how it starts."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from veneer import LoraConfig
+from veneer.core.methods import METHODS, method
+from veneer.core.methods.lora import Lora
+
+
+def update(**settings: object) -> Lora:
+    return Lora(torch.zeros(2, 3), LoraConfig(r=2, target_modules=["q"], **settings))
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 3.0), (True, 6 / math.sqrt(2))])
+def test_delta_is_scale_times_b_a(rslora, scale):
+    lora = update(lora_alpha=6, use_rslora=rslora)
+    lora.A.data = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]])
+    lora.B.data = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+    exact = scale * torch.tensor([[1.0, 2.0, 0.0], [2.0, 7.0, -3.0]])
+    torch.testing.assert_close(lora.delta(torch.full((2, 3), math.nan)), exact)
+
+
+def test_the_starts():
+    wide = torch.zeros(4000, 300)
+    for start, deviation in ((True, 1 / math.sqrt(3 * 300)), ("gaussian", 1 / 200), (False, 1 / math.sqrt(3 * 300))):
+        lora = Lora(wide, LoraConfig(r=200, init_lora_weights=start, target_modules=["q"]))
+        assert abs(lora.A.std().item() / deviation - 1) < 0.02
+        assert lora.B.any() == (start is False)
+        assert start == "gaussian" or lora.A.abs().max() <= 1 / math.sqrt(300)
+
+
+def test_the_parameters_live_where_the_weight_lives_in_at_least_fp32():
+    for dtype, own in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        lora = Lora(torch.zeros(2, 3, dtype=dtype, device="meta"), LoraConfig(target_modules=["q"]))
+        assert {(p.device.type, p.dtype) for p in lora.parameters()} == {("meta", own)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_names_its_parameters_in_a_file(name):
+    made = method(name)(nn.Linear(3, 2).weight, LoraConfig(r=1, peft_type=name, target_modules=["q"]))
+    assert set(dict(made.named_parameters())) == set(made.file_names)

@@ -1,0 +1,134 @@
+"""Merge: merged equals live; unmerge gives the bits back; it is the whole model or nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from veneer import AdapterError
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BLENDS = [["a"], ["a", "b"], {"a": 0.7, "b": -1.3}]
+
+
+@pytest.mark.parametrize("blend", BLENDS, ids=str)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
+def test_merged_equals_live(case, dtype, near, blend):
+    model, x = case.adapted("a", "b", dtype=dtype), case.x(3, dtype=dtype)
+    model.set_adapter(blend)
+    live = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), live, rtol=near, atol=near)
+    assert model.active_adapters == list(blend)
+    torch.testing.assert_close(model.merge_and_unload()(x), live, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("blend", BLENDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cast", [False, True], ids=["own precision", "cast with the model"])
+def test_the_merged_weight_is_the_exact_sum_rounded_once(case, dtype, blend, cast):
+    model = case.adapted("a", "b", dtype=dtype)
+    model = model.to(dtype) if cast else model
+    layer, exact = (
+        model.layer,
+        case.kind.matrix(model.layer.weight).detach().to(torch.promote_types(dtype, torch.float32)),
+    )
+    weights = blend if isinstance(blend, dict) else dict.fromkeys(blend, 1.0)
+    original = case.kind.matrix(layer.weight).detach()
+    for name, weight in weights.items():
+        exact = exact + weight * layer.adapters[name].delta(original).detach()
+    model.merge_adapter(blend)
+    assert torch.equal(case.kind.matrix(layer.weight), exact.to(dtype))
+    assert layer.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unmerge_gives_the_bits_back_however_often(case, bits, dtype):
+    model = case.adapted("a", "b", dtype=dtype)
+    before, live = bits(model), model(x := case.x(3, dtype=dtype))
+    for blend in (["a"], {"b": 3.0, "a": -2.0}, ["a"]):
+        model.merge_adapter(blend)
+        assert bits(model).keys() == before.keys()
+        assert bits(model) != before
+        model.unmerge_adapter()
+        assert bits(model) == before
+    assert torch.equal(model(x), live)
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_a_merge_that_gives_nan_in_a_later_layer_changes_nothing(case, bits, fault):
+    model = case.adapted(base=case.stack(), targets=["layer", "head"])
+    for parameter in model.head.adapters.parameters():
+        nn.init.constant_(parameter, fault)
+    before, plan = bits(model), vars(model.adapter_plan).copy()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdapterError, match="'default' gives NaN or infinity in head"):
+            merge()
+    assert (bits(model), vars(model.adapter_plan)) == (before, plan)
+    assert model.layer.adapters.original is None
+
+
+def test_a_failure_half_way_changes_nothing(case, bits, monkeypatch):
+    model = case.adapted(base=case.stack(), targets=["layer", "head"])
+    before, delta = bits(model), type(model.head.adapters["default"]).delta
+
+    def fails_later(update, weight):
+        if update is model.head.adapters["default"]:
+            raise MemoryError
+        return delta(update, weight)
+
+    monkeypatch.setattr(type(model.head.adapters["default"]), "delta", fails_later)
+    with pytest.raises(MemoryError):
+        model.merge_adapter()
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize("targets", [["layer"], ["layer", "twin"]], ids=str)
+def test_a_tied_weight_is_refused_by_name(case, bits, targets):
+    base = case.base()
+    base.add_module("twin", case.example.make().double())
+    base.twin.weight = base.layer.weight
+    model = case.adapted(base=base, targets=targets)
+    before = bits(model)
+    with pytest.raises(AdapterError, match=r"other layers share: layer\.weight and twin\.weight"):
+        model.merge_adapter()
+    assert bits(model) == before
+
+
+def test_a_computed_weight_is_refused_by_name(case, bits):
+    base = case.base()
+    weight = base.layer.weight.detach()
+    del base.layer.weight
+    base.layer.weight = weight  # no parameter: a hook or a parametrization puts another here at every forward
+    model, x = case.adapted(base=base), case.x(3)
+    before = bits(model), model(x)
+    with pytest.raises(AdapterError, match="computed from other parameters: 'layer'"):
+        model.merge_adapter()
+    assert bits(model) == before[0]
+    assert torch.equal(model(x), before[1])
+
+
+def test_unload_gives_back_the_base_and_its_classes(case, bits):
+    base = case.base()
+    before, kinds = bits(base), [type(module) for module in base.modules()]
+    for merged in (False, True):
+        model = case.adapted(base=base)
+        if merged:
+            model.merge_adapter()
+        assert model.unload() is base
+        assert bits(base) == before
+        assert [type(module) for module in base.modules()] == kinds
+        assert all("adapters" not in vars(module)["_modules"] for module in base.modules())
+
+
+def test_what_would_be_wrong_while_merged_is_refused(case):
+    model = case.adapted("a", "b")
+    model.merge_adapter("a")
+    for wrong in (model.merge_adapter, lambda: model.set_adapter("b"), lambda: model.delete_adapter("a")):
+        with pytest.raises(AdapterError, match="'a' is merged"):
+            wrong()
+    model.unmerge_adapter()
+    with pytest.raises(AdapterError, match="nothing is merged"):
+        model.unmerge_adapter()
+    model.set_adapter([])
+    with pytest.raises(AdapterError, match="no adapter acts: name some to merge of 'a', 'b'"):
+        model.merge_adapter()

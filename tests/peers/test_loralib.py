@@ -1,0 +1,54 @@
+"""loralib, the LoRA paper's own code: the same weights give the same outputs, gradients and merged weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from veneer import LoraConfig, get_peft_model
+
+loralib = pytest.importorskip("loralib")
+
+
+def _pair(bias: bool, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    """An adapted `nn.Linear` and a `loralib.Linear` with the same weights."""
+    theirs = loralib.Linear(6, 5, r=3, lora_alpha=7, lora_dropout=dropout, bias=bias).double()
+    nn.init.normal_(theirs.lora_B)
+    base = nn.Linear(6, 5, bias=bias).double()
+    base.load_state_dict({name: value for name, value in theirs.state_dict().items() if "lora" not in name})
+    config = LoraConfig(r=3, lora_alpha=7, lora_dropout=dropout, target_modules=["0"])
+    ours = get_peft_model(nn.Sequential(base), config)
+    with torch.no_grad():
+        ours[0].adapters["default"].A.copy_(theirs.lora_A)
+        ours[0].adapters["default"].B.copy_(theirs.lora_B)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)], ids=str)
+def test_the_outputs_and_gradients_are_the_same(bias, shape):
+    ours, theirs = _pair(bias)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    update = ours[0].adapters["default"]
+    torch.testing.assert_close(ours(x), theirs(x))
+    found = torch.autograd.grad(ours(x).square().sum(), (x, update.A, update.B))
+    torch.testing.assert_close(found, torch.autograd.grad(theirs(x).square().sum(), (x, theirs.lora_A, theirs.lora_B)))
+
+
+def test_the_merged_weight_is_the_same():
+    ours, theirs = _pair(True)
+    ours.merge_adapter()
+    theirs.eval()  # loralib merges as a side effect of this
+    torch.testing.assert_close(ours[0].weight, theirs.weight)
+
+
+def test_the_start_is_the_same():
+    torch.manual_seed(3)
+    theirs = loralib.Linear(6, 5, r=3)
+    base = nn.Sequential(nn.Linear(6, 5))
+    base[0].load_state_dict({name: value for name, value in theirs.state_dict().items() if "lora" not in name})
+    update = get_peft_model(base, LoraConfig(r=3, target_modules=["0"]))[0].adapters["default"]
+    bound = 6**-0.5
+    assert not update.B.any()
+    assert not theirs.lora_B.any()
+    assert update.A.abs().max() <= bound
+    assert theirs.lora_A.abs().max() <= bound
