@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import veneer
 from veneer.recipes import SHIPPED
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers for names of old
 CONFIG = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 SIDES = {"veneer": (veneer.get_peft_model, veneer.LoraConfig), "peft": (peft.get_peft_model, peft.LoraConfig)}
 
@@ -98,14 +100,16 @@ def main() -> None:
         report(f"step of 16 × {ids.shape[1]} tokens, {dtype}", rounds)
     commands = {
         "import torch": [sys.executable, "-c", "import torch"],
-        "import veneer, get_peft_model": [sys.executable, "-c", "from veneer import get_peft_model"],
+        "import veneer": [sys.executable, "-c", "import veneer"],
+        "from veneer import get_peft_model": [sys.executable, "-c", "from veneer import get_peft_model"],
     }
     quiet = {"stdout": subprocess.DEVNULL, "check": True}
     rounds = [
         {name: seconds(lambda c=command: subprocess.run(c, **quiet)) for name, command in commands.items()}
         for _ in range(options.rounds)
     ]
-    report("importing", rounds)
+    for name in commands:
+        print(f"{name}: {statistics.median(times[name] for times in rounds) * 1000:.0f} ms")
     script = shutil.which("veneer", path=str(Path(sys.executable).parent)) or "veneer"
     helps = [seconds(lambda: subprocess.run([script, "--help"], **quiet)) for _ in range(options.rounds)]
     print(f"veneer --help: {statistics.median(helps) * 1000:.0f} ms")

@@ -1,5 +1,9 @@
 """`veneer train`: a recipe in, a run folder out."""
 
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -99,13 +103,19 @@ def _show_facts(result: "Result") -> None:
     if outcome.interrupted:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
     prompt = result.samples[0]["prompt"] if result.samples else "…"
+    veneer = _command()
     print("\nworth typing next:")
-    print(f"  veneer generate {folder} --compare --prompt {_quoted(prompt)}")
-    print(f"  veneer merge {folder} --out {folder}-merged")
-    print("  veneer recipes copy causal-lm my.yaml     # then train on rows of your own")
+    print(f"  {veneer} generate {folder} --compare --prompt {_quoted(prompt)}")
+    print(f"  {veneer} merge {folder} --out {folder}-merged")
+    print(f"  {veneer} recipes copy causal-lm my.yaml     # then train on rows of your own")
+
+
+def _command() -> str:
+    """How this program was called: by its name, where a shell finds it, else by its path."""
+    called = Path(sys.argv[0])
+    found = shutil.which(called.name)
+    return called.name if found and Path(found).resolve() == called.resolve() else str(called)
 
 
 def _quoted(text: str) -> str:
-    import shlex
-
     return shlex.quote(text)
