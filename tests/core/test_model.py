@@ -189,3 +189,21 @@ def test_an_encoder_of_torch_does_not_run_past_its_adapters(padded):
         found = model.eval()(x, src_key_padding_mask=mask)
     kept = slice(None) if mask is None else ~mask
     torch.testing.assert_close(found[kept], trained[kept])
+
+
+def test_layers_that_are_never_called_are_named_once():
+    class Forgetful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = get_peft_model(Forgetful().eval(), LoraConfig(target_modules=["used", "unused"]))
+    x = torch.randn(1, 2)
+    model(x)
+    with pytest.warns(UserWarning, match="did not call, so they learn nothing: unused"):
+        model.train()(x)
+    model(x)
+    assert not model.used._forward_pre_hooks

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.core.errors import AdapterError
+
 
 class Change(NamedTuple):
     """scale · B A · drop(x): one adapter's part of the output."""
@@ -16,6 +18,7 @@ class Change(NamedTuple):
     B: Tensor  # (out, r)
     scale: float
     dropout: float  # probability that an input is dropped; 0 outside training
+    rows: Tensor | None = None  # (rows), in a mixed batch: what each row's part is multiplied by
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change]) -> Tensor:
@@ -30,14 +33,28 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequen
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     masks = [_mask(x, change.dropout) for change in changes]
     scales = [change.scale / (1 - change.dropout) for change in changes]
+    rows = [change.rows for change in changes]
     factors = [factor for change in changes for factor in (change.A, change.B)]
-    return _FusedLinear.apply(x, weight, bias, scales, masks, *factors)
+    return _FusedLinear.apply(x, weight, bias, scales, masks, rows, *factors)
 
 
 def thin_linear(x: Tensor, change: Change) -> Tensor:
     """scale · B A · drop(x) alone, for a layer whose own forward gives the rest."""
     h = F.linear(F.dropout(x, change.dropout), change.A.to(x.dtype))  # (..., r)
+    if change.rows is not None:
+        h = by_row(h, change.rows)
     return F.linear(h, change.B.to(x.dtype)) * change.scale
+
+
+def by_row(y: Tensor, weights: Tensor) -> Tensor:
+    """y with everything that belongs to row i of the batch times `weights[i]`, `(rows)` or `(rows, features)`.
+
+    y's first dimension holds the rows one after the other, each as often as beams or flattened tokens have it.
+    """
+    rows, features = len(weights), y.shape[-1]
+    if y.shape[0] % rows:
+        raise AdapterError(f"adapter_names has {rows} entries, the batch {y.shape[0]} rows")
+    return (y.reshape(rows, -1, features) * weights.view(rows, 1, -1)).view(y.shape)
 
 
 def _mask(x: Tensor, dropout: float) -> Tensor | None:
@@ -57,16 +74,18 @@ class _FusedLinear(torch.autograd.Function):
         bias: Tensor | None,
         scales: list[float],
         masks: list[Tensor | None],
+        rows: list[Tensor | None],
         *factors: Tensor,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         y = F.linear(flat, weight, bias)  # (tokens, out)
         kept: list[Tensor | None] = []
-        for A, B, scale, mask in zip(factors[::2], factors[1::2], scales, masks, strict=True):
+        for A, B, scale, mask, row in zip(factors[::2], factors[1::2], scales, masks, rows, strict=True):
             A, B = A.to(x.dtype), B.to(x.dtype)
             h = (flat if mask is None else flat * mask) @ A.t()  # (tokens, r)
+            h = h if row is None else by_row(h, row)
             y.addmm_(h, B.t(), alpha=scale)
-            kept += [A, B, h, mask]
+            kept += [A, B, h, mask, row]
         ctx.save_for_backward(flat, weight, *kept)
         ctx.shape, ctx.scales, ctx.dtypes = x.shape, scales, [factor.dtype for factor in factors]
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -75,15 +94,16 @@ class _FusedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, *kept = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _, _, _, *need_factors = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         dx = grad @ weight if need_x else None  # (tokens, in)
         dfactors: list[Tensor | None] = []
         for i, scale in enumerate(ctx.scales):
-            A, B, h, mask = kept[4 * i : 4 * i + 4]
+            A, B, h, mask, row = kept[5 * i : 5 * i + 5]
             need_A, need_B = need_factors[2 * i : 2 * i + 2]
             dB = (grad.t() @ h).mul_(scale).to(ctx.dtypes[2 * i + 1]) if need_B else None
             dh = (grad @ B).mul_(scale) if need_A or need_x else None  # (tokens, r)
+            dh = dh if dh is None or row is None else by_row(dh, row)
             dA = None
             if need_A and dh is not None:
                 dA = (dh.t() @ (flat if mask is None else flat * mask)).to(ctx.dtypes[2 * i])
@@ -92,4 +112,4 @@ class _FusedLinear(torch.autograd.Function):
             dfactors += [dA, dB]
         dweight = grad.t() @ flat if need_weight else None
         dbias = grad.sum(0) if need_bias else None
-        return (None if dx is None else dx.view(ctx.shape), dweight, dbias, None, None, *dfactors)
+        return (None if dx is None else dx.view(ctx.shape), dweight, dbias, None, None, None, *dfactors)

@@ -34,7 +34,8 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
         for layer in done:
             _put_back(layer)
         raise
-    plan.merged, plan.resting, plan.terms = terms, plan.terms, ()
+    plan.merged, plan.resting = terms, plan.terms
+    plan.act(())
 
 
 def unmerge(model: nn.Module, plan: Plan) -> None:
@@ -42,7 +43,8 @@ def unmerge(model: nn.Module, plan: Plan) -> None:
     for _, layer in adapted_layers(model):
         if layer.adapters.original is not None:
             _put_back(layer)
-    plan.terms, plan.merged, plan.resting = plan.resting, (), ()
+    plan.act(plan.resting)
+    plan.merged, plan.resting = (), ()
 
 
 def _put_back(layer: AdaptedLayer) -> None:

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer.core.adapter import Adapter
@@ -13,8 +14,9 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.inject import adapted_layers, detach, extract, inject
 from veneer.core.merge import merge, unmerge
-from veneer.core.plan import Plan, Spec, Term, terms_of
+from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, reclass, restore
+from veneer.core.watch import watching
 
 
 class PeftModel(Reclassed):
@@ -71,7 +73,7 @@ class PeftModel(Reclassed):
         """Let these adapters act: a name, a list of names (their sum), or `{name: weight}` (a blend)."""
         terms = terms_of(adapters, self.peft_config)
         self._refuse_merged("switching adapters")
-        self.adapter_plan.terms = terms
+        self.adapter_plan.act(terms)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -85,7 +87,7 @@ class PeftModel(Reclassed):
         for _, layer in list(adapted_layers(self)):
             detach(layer, adapter_name)
         del self.peft_config[adapter_name]
-        self.adapter_plan.terms = self._carried(self.adapter_plan.terms)
+        self.adapter_plan.act(self._carried(self.adapter_plan.terms))
 
     @contextmanager
     def using(self, adapters: Spec) -> Iterator[None]:
@@ -95,15 +97,45 @@ class PeftModel(Reclassed):
         if merged:
             self.unmerge_adapter()
         before = self.adapter_plan.terms
-        self.adapter_plan.terms = terms
+        self.adapter_plan.act(terms)
         try:
             yield
         finally:
             if self.adapter_plan.merged:
                 self.unmerge_adapter()
-            self.adapter_plan.terms = self._carried(before)
+            self.adapter_plan.act(self._carried(before))
             if merged := self._carried(merged):
                 merge(self, self.adapter_plan, merged)
+
+    def __call__(self, *inputs: Any, adapter_names: Rows | None = None, **more: Any) -> Any:
+        """The model's own call; `adapter_names` says for each row of the batch which adapter acts on it.
+
+        An entry is a name, a blend `{name: weight}`, or `"__base__"`; base rows are those of the base model, bit for
+        bit. Raises `AdapterError` where a layer or a batch cannot be mixed.
+        """
+        plan = self.adapter_plan
+        first = self.training and not plan.watched and not torch.compiler.is_compiling()
+        if adapter_names is None and not first:
+            return super().__call__(*inputs, **more)
+        with ExitStack() as around:
+            if adapter_names is not None:
+                around.enter_context(self._mixed(adapter_names))
+            if first:
+                around.enter_context(watching(self, plan))
+            return super().__call__(*inputs, **more)
+
+    @contextmanager
+    def _mixed(self, adapter_names: Rows) -> Iterator[None]:
+        terms = terms_by_row(adapter_names, self.peft_config)
+        self._refuse_merged("mixing rows")
+        if self.training and torch.is_grad_enabled() and any(_recomputes(module) for module in self.modules()):
+            raise AdapterError("mixed rows cannot be trained with gradient checkpointing: it runs layers again later")
+        before = self.adapter_plan.terms
+        self.adapter_plan.act(terms)
+        try:
+            yield
+        finally:
+            self.adapter_plan.act(before)
 
     def disable_adapter(self) -> Any:
         """`with model.disable_adapter():` the base model acts inside, to the bit. `requires_grad` is not touched."""
@@ -181,6 +213,17 @@ class PeftModel(Reclassed):
         return self
 
 
+class GeneratingPeftModel(PeftModel):
+    """A `PeftModel` whose base can generate."""
+
+    def generate(self, *inputs: Any, adapter_names: Rows | None = None, **more: Any) -> Any:
+        """The base's own `generate`, beams included; `adapter_names` as in a call."""
+        if adapter_names is None:
+            return super().generate(*inputs, **more)  # type: ignore[misc]
+        with self._mixed(adapter_names):
+            return super().generate(*inputs, **more)  # type: ignore[misc]
+
+
 def get_peft_model(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> PeftModel:
     """Adapt `model` in place: freeze its parameters, give the layers that `config` means a trainable update.
 
@@ -197,7 +240,7 @@ def _first_adapter(
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
     if taken := _taken(model):
         raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}, as a PeftModel has")
-    reclass(model, PeftModel)
+    reclass(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}
     try:
@@ -218,3 +261,7 @@ def _taken(model: nn.Module) -> list[str]:
     own = set(dir(PeftModel)) - set(dir(nn.Module))
     held = {*vars(model), *model._modules, *model._parameters, *model._buffers}
     return sorted(own & held | {word for word in ("adapter_plan", "peft_config") if hasattr(model, word)})
+
+
+def _recomputes(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))

@@ -1,20 +1,27 @@
 """`Plan`: which adapters act now, with which weights. One object per model, shared by all its layers."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from veneer.core.errors import AdapterError, listed, nearest
 
+BASE = "__base__"  # in a mixed batch: a row of the base model
 Spec = str | Iterable[str] | Mapping[str, float]
+Rows = Sequence[str | Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Term:
-    """`weight` · the change of `adapter`."""
+    """`weight` · the change of `adapter`; in a mixed batch, row i has the weight `rows[i]` of it."""
 
     adapter: str
     weight: float = 1.0
+    rows: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -28,6 +35,20 @@ class Plan:
     terms: tuple[Term, ...] = ()
     merged: tuple[Term, ...] = ()
     resting: tuple[Term, ...] = ()
+    watched: bool = False  # whether a forward in training was looked at for layers that are not called
+    tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what was made for `terms`, once
+
+    def act(self, terms: tuple[Term, ...]) -> None:
+        """Let these terms act from now on."""
+        self.terms, self.tables = terms, {}
+
+    def row_weights(self, terms: Sequence[Term], widths: tuple[int, ...], like: Tensor) -> Tensor:
+        """`(rows, Σ widths)`: the row weights of `terms[j]` in its `widths[j]` columns, of the dtype of `like`."""
+        key = (tuple(term.adapter for term in terms), widths, like.dtype, like.device)
+        if key not in self.tables:
+            table = torch.tensor([term.rows for term in terms], dtype=like.dtype, device=like.device).t()
+            self.tables[key] = table.repeat_interleave(torch.tensor(widths, device=like.device), dim=1)
+        return self.tables[key]
 
 
 def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:
@@ -46,6 +67,21 @@ def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:
     if len(set(names)) < len(names):
         raise AdapterError(f"an adapter may be named once, found {listed(names)}; use weights for more of it")
     return terms
+
+
+def terms_by_row(specs: Rows, known: Iterable[str]) -> tuple[Term, ...]:
+    """The terms of a mixed batch: for each row a name, a blend `{name: weight}`, or `"__base__"`.
+
+    Raises `AdapterError` for names that are not known and weights that are not finite numbers.
+    """
+    if isinstance(specs, (str, Mapping)) or not specs:
+        raise AdapterError(f"adapter_names should be a list with an entry for each row of the batch, found {specs!r}")
+    known = list(known)
+    rows: dict[str, list[float]] = {}
+    for i, spec in enumerate(specs):
+        for term in () if spec == BASE else terms_of(spec, known):
+            rows.setdefault(term.adapter, [0.0] * len(specs))[i] = term.weight
+    return tuple(Term(name, rows=tuple(weights)) for name, weights in rows.items())
 
 
 def _is_weight(weight: object) -> bool:

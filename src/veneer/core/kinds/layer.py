@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.core.errors import AdapterError
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed
 from veneer.core.update import Update
@@ -29,9 +30,16 @@ class Adapters(nn.ModuleDict):
 
     def acting(self, terms: tuple[Term, ...] | None = None) -> Iterator[tuple[Update, float]]:
         """The updates that act on this layer, with their weights: those of `terms`, or of the plan."""
+        for update, term in self.acting_rows(terms):
+            if term.rows is not None:
+                raise AdapterError("this kind of layer cannot be mixed by rows: run each adapter's rows on their own")
+            yield update, term.weight
+
+    def acting_rows(self, terms: tuple[Term, ...] | None = None) -> Iterator[tuple[Update, Term]]:
+        """The same with whole terms, for kinds that can give each row of a batch its own."""
         for term in self.plan.terms if terms is None else terms:
             if term.adapter in self._modules:
-                yield self._modules[term.adapter], term.weight  # type: ignore[misc]
+                yield self._modules[term.adapter], term  # type: ignore[misc]
 
 
 class AdaptedLayer(Reclassed):

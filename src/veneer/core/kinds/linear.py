@@ -1,12 +1,23 @@
 """Linear layers: `nn.Linear` and its subclasses, and transformers' `Conv1D`, which is one transposed."""
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veneer.core.fused import Change, fused_linear, thin_linear
+from veneer.core.fused import Change, by_row, fused_linear, thin_linear
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.update import Update
+
+
+class Dense(NamedTuple):
+    """weight · ΔW · drop(x), for a method that gives ΔW only."""
+
+    update: Update
+    weight: float
+    dropout: float
+    rows: Tensor | None  # (rows), in a mixed batch
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -24,28 +35,31 @@ class AdaptedLinear(AdaptedLayer):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense = self._changes()
+        thin, dense = self._changes(x)
         if not thin and not dense:
             return super().forward(x)
-        matrix = self.matrix(self.weight)
-        y = fused_linear(x, matrix, self.bias, thin)
+        y = fused_linear(x, self.matrix(self.weight), self.bias, thin)
         return self._with_dense(y, x, dense)
 
-    def _changes(self) -> tuple[list[Change], list[tuple[Update, float, float]]]:
-        """What acts: products of thin matrices, and (update, weight, dropout) for the rest."""
+    def _changes(self, x: Tensor) -> tuple[list[Change], list[Dense]]:
+        """What acts: products of thin matrices, and the rest."""
         thin, dense = [], []
-        for update, weight in self.adapters.acting():
+        for update, term in self.adapters.acting_rows():
             dropout = update.dropout if self.training else 0.0
+            rows = None
+            if term.rows is not None:
+                rows = self.adapters.plan.row_weights((term,), (1,), x)[:, 0]  # (rows)
             if factors := update.factors():
-                thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout))
+                thin.append(Change(factors.A, factors.B, term.weight * factors.scale, dropout, rows))
             else:
-                dense.append((update, weight, dropout))
+                dense.append(Dense(update, term.weight, dropout, rows))
         return thin, dense
 
-    def _with_dense(self, y: Tensor, x: Tensor, dense: list[tuple[Update, float, float]]) -> Tensor:
-        for update, weight, dropout in dense:
+    def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
+        for update, weight, dropout, rows in dense:
             delta = weight * update.delta(self.matrix(self.weight))
-            y = y + F.linear(F.dropout(x, dropout), delta.to(x.dtype)).to(y.dtype)
+            change = F.linear(F.dropout(x, dropout), delta.to(x.dtype)).to(y.dtype)
+            y = y + (change if rows is None else by_row(change, rows))
         return y
 
 
@@ -57,7 +71,7 @@ class AdaptedOwnLinear(AdaptedLinear):
         return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and _is_called(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense = self._changes()
+        thin, dense = self._changes(x)
         y = super(AdaptedLinear, self).forward(x)
         for change in thin:
             y = y + thin_linear(x, change).to(y.dtype)

@@ -1,0 +1,33 @@
+"""Are the adapted layers called at all? Looked at once, in the first forward in training."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from veneer.core.adapter import collapsed
+from veneer.core.inject import adapted_layers
+from veneer.core.plan import Plan
+
+
+@contextmanager
+def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Warn of the layers with acting adapters that were not called inside: they would learn nothing."""
+    idle = {path: layer for path, layer in adapted_layers(model) if any(layer.adapters.acting_rows())}
+    paths: dict[nn.Module, str] = {layer: path for path, layer in idle.items()}
+
+    def called(layer: nn.Module, inputs: object) -> None:
+        idle.pop(paths[layer], None)
+
+    handles = [layer.register_forward_pre_hook(called) for layer in paths]
+    try:
+        yield
+        plan.watched = True
+    finally:
+        for handle in handles:
+            handle.remove()
+    if idle:
+        warnings.warn(
+            f"adapted layers that the model did not call, so they learn nothing: {collapsed(idle)}", stacklevel=3
+        )
