@@ -139,6 +139,27 @@ def test_debug_shows_the_traceback(veneer, recipe):
         veneer("--debug", "train", "quikstart")
 
 
+@pytest.mark.parametrize(
+    "override", ["train.betas=[2, 3]", "train.seed=99999999999999999999999", "train.lr=1e38", "device=meta", "task=[1]"]
+)
+def test_values_out_of_range(veneer, recipe, tmp_path, override):
+    refused(veneer("train", recipe, override), override.partition("=")[0].rpartition(".")[2])
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_an_empty_prompt(veneer, recipe, tmp_path):
+    assert veneer("train", recipe, "train.steps=1", "name=2024-05-01").code == 0
+    refused(veneer("generate", tmp_path / "runs/2024-05-01-1", "--prompt", ""), "prompt 1 is empty")
+
+
+def test_rows_longer_than_the_base_reads_are_cut_and_told(veneer, recipe, rows):
+    rows.write_text(json.dumps({"text": "word " * 600}) + "\n")
+    said = veneer("train", recipe, "data.eval_share=0", "train.steps=1")
+    assert said.code == 0, said.err
+    assert "data.max_length is 256" in said.err
+    assert "cut: 1" in said.err
+
+
 def test_a_wheel_whose_checksum_differs(veneer, tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     (tmp_path / "some.whl").write_bytes(b"not the wheel")

@@ -64,12 +64,13 @@ def test_overrides_and_accumulation(veneer, recipe, tmp_path):
 
 def test_the_loss_is_that_of_the_learned_tokens(veneer, run, tiny_base, rows):
     """The held-out loss of step 0, by transformers' own loss over the same rows, one by one."""
-    from veneer.train.language.parts import read_parts
+    from veneer.train.language.parts import read_documents, tokenised
     from veneer.train.language.settings import LanguageData
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
-    _, part = read_parts(LanguageData(path=str(rows), eval_share=0.2), tokenizer, 0)
+    data = LanguageData(path=str(rows), eval_share=0.2)
+    part = tokenised(read_documents(data, 0)[1], tokenizer, data)
     total, count = 0.0, 0
     for example in part.examples:
         ids = torch.tensor([list(example.ids)])
@@ -134,6 +135,37 @@ def test_prompts_are_written_as_in_the_training(veneer, recipe, tmp_path):
     assert speaker.opening("Where?") == "Question - Where? Answer -"
     (tmp_path / "asked.jsonl").write_text('{"q": "Who?"}\n')
     assert speaker.read(tmp_path / "asked.jsonl") == ["Question - Who? Answer -"]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "prompt"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "An inn?"}, {"role": "assistant", "content": "A pub."}]},
+            {"messages": [{"role": "user", "content": "An inn?"}]},
+            "<|im_start|>user\nAn inn?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            {"instruction": "An inn?", "output": "A pub."},
+            {"instruction": "An inn?"},
+            "completes the request.\n\n### Instruction:\nAn inn?\n\n### Response:\n",
+        ),
+        ({"question": "An inn?", "answer": "A pub."}, {"question": "An inn?"}, "An inn?"),
+    ],
+    ids=["messages", "alpaca", "question and answer"],
+)
+def test_what_is_typed_is_asked_as_the_training_asked_it(veneer, recipe, tmp_path, row, asked, prompt):
+    (tmp_path / "own.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
+    path = tmp_path / "own.jsonl"
+    said = veneer("train", recipe, f"data.path={path}", f"data.eval_path={path}", "train.steps=1")
+    assert said.code == 0, said.err
+    speaker = Speaker.load(str(tmp_path / "runs/small-1"), device="cpu")
+    typed = encode_prompt(speaker.opening("An inn?"), speaker.tokenizer, speaker.data)
+    assert speaker.tokenizer.decode(typed).endswith(prompt)
+    (read,) = speaker.read(tmp_path / "asked.jsonl")
+    assert encode_prompt(read, speaker.tokenizer, speaker.data) == typed
+    assert "--prompt 'An inn?'" in said.out
 
 
 def test_merged_folder_answers_the_same_without_veneer(veneer, run, tiny_base, tmp_path):

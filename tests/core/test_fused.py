@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from veneer import LoraConfig, get_peft_model
 from veneer.core.fused import Change, fused_linear
 
 
@@ -41,3 +43,12 @@ def test_of_the_activations_only_x_itself_and_thin_products_are_kept(dropout, ex
     thin = 2 * (A.numel() + B.numel() + 64 * 2)
     assert already <= set(kept)
     assert sum(size for place, size in kept.items() if place not in already) == thin + extra * x.numel()
+
+
+def test_the_output_may_be_changed_in_place():
+    """As that of a plain linear layer may."""
+    for shape in ((3, 4), (2, 3, 4)):
+        model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), LoraConfig(target_modules=["0"]))
+        y = model(torch.randn(shape))
+        y += 1
+        y.sum().backward()

@@ -17,16 +17,14 @@ def alone(model, x, rows, **inputs):
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("batch", [(5,), (5, 3), (5, 2, 3), (10, 3)])
+@pytest.mark.parametrize("batch", [(5,), (5, 3), (5, 2, 3)])
 def test_mixed_rows_are_rows_alone(case, batch):
-    """Also where each row stands several times in a row, as beams do."""
     model, x = case.adapted("a", "b"), case.x(*batch)
-    rows = [row for row in ROWS for _ in range(len(x) // 5)]
     y = model(x, adapter_names=ROWS)
-    torch.testing.assert_close(y, alone(model, x, rows))
+    torch.testing.assert_close(y, alone(model, x, ROWS))
     with model.disable_adapter():
         base = model(x)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(ROWS):
         if row == "__base__":
             assert torch.equal(y[i], base[i])
     assert model.active_adapters == ["a"]
@@ -48,8 +46,11 @@ def test_an_error_leaves_nothing_behind(case):
     ):
         with pytest.raises(AdapterError, match=said):
             model(case.x(2), adapter_names=rows)
-    with pytest.raises(AdapterError, match="adapter_names has 2 entries, the batch 3 rows"):
-        model(case.x(3), adapter_names=["a", "b"])
+    for rows in (3, 4, 1):  # a multiple is no better: rows would change their adapter half-way
+        with pytest.raises(
+            AdapterError, match=f"adapter_names has 2 entries, the input of an adapted layer {rows} rows"
+        ):
+            model(case.x(rows, 2), adapter_names=["a", "b"])
     assert model.active_adapters == ["a"]
     model.merge_adapter()
     with pytest.raises(AdapterError, match="unmerge_adapter"):

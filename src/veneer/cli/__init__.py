@@ -15,17 +15,13 @@ def main() -> None:
         sys.exit(f"error: the command line needs: pip install 'veneer[train]' ({error})")
     debug = "--debug" in sys.argv
     try:
-        app([argument for argument in sys.argv[1:] if argument != "--debug"], standalone_mode=True)
+        app([argument for argument in sys.argv[1:] if argument != "--debug"])
     except AdapterError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+    except SystemExit as stop:
+        if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            print("interrupted; nothing is left behind", file=sys.stderr)
+        raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.core.errors import AdapterError
+from veneer.core.whole import write_whole
 
 if TYPE_CHECKING:
     from veneer.train.language.speaker import Speaker
@@ -31,8 +32,10 @@ def generate(
     """Answer prompts with an adapted language model."""
     if bool(prompt) == (file is not None):
         raise AdapterError("generate needs --prompt TEXT or --input FILE, one of the two")
-    if out is not None and out.exists():
-        raise AdapterError(f"{out} exists already; nothing was written")
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        raise AdapterError(
+            f"{out} {'exists already' if out.exists() else 'has no folder to be in'}; nothing was written"
+        )
     from veneer.train.language.speaker import Speaker
 
     speaker = Speaker.load(adapter, base, dtype, device)
@@ -68,8 +71,7 @@ def _answer_many(
         sys.stdout.writelines(lines)
         return
     try:
-        with out.open("x", encoding="utf-8") as file:
-            file.writelines(lines)
+        write_whole({out: lambda path: path.write_text("".join(lines), encoding="utf-8")})
     except OSError as error:
         raise AdapterError(f"{out} cannot be written: {error.strerror}") from error
     print(out)

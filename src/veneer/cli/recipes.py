@@ -1,5 +1,6 @@
 """`veneer recipes`: what is shipped, what it says, and a copy to edit."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +46,7 @@ def copy(
     """Write a recipe to a file of yours; nothing is overwritten."""
     source = recipes.find(name)
     # the data of a shipped recipe stays where it is: name it in full
-    text = source.read_text(encoding="utf-8").replace("recipe:", f"{source.parent}/")
+    text = re.sub(r"(?<=: )recipe:", f"{source.parent}/", source.read_text(encoding="utf-8"))
     try:
         with file.open("x", encoding="utf-8") as target:
             target.write(text)

@@ -11,6 +11,7 @@ from rich.status import Status
 from veneer.train.record import peak_memory
 from veneer.train.task import Reporter
 
+NAMES = {"eval_loss": "held-out loss", "bleu": "BLEU"}
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
@@ -40,6 +41,10 @@ class TerminalReporter(Reporter):
             self._end()
         else:
             self._live(f"{what}: {done} of {total}")
+
+    def measured(self, record: dict[str, float]) -> None:
+        figures = ", ".join(f"{NAMES.get(key, key)} {value:.3f}" for key, value in record.items() if key != "step")
+        self.say(f"after step {record['step']}: {figures}")
 
     def step(self, record: dict[str, float], steps: int) -> None:
         done = int(record["step"])

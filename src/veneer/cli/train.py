@@ -74,6 +74,8 @@ def _show_result(result: "Result") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from veneer.cli.terminal import NAMES
+
     console = Console(highlight=False)
     if result.samples:
         table = Table("prompt", "base", "adapted", show_lines=True)
@@ -81,9 +83,8 @@ def _show_result(result: "Result") -> None:
             table.add_row(*(sample[key].strip() for key in ("prompt", "base", "adapted")))
         console.print(table)
     figures = Table("", "before", "after", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    names = {"eval_loss": "held-out loss", "bleu": "BLEU"}
     for key, value in result.after.items():
-        figures.add_row(names.get(key, key), f"{result.before[key]:.3f}", f"{value:.3f}")
+        figures.add_row(NAMES.get(key, key), f"{result.before[key]:.3f}", f"{value:.3f}")
     if result.after:
         console.print(figures)
     _show_facts(result)

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.core.errors import AdapterError
-
 
 class Change(NamedTuple):
     """scale · B A · drop(x): one adapter's part of the output."""
@@ -35,7 +33,9 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequen
     scales = [change.scale / (1 - change.dropout) for change in changes]
     rows = [change.rows for change in changes]
     factors = [factor for change in changes for factor in (change.A, change.B)]
-    return _FusedLinear.apply(x, weight, bias, scales, masks, rows, *factors)
+    flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    y = _FusedLinear.apply(flat, weight, bias, scales, masks, rows, *factors)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def thin_linear(x: Tensor, change: Change) -> Tensor:
@@ -52,8 +52,6 @@ def by_row(y: Tensor, weights: Tensor) -> Tensor:
     y's first dimension holds the rows one after the other, each as often as beams or flattened tokens have it.
     """
     rows, features = len(weights), y.shape[-1]
-    if y.shape[0] % rows:
-        raise AdapterError(f"adapter_names has {rows} entries, the batch {y.shape[0]} rows")
     return (y.reshape(rows, -1, features) * weights.view(rows, 1, -1)).view(y.shape)
 
 
@@ -77,25 +75,23 @@ class _FusedLinear(torch.autograd.Function):
         rows: list[Tensor | None],
         *factors: Tensor,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y = F.linear(flat, weight, bias)  # (tokens, out)
+        y = F.linear(x, weight, bias)  # (tokens, out)
         kept: list[Tensor | None] = []
         for A, B, scale, mask, row in zip(factors[::2], factors[1::2], scales, masks, rows, strict=True):
             A, B = A.to(x.dtype), B.to(x.dtype)
-            h = (flat if mask is None else flat * mask) @ A.t()  # (tokens, r)
+            h = (x if mask is None else x * mask) @ A.t()  # (tokens, r)
             h = h if row is None else by_row(h, row)
             y.addmm_(h, B.t(), alpha=scale)
             kept += [A, B, h, mask, row]
-        ctx.save_for_backward(flat, weight, *kept)
-        ctx.shape, ctx.scales, ctx.dtypes = x.shape, scales, [factor.dtype for factor in factors]
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(x, weight, *kept)
+        ctx.scales, ctx.dtypes = scales, [factor.dtype for factor in factors]
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, *kept = ctx.saved_tensors
+        x, weight, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias, _, _, _, *need_factors = ctx.needs_input_grad
-        grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         dx = grad @ weight if need_x else None  # (tokens, in)
         dfactors: list[Tensor | None] = []
         for i, scale in enumerate(ctx.scales):
@@ -106,10 +102,10 @@ class _FusedLinear(torch.autograd.Function):
             dh = dh if dh is None or row is None else by_row(dh, row)
             dA = None
             if need_A and dh is not None:
-                dA = (dh.t() @ (flat if mask is None else flat * mask)).to(ctx.dtypes[2 * i])
+                dA = (dh.t() @ (x if mask is None else x * mask)).to(ctx.dtypes[2 * i])
             if dx is not None and dh is not None:
                 dx = dx.addmm_(dh, A) if mask is None else dx.add_((dh @ A).mul_(mask))
             dfactors += [dA, dB]
-        dweight = grad.t() @ flat if need_weight else None
+        dweight = grad.t() @ x if need_weight else None
         dbias = grad.sum(0) if need_bias else None
-        return (None if dx is None else dx.view(ctx.shape), dweight, dbias, None, None, None, *dfactors)
+        return (dx, dweight, dbias, None, None, None, *dfactors)

@@ -125,17 +125,19 @@ class PeftModel(Reclassed):
             return super().__call__(*inputs, **more)
 
     @contextmanager
-    def _mixed(self, adapter_names: Rows) -> Iterator[None]:
+    def _mixed(self, adapter_names: Rows, repeats: bool = False) -> Iterator[None]:
         terms = terms_by_row(adapter_names, self.peft_config)
         self._refuse_merged("mixing rows")
         if self.training and torch.is_grad_enabled() and any(_recomputes(module) for module in self.modules()):
             raise AdapterError("mixed rows cannot be trained with gradient checkpointing: it runs layers again later")
         before = self.adapter_plan.terms
         self.adapter_plan.act(terms)
+        self.adapter_plan.repeats = repeats
         try:
             yield
         finally:
             self.adapter_plan.act(before)
+            self.adapter_plan.repeats = False
 
     def disable_adapter(self) -> Any:
         """`with model.disable_adapter():` the base model acts inside, to the bit. `requires_grad` is not touched."""
@@ -220,7 +222,7 @@ class GeneratingPeftModel(PeftModel):
         """The base's own `generate`, beams included; `adapter_names` as in a call."""
         if adapter_names is None:
             return super().generate(*inputs, **more)  # type: ignore[misc]
-        with self._mixed(adapter_names):
+        with self._mixed(adapter_names, repeats=True):
             return super().generate(*inputs, **more)  # type: ignore[misc]
 
 

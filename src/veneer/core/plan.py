@@ -35,6 +35,7 @@ class Plan:
     terms: tuple[Term, ...] = ()
     merged: tuple[Term, ...] = ()
     resting: tuple[Term, ...] = ()
+    repeats: bool = False  # whether a row may stand several times in a row, as beams do
     watched: bool = False  # whether a forward in training was looked at for layers that are not called
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what was made for `terms`, once
 
@@ -44,6 +45,9 @@ class Plan:
 
     def row_weights(self, terms: Sequence[Term], widths: tuple[int, ...], like: Tensor) -> Tensor:
         """`(rows, Σ widths)`: the row weights of `terms[j]` in its `widths[j]` columns, of the dtype of `like`."""
+        rows = len(terms[0].rows or ())
+        if len(like) != rows and (not self.repeats or len(like) % rows):
+            raise AdapterError(f"adapter_names has {rows} entries, the input of an adapted layer {len(like)} rows")
         key = (tuple(term.adapter for term in terms), widths, like.dtype, like.device)
         if key not in self.tables:
             table = torch.tensor([term.rows for term in terms], dtype=like.dtype, device=like.device).t()

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from veneer.core.errors import AdapterError
+
 
 class Reclassed(nn.Module):
     """What a mixin inherits to be used with `reclass`: copies and pickles are rebuilt from the base class."""
@@ -44,9 +46,11 @@ def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
 
 def restore(module: Reclassed) -> None:
     """Give the module its own class back."""
+    if type(module) not in _PARTS:
+        raise AdapterError(f"something else changed the class of this {type(module).__name__} since: undo that first")
     module.__class__ = _PARTS[type(module)][1]  # type: ignore[assignment]
 
 
 def mixin_of(module: Reclassed) -> type[Reclassed]:
     """The mixin that the module was given."""
-    return _PARTS[type(module)][0]
+    return next(_PARTS[cls] for cls in type(module).__mro__ if cls in _PARTS)[0]

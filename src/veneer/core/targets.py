@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer.core.config import LoraConfig
@@ -150,8 +151,9 @@ def _in_layers(paths: list[str], config: LoraConfig) -> list[str]:
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = config.layers_pattern or r"[^.]+"
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    expressions = [re.compile(rf"(?:.*\.)?{pattern}\.(\d+)(?:\.|$)") for pattern in patterns]
-    number = {path: int(m[1]) for path in paths for e in expressions if (m := e.match(path))}
+    # the first number in the path, as PEFT reads it
+    expressions = [re.compile(rf"(?:.*?\.)?(?:{pattern})\.(?P<layer>\d+)(?:\.|$)") for pattern in patterns]
+    number = {path: int(m["layer"]) for path in paths for e in expressions if (m := e.match(path))}
     if missing := sorted(set(wanted) - set(number.values())):
         there = sorted(set(number.values()))
         span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {patterns}"
@@ -167,6 +169,8 @@ def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str]) -> Non
             inner = [name for name, child in layer.named_modules() if kind_of(child)]
             hint = f"; it holds {listed(inner)}: name those" if inner else ""
             problems.append(f"{path} is a {type(layer).__name__}, which cannot be adapted{hint}")
+        elif not getattr(layer, "weight", torch.empty(0)).is_floating_point():
+            problems.append(f"{path} has a weight of {layer.weight.dtype}: quantised layers are not adapted yet")
         elif "forward" in vars(layer):
             problems.append(f"{path} has a forward put on the object by a hook: adapt the model before hooking it")
         elif hasattr(layer, "adapters") and not isinstance(layer.adapters, Adapters):

@@ -100,7 +100,9 @@ def _typed(text: str) -> Any:
     written_out = text.startswith(("{", "[", "'", '"'))
     if isinstance(value, dict) and (not written_out or None in value.values()):
         return text
-    return text if isinstance(value, (str, list)) and not written_out else value
+    if isinstance(value, (str, list)) and not written_out:
+        return text
+    return value if isinstance(value, (str, int, float, list, dict, type(None))) else text  # a date, say
 
 
 def _parsed(text: str, what: str) -> Any:

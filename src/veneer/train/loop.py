@@ -18,7 +18,7 @@ from veneer.core.errors import AdapterError, listed
 from veneer.train.optimizers import optimizer
 from veneer.train.schedules import rate
 from veneer.train.settings import TrainSettings
-from veneer.train.task import Batch, Reporter, Task
+from veneer.train.task import Reporter, Task
 
 Write = Callable[[dict[str, float]], None]
 
@@ -39,41 +39,41 @@ def count_steps(settings: TrainSettings, size: int) -> int:
     return settings.steps or max(1, math.ceil(settings.epochs * size / a_step))
 
 
-def train(task: Task, settings: TrainSettings, eval_every: int | None, write: Write, reporter: Reporter) -> Outcome:
-    """Take the steps; a record of each goes to `write`.
+def train(
+    task: Task,
+    settings: TrainSettings,
+    eval_every: int | None,
+    write: Write,
+    measure: Callable[[int], None],
+    reporter: Reporter,
+) -> Outcome:
+    """Take the steps; a record of each goes to `write`, and `measure(step)` is called every `eval_every` steps.
 
-    Ctrl-C ends the loop after the step that is under way, with the adapter as that step left it; pressed again in a
-    step, it interrupts at once, and in a measurement, it ends the loop.
+    Ctrl-C ends the loop after the step that is under way, with the adapter as that step left it; pressed again, it
+    ends the step or the measurement too.
     """
     steps = count_steps(settings, task.size)
     optimiser = optimizer(task.model, settings)
     began = time.perf_counter()
     outcome = Outcome(0, 0.0)
-    with _finishing_the_step() as stop:
-        task.model.train()
-        for step in range(steps):
-            if stop.is_set():
-                outcome.interrupted = True
-                break
-            batches = [task.batch(rows) for rows in rows_of(step, settings, task.size)]
-            torch.manual_seed(_seed(settings.seed, "step", step))
-            lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
-            loss, outcome.failure = _step(task, batches, optimiser, lr, settings)
-            outcome.seconds = time.perf_counter() - began
-            if outcome.failure:
-                outcome.failure = f"step {step + 1}: {outcome.failure}"
-                break
-            outcome.steps = step + 1
-            tokens = sum(batch.tokens for batch in batches)
-            record = {"step": step + 1, "loss": loss, "lr": lr, "tokens": tokens, "seconds": outcome.seconds}
-            write(record)
-            reporter.step(record, steps)
-            if eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
-                try:
-                    write({"step": step + 1, **task.evaluate(whole=False)})
-                except KeyboardInterrupt:
-                    stop.set()
+    try:
+        with _finishing_the_step() as stop:
+            for step in range(steps):
+                if stop.is_set():
+                    raise KeyboardInterrupt
                 task.model.train()
+                record, outcome.failure = _step(task, optimiser, step, steps, settings)
+                outcome.seconds = time.perf_counter() - began
+                if outcome.failure:
+                    break
+                outcome.steps = step + 1
+                record["seconds"] = outcome.seconds
+                write(record)
+                reporter.step(record, steps)
+                if eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
+                    measure(step + 1)
+    except KeyboardInterrupt:
+        outcome.interrupted = True
     return outcome
 
 
@@ -100,27 +100,31 @@ def _seed(seed: int, what: str, number: int) -> int:
 
 
 def _step(
-    task: Task, batches: list[Batch], optimiser: torch.optim.Optimizer, lr: float, settings: TrainSettings
-) -> tuple[float, str | None]:
-    """One optimizer step; the mean loss over all units of its batches, and what went wrong, if anything did."""
+    task: Task, optimiser: torch.optim.Optimizer, step: int, steps: int, settings: TrainSettings
+) -> tuple[dict[str, float], str | None]:
+    """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
+    batches = [task.batch(rows) for rows in rows_of(step, settings, task.size)]
+    torch.manual_seed(_seed(settings.seed, "step", step))
+    lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
+    tokens = sum(batch.tokens for batch in batches)
+    record = {"step": step + 1, "loss": 0.0, "lr": lr, "tokens": tokens}
     units = sum(batch.units for batch in batches)
-    total = 0.0
     optimiser.zero_grad(set_to_none=True)
     for batch in batches:
         loss = task.loss(batch) / units
         value = loss.item()
         if not math.isfinite(value):
-            return value, _not_finite(f"the loss is {value}", batch.places, lr)
+            return record, _not_finite(step, f"the loss is {value}", batch.places, lr)
         loss.backward()
-        total += value
+        record["loss"] += value
     norm = _clip(task.model, settings.max_grad_norm)
     if not math.isfinite(norm):
         places = [place for batch in batches for place in batch.places]
-        return total, _not_finite(f"the gradient's norm is {norm}", places, lr)
+        return record, _not_finite(step, f"the gradient's norm is {norm}", places, lr)
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
-    return total, None
+    return record, None
 
 
 def _clip(model: nn.Module, longest: float) -> float:
@@ -130,10 +134,10 @@ def _clip(model: nn.Module, longest: float) -> float:
     return nn.utils.clip_grad_norm_(trains, longest or math.inf).item()
 
 
-def _not_finite(what: str, places: list[str], lr: float) -> str:
+def _not_finite(step: int, what: str, places: list[str], lr: float) -> str:
     return (
-        f"{what} on the rows {listed(places, 16)}. The adapter of the step before is kept. Try a lower train.lr "
-        f"(it was {lr:.2g}), a longer train.warmup, or dtype=float32; or look at these rows"
+        f"step {step + 1}: {what} on the rows {listed(places, 16)}. The adapter of the step before is kept. "
+        f"Try a lower train.lr (it was {lr:.2g}), a longer train.warmup, or dtype=float32; or look at these rows"
     )
 
 

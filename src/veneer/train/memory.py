@@ -28,15 +28,14 @@ class Estimate:
 def estimate(task: Task, settings: TrainSettings, longest: int) -> Estimate:
     """What a step of full batches of the longest rows will hold at once.
 
-    The activations that autograd keeps are counted in a forward of the first row and scaled by the number of tokens.
+    The activations that autograd keeps are counted in a forward of the longest row, by its number.
     """
     parameters = list(task.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     base = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
-    batch = task.batch([0])
+    batch = task.batch([longest])
     task.model.train()
-    a_token = _kept_bytes(task, batch) / batch.tokens
-    return Estimate(base, trained * 4 * ADAM, round(a_token * settings.batch_size * longest))
+    return Estimate(base, trained * 4 * ADAM, _kept_bytes(task, batch) * settings.batch_size)
 
 
 def _kept_bytes(task: Task, batch: object) -> int:

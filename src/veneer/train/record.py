@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves behind, each file written whole."""
+"""The run folder: what a run leaves behind. metrics.jsonl grows by lines, every other file is written whole."""
 
 import json
 import os

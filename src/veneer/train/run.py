@@ -1,6 +1,8 @@
 """A recipe in, a run folder out."""
 
 import json
+import math
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -52,7 +54,7 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[
     values = recipes.load(name, overrides)
     task = task_named(values.get("task", "causal-lm"))
     recipe = checked(task.settings, values, f"recipe {name}")
-    recipe.name = recipe.name or Path(name).stem
+    recipe.name = recipe.name or re.sub(r"[^\w.+-]+", "-", Path(name).stem)
     return recipe, task
 
 
@@ -61,7 +63,7 @@ def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     task = build(recipe, reporter)
     trainable, parameters = task.model.get_nb_trainable_parameters()
     facts = task.facts()
-    memory = estimate(task, recipe.train, facts["longest"])
+    memory = estimate(task, recipe.train, facts["longest row"])
     layers = list(task.model.get_adapter().tensors)
     return Preview(resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts)
 
@@ -77,15 +79,17 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
     try:
         task = build(recipe, reporter)
         folder.write("recipe.yaml", as_yaml(resolved(recipe)))
+        trainable, parameters = task.model.get_nb_trainable_parameters()
+        before = _measured(task, folder, reporter, 0)
     except BaseException:
         folder.discard()
         raise
-    trainable, parameters = task.model.get_nb_trainable_parameters()
-    before = task.evaluate(whole=True)
-    if before:
-        folder.measure({"step": 0, **before})
     every = getattr(getattr(recipe, "eval", None), "every_steps", None)
-    outcome = train(task, recipe.train, every, folder.measure, reporter)
+
+    def measure(step: int) -> None:
+        _noted(task.evaluate(whole=False), folder, reporter, step)
+
+    outcome = train(task, recipe.train, every, folder.measure, measure, reporter)
     result = Result(folder, outcome, before, {}, trainable, parameters, 0.0)
     _save(task, recipe, result)
     if outcome.failure:
@@ -93,7 +97,11 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
         raise AdapterError(f"{outcome.failure}. It is in {folder.adapter}")
     if not outcome.interrupted:
         try:
-            _measure(task, result)
+            result.after = _measured(task, folder, reporter, outcome.steps)
+            result.samples = task.sample()
+            folder.write(
+                "samples/answers.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in result.samples)
+            )
         except KeyboardInterrupt:
             outcome.interrupted = True
     _draw(folder)
@@ -103,12 +111,23 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
     return result
 
 
-def _measure(task: Task, result: Result) -> None:
-    """The figures after the training, and samples."""
-    result.after = task.evaluate(whole=True)
-    if result.after:
-        result.run.measure({"step": result.outcome.steps, **result.after})
-    result.samples = task.sample(result.run.samples)
+def _measured(task: Task, folder: Run, reporter: Reporter, step: int) -> dict[str, float]:
+    """All figures on the held-out rows, noted."""
+    return _noted(task.evaluate(whole=True), folder, reporter, step)
+
+
+def _noted(figures: dict[str, float], folder: Run, reporter: Reporter, step: int) -> dict[str, float]:
+    """The figures, written down and told. Raises `AdapterError` where one is not a number."""
+    if wrong := {name: value for name, value in figures.items() if not math.isfinite(value)}:
+        raise AdapterError(
+            f"after step {step} the held-out figures are {wrong}: the adapter is of no use. Try a lower train.lr, or "
+            "dtype=float32"
+        )
+    if figures:
+        record = {"step": step, **figures}
+        folder.measure(record)
+        reporter.measured(record)
+    return figures
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, nearest
@@ -13,7 +14,10 @@ from veneer.core.errors import AdapterError, nearest
 class Settings(BaseModel):
     """A part of a recipe; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+Average = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSettings(Settings):
@@ -25,15 +29,17 @@ class TrainSettings(Settings):
     accumulation: int = Field(
         1, ge=1, description="Batches an optimizer step; gradients are normalised over all of them."
     )
-    lr: float = Field(2e-4, gt=0, description="The highest learning rate.")
+    lr: float = Field(2e-4, gt=0, le=10, description="The highest learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
     warmup: float = Field(
         0.05, ge=0, description="Steps in which the rate rises: a share of all (below 1) or a number."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay, on matrices only.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two averages.")
+    betas: tuple[Average, Average] = Field((0.9, 0.999), description="AdamW's two averages.")
     max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled down to this; 0 leaves them.")
-    seed: int = Field(0, ge=0, description="Decides the order of the rows, the starting values and the dropout.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Decides the order of the rows, the starting values and the dropout."
+    )
 
 
 class Recipe(Settings):
@@ -41,7 +47,7 @@ class Recipe(Settings):
 
     task: str = Field("causal-lm", description="What is learned.")
     base: str = Field(description="The base model: a name that `veneer models` lists, a folder, or a hub id.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="Of the frozen base; the adapter trains in float32. auto: bfloat16 where the device multiplies it "
         "faster than float32, else float32.",
@@ -51,6 +57,13 @@ class Recipe(Settings):
     train: TrainSettings = Field(default_factory=TrainSettings)
     output: str = Field("runs", description="The folder that gets <name>-<number>/.")
     name: str | None = Field(None, pattern=r"^[\w.+-]+$", description="The run's name; the recipe's, if not said.")
+
+    @field_validator("base")
+    @classmethod
+    def _named_in_full(cls, base: str) -> str:
+        """A folder is named in full, so that the recipe and the adapter of a run can be used from anywhere."""
+        folder = Path(base).expanduser()
+        return str(folder.resolve()) if (folder / "config.json").is_file() else base
 
 
 R = TypeVar("R", bound=Recipe)

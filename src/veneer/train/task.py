@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -31,6 +30,9 @@ class Reporter:
     def progress(self, what: str, done: int, total: int) -> None:
         """`done` of `total` of something that takes a while."""
 
+    def measured(self, record: dict[str, float]) -> None:
+        """Held-out figures, with the step that they were measured after."""
+
     def step(self, record: dict[str, float], steps: int) -> None:
         """An optimizer step of `steps` is done."""
 
@@ -39,7 +41,6 @@ class Task(ABC):
     """A model with a fresh adapter, and the rows that it learns from."""
 
     settings: ClassVar[type[Recipe]]  # the task's own recipe
-    unit: ClassVar[str]  # what a batch's units are called
     model: PeftModel
     size: int  # rows to learn from
 
@@ -59,8 +60,8 @@ class Task(ABC):
         """Figures on held-out rows; `whole`: also those that take longer, for before and after the training."""
 
     @abstractmethod
-    def sample(self, folder: Path) -> list[dict[str, str]]:
-        """Show what the base and the adapted model make of a few held-out inputs; write that to `folder`."""
+    def sample(self) -> list[dict[str, str]]:
+        """What the base and the adapted model make of a few held-out inputs."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:

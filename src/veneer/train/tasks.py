@@ -11,7 +11,7 @@ TASKS = {"causal-lm": "veneer.train.language.causal_lm:CausalLM"}
 
 def task_named(name: Any) -> type[Task]:
     """The task's class. Raises `AdapterError` when there is none of that name, or a package is missing."""
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise AdapterError(f"task {name!r} is not one of {', '.join(TASKS)}{nearest(name, TASKS)}")
     module, _, attribute = TASKS[name].partition(":")
     try:

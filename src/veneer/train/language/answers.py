@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.core.errors import AdapterError
+
 
 @torch.no_grad()
 def answer(
@@ -21,6 +23,7 @@ def answer(
 
     Prompts of like length go through the model together, padded on the left.
     """
+    refuse_empty(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     was_training = model.training
@@ -35,6 +38,7 @@ def answer(
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad_of(tokenizer),
+                eos_token_id=stops_of(model, tokenizer),
                 **options,
             )
             texts = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
@@ -50,6 +54,19 @@ def pad_of(tokenizer: Any) -> int:
     """The id that fills up rows; it is never read."""
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if found is None else int(found)
+
+
+def stops_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the model's own, and the one that training puts behind a completion."""
+    own = model.generation_config.eos_token_id
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return sorted({int(end) for end in ends if end is not None})
+
+
+def refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
+    """A model cannot answer nothing. Raises `AdapterError`."""
+    if empty := [i + 1 for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise AdapterError(f"prompt {', '.join(map(str, empty[:8]))} is empty: expected at least one token")
 
 
 def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -1,9 +1,7 @@
 """The task `causal-lm`: a decoder learns to continue text. Only learned tokens reach the head."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from veneer import zoo
+from veneer.core.errors import AdapterError
 from veneer.core.model import get_peft_model
 from veneer.train.language.answers import answer, bleu, pad_of
-from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer
-from veneer.train.language.parts import Part, Question, evenly, questions, read_parts
+from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer, longest_row
+from veneer.train.language.parts import Part, Question, evenly, questions, read_documents, tokenised
 from veneer.train.language.settings import LanguageData, LanguageEvaluation, LanguageSample
+from veneer.train.language.shapes import Document, opening, typed
 from veneer.train.language.tokens import coloured, encode_prompt
 from veneer.train.settings import Recipe
 from veneer.train.task import Batch, Reporter, Task
@@ -34,24 +34,38 @@ class CausalLM(Task):
     """log p(token | what stands before it), summed over the learned tokens."""
 
     settings: ClassVar = CausalLMRecipe
-    unit: ClassVar = "learned tokens"
 
     def __init__(self, recipe: CausalLMRecipe, reporter: Reporter) -> None:
         self.recipe, self.reporter = recipe, reporter
         device = choose_device(recipe.device)
-        recipe.dtype = choose_dtype(recipe.dtype, device)  # type: ignore[assignment]
+        recipe.device, recipe.dtype = str(device), choose_dtype(recipe.dtype, device)  # type: ignore[assignment]
+        learned, held_out = read_documents(recipe.data, recipe.train.seed)
         folder = zoo.resolve(recipe.base)
+        self._shorten_rows(longest_row(folder))
         self.tokenizer = load_tokenizer(folder)
-        self.part, self.held_out = read_parts(recipe.data, self.tokenizer, recipe.train.seed)
+        self.part = self._tokenised(learned, "rows")
+        self.held_out = self._tokenised(held_out, "held-out rows") if held_out else None
+        if recipe.data.eval_share and not held_out:
+            reporter.say("held-out rows: none, because all rows have the same prompt; data.eval_path names some")
         self.size = len(self.part.examples)
-        for part, name in ((self.part, "rows"), (self.held_out, "held-out rows")):
-            if part:
-                reporter.say(f"{name}: {' '.join(part.report.sentences())}")
         model = load_causal_lm(folder, recipe.dtype, device)
         torch.manual_seed(recipe.train.seed)
         self.model: Any = get_peft_model(model, recipe.adapter)
         self.model.peft_config["default"].base_model_name_or_path = recipe.base
         self.model.peft_config["default"].task_type = "CAUSAL_LM"
+
+    def _shorten_rows(self, most: int | None) -> None:
+        if most is not None and self.recipe.data.max_length > most:
+            self.reporter.say(f"data.max_length is {most}, the most tokens that {self.recipe.base} reads")
+            self.recipe.data.max_length = most
+
+    def _tokenised(self, documents: list[Document], name: str) -> Part:
+        try:
+            part = tokenised(documents, self.tokenizer, self.recipe.data)
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from error
+        self.reporter.say(f"{name}: {' '.join(part.report.sentences())}")
+        return part
 
     def batch(self, rows: Sequence[int]) -> Batch:
         return self._batch(self.part, rows)
@@ -74,7 +88,7 @@ class CausalLM(Task):
             figures["bleu"] = self._bleu(asked)
         return figures
 
-    def sample(self, folder: Path) -> list[dict[str, str]]:
+    def sample(self) -> list[dict[str, str]]:
         asked = self._questions()
         if not asked:
             return []
@@ -83,20 +97,17 @@ class CausalLM(Task):
         with self.model.disable_adapter():
             before = answer(self.model, self.tokenizer, prompts, most)
         after = answer(self.model, self.tokenizer, prompts, most)
-        texts = [self.recipe.data.typed(p if isinstance(p, str) else p[-1]["content"]) for p, _ in asked]
-        samples = [
+        texts = [typed(prompt, self.recipe.data) for prompt, _ in asked]
+        return [
             {"prompt": text, "base": old, "adapted": new, "reference": question.references[0] if question else ""}
             for text, old, new, (_, question) in zip(texts, before, after, asked, strict=True)
         ]
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        (folder / "answers.jsonl").write_text(lines, encoding="utf-8")
-        return samples
 
     def facts(self) -> dict[str, Any]:
-        longest = max(len(example.ids) for example in self.part.examples)
-        looks = [coloured(example, self.tokenizer) for example in evenly(self.part.examples, 3)]
-        return {"report": self.part.report, "longest": longest, "looks": looks}
+        examples = self.part.examples
+        longest = max(range(len(examples)), key=lambda row: len(examples[row].ids))
+        looks = [coloured(example, self.tokenizer) for example in evenly(examples, 3)]
+        return {"report": self.part.report, "longest row": longest, "looks": looks}
 
     def usage(self) -> dict[str, Any]:
         keys = ("shape", "prompt", "completion", "chat")
@@ -150,7 +161,7 @@ class CausalLM(Task):
         """What is asked for the samples: the recipe's own prompts, or held-out ones."""
         wanted = self.recipe.sample
         if wanted.prompts is not None:
-            return [(self.recipe.data.filled(prompt), None) for prompt in wanted.prompts]
+            return [(opening(prompt, self.recipe.data), None) for prompt in wanted.prompts]
         if self.held_out is None or not wanted.count:
             return []
         return [(q.document.opening, q) for q in evenly(questions(self.held_out), wanted.count)]

@@ -12,27 +12,38 @@ from transformers.utils import logging
 from veneer.core.adapter import collapsed
 from veneer.core.errors import AdapterError
 
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # a base brings no programs
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`. Raises `AdapterError` when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         raise AdapterError(f"base {folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
 
 
-def load_causal_lm(folder: Path, dtype: str, device: torch.device) -> Any:
-    """The causal language model in `folder`, every weight from its files; in `dtype`, on `device`.
+def longest_row(folder: Path) -> int | None:
+    """The most tokens that the model in `folder` has positions for; None where it does not say."""
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, **LOCAL)
+        except (OSError, ValueError, KeyError) as error:
+            raise AdapterError(f"base {folder}: its config cannot be loaded: {_first_line(error)}") from error
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_causal_lm(folder: Path, dtype: str | None, device: torch.device) -> Any:
+    """The causal language model in `folder`, every weight from its files; in `dtype` (None: as stored), on `device`.
 
     Raises `AdapterError` when the folder holds another kind of model, or not all of its weights.
     """
     try:
         with quiet():  # what it would say of missing weights is an error here
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, **LOCAL)
             model, found = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+                folder, config=config, dtype=dtype or "auto", output_loading_info=True, **LOCAL
             )
     except (OSError, ValueError, KeyError) as error:
         raise AdapterError(
@@ -67,7 +78,7 @@ def choose_device(name: str) -> torch.device:
         return best or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # `meta` has no values
     except (RuntimeError, AssertionError) as error:
         raise AdapterError(f"device {name!r} is not to be had here: {_first_line(error)}") from error
     return device

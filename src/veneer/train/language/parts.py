@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from veneer.core.errors import AdapterError
 from veneer.train.language.rows import read_rows, split_held_out
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Document, detect_shape, documents
@@ -33,19 +32,20 @@ class Question:
     references: list[str]
 
 
-def read_parts(settings: LanguageData, tokenizer: Any, seed: int) -> tuple[Part, Part | None]:
-    """(learned from, held out); None where the recipe holds nothing out."""
-    learned = _documents(settings.path, settings.split, settings)
-    held_out: list[Document] = []
+def read_documents(settings: LanguageData, seed: int) -> tuple[list[Document], list[Document]]:
+    """(learned from, held out). `settings.shape` says afterwards how the rows were read."""
+    rows = read_rows(settings.path, settings.split)
+    settings.shape = detect_shape(rows, settings)
+    learned = documents(rows, settings.shape, settings)
     if settings.eval_path or settings.eval_split:
-        held_out = _documents(settings.eval_path or settings.path, settings.eval_split or settings.split, settings)
-    elif settings.eval_share and len(learned) > 1:
-        learned, held_out = split_held_out(learned, settings.eval_share, seed, lambda document: document.key)
-    part = Part(learned, *encode(learned, tokenizer, settings))
-    try:
-        return part, Part(held_out, *encode(held_out, tokenizer, settings)) if held_out else None
-    except AdapterError as error:
-        raise AdapterError(f"held-out rows: {error}") from error
+        rows = read_rows(settings.eval_path or settings.path, settings.eval_split or settings.split)
+        return learned, documents(rows, settings.shape, settings)
+    return split_held_out(learned, settings.eval_share, seed, lambda document: document.key)
+
+
+def tokenised(found: list[Document], tokenizer: Any, settings: LanguageData) -> Part:
+    """The documents with those of them that are used as tokens."""
+    return Part(found, *encode(found, tokenizer, settings))
 
 
 def questions(part: Part) -> list[Question]:
@@ -63,11 +63,6 @@ def evenly(items: list[T], most: int) -> list[T]:
     """At most so many of the items, evenly spread."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def _documents(path: str, split: str, settings: LanguageData) -> list[Document]:
-    rows = read_rows(path, split)
-    return documents(rows, detect_shape(rows, settings), settings)
 
 
 def _answer_of(document: Document) -> str:

@@ -70,35 +70,12 @@ class LanguageData(Settings):
         "Rows with the same prompt stay together.",
     )
 
-    def filled(self, text: str) -> str:
-        """What a person types as a prompt, as the rows write it: in the place of the template's only column."""
-        before, after = self._around()
-        return f"{before}{text}{after}"
-
-    def typed(self, prompt: str) -> str:
-        """What a person would have to type for this prompt."""
-        before, after = self._around()
-        return prompt.removeprefix(before).removesuffix(after)
-
-    def _around(self) -> tuple[str, str]:
-        """What the prompt's template has before and after its column; nothing, if it has not just one."""
-        match template_parts(self.prompt or ""):
-            case ((before, str()),):
-                return before, ""
-            case ((before, str()), (after, None)):
-                return before, after
-        return "", ""
-
-    def answer_columns(self) -> list[str]:
-        """The columns that only the completion's template reads: a prompt can be written without them."""
-        asked = {column for _, column in template_parts(self.prompt or "")}
-        return [column for _, column in template_parts(self.completion or "") if column and column not in asked]
-
     @field_validator("path", "eval_path")
     @classmethod
     def _named_in_full(cls, path: str | None) -> str | None:
         """A file is named in full, so that the recipe of a run can be run again from anywhere."""
-        return str(Path(path).resolve()) if path and Path(path).is_file() else path
+        file = Path(path or "").expanduser()
+        return str(file.resolve()) if file.is_file() else path
 
     @model_validator(mode="after")
     def _agrees(self) -> "LanguageData":

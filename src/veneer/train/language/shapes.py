@@ -1,18 +1,13 @@
 """Rows become documents: what is the prompt, the completion, the chat, and in a chat the assistant's part."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
 
 from veneer.core.errors import AdapterError, listed, nearest
+from veneer.train.language.chat import Message
 from veneer.train.language.rows import Row, Rows, Values
 from veneer.train.language.settings import LanguageData, Shape, template_parts
-
-Message = dict[str, str]
-Spans = list[tuple[int, int]]  # of characters: begin, end
 
 # the columns that make a shape, the most telling shape first; alpaca's third column is optional
 COLUMNS: dict[Shape, tuple[tuple[str, ...], ...]] = {
@@ -129,6 +124,47 @@ def document(row: Row, shape: Shape, settings: LanguageData) -> Document:
     return _pair(row, prompt, _text(row, output), settings)
 
 
+def opening(text: str, settings: LanguageData) -> str | list[Message]:
+    """What a person types as a prompt, as the rows of `settings.shape` write theirs."""
+    if settings.shape == "messages":
+        return [{"role": "user", "content": text}]
+    before, after = _around(settings)
+    return f"{before}{text}{after}"
+
+
+def typed(prompt: str | Sequence[Message], settings: LanguageData) -> str:
+    """What a person would have to type for this prompt; of a chat, its last message."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    before, after = _around(settings)
+    return text.removeprefix(before).removesuffix(after)
+
+
+def _around(settings: LanguageData) -> tuple[str, str]:
+    """What stands before and after the one text of a prompt; nothing, where a prompt has more than one."""
+    template = settings.prompt or ""
+    if settings.prompt is None and settings.shape == "alpaca" and not settings.chat:
+        template = ALPACA.replace("{}", "{instruction}")
+    match template_parts(template):
+        case ((before, str()),):
+            return before, ""
+        case ((before, str()), (after, None)):
+            return before, after
+    return "", ""
+
+
+def without_completions(rows: Rows, settings: LanguageData) -> Rows:
+    """Rows of prompts alone: the columns that only a completion needs are filled with nothing where they lack."""
+    asked = {column for _, column in template_parts(settings.prompt or "")}
+    wanted = {column for _, column in template_parts(settings.completion or "") if column} - asked
+    for row in rows:
+        for shape, choices in COLUMNS.items():
+            if settings.prompt is None and shape in (settings.shape, "alpaca", "prompt-completion"):
+                wanted |= {c[1] for c in choices if len(c) > 1 and c[0] in row.values}
+        for column in wanted:
+            row.values.setdefault(column, "")
+    return rows
+
+
 def _pair(row: Row, prompt: str, completion: str, settings: LanguageData) -> Document:
     if not settings.chat:
         return Document(row.place, prompt, completion)
@@ -192,53 +228,3 @@ def _message(turn: object, place: str) -> Message:
     if values.get("tool_calls"):
         raise AdapterError(f"{place}: tool calls cannot be learned from; expected 'content' alone")
     return {"role": ROLES[str(role)], "content": _text(Row(values, place), said)}
-
-
-def answer_spans(messages: Sequence[Message], text: str, tokenizer: Any) -> Spans | None:
-    """Where the assistant's turns are in `text`, found by writing the chat up to them; None when that fails."""
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        try:
-            opening = rendered_chat(messages[:turn], tokenizer, answering=True)
-            ending = text if turn == len(messages) - 1 else rendered_chat(messages[: turn + 1], tokenizer)
-        except AdapterError:
-            return None
-        if not (text.startswith(ending) and ending.startswith(opening)):
-            return None
-        spans.append((len(opening), len(ending)))
-    return spans
-
-
-def marked_spans(messages: Sequence[Message], tokenizer: Any) -> Spans:
-    """Where the assistant's turns are, by the template's own `{% generation %}`."""
-    if not re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()):
-        raise AdapterError(
-            "cannot tell which part of the chat is the assistant's: the tokenizer's chat template writes earlier "
-            "turns differently when more follow (or the chat begins with the assistant), and marks no "
-            "{% generation %}. Say data.learn=all, give every row one user and one assistant turn, or choose "
-            "another base"
-        )
-    marked = tokenizer.apply_chat_template(
-        list(messages),
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    flagged = zip(marked["assistant_masks"], marked["offset_mapping"], strict=True)
-    runs = [[place for _, place in run] for flag, run in groupby(flagged, key=lambda pair: pair[0]) if flag]
-    return [(run[0][0], run[-1][1]) for run in runs]
-
-
-def rendered_chat(messages: Sequence[Message], tokenizer: Any, answering: bool = False) -> str:
-    """The chat as the tokenizer's template writes it; `answering` opens the assistant's next turn."""
-    if not tokenizer.chat_template:
-        raise AdapterError(
-            "the tokenizer has no chat template: write the rows out with data.prompt and data.completion, or choose "
-            "a base that was trained to chat"
-        )
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
-    except Exception as error:  # a template is a program that came with the base: it may raise anything
-        raise AdapterError(f"the tokenizer's chat template refuses this chat: {error}") from error

@@ -14,11 +14,12 @@ from veneer import zoo
 from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError, nearest
 from veneer.core.model import PeftModel
-from veneer.train.language.answers import answer, pad_of
+from veneer.train.language.answers import answer, pad_of, refuse_empty, stops_of
+from veneer.train.language.chat import Message
 from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer, quiet
 from veneer.train.language.rows import read_rows
 from veneer.train.language.settings import LanguageData
-from veneer.train.language.shapes import Message, detect_shape, documents
+from veneer.train.language.shapes import detect_shape, documents, opening, without_completions
 from veneer.train.language.tokens import encode_prompt
 from veneer.train.record import USAGE
 
@@ -34,28 +35,28 @@ class Speaker:
     data: LanguageData
 
     @classmethod
-    def load(cls, adapter: str, base: str | None = None, dtype: str = "auto", device: str = "auto") -> "Speaker":
-        """From a run's or an adapter's folder; the base is the one that the adapter names, or `base`."""
+    def load(cls, adapter: str, base: str | None = None, dtype: str | None = "auto", device: str = "auto") -> "Speaker":
+        """From a run's or an adapter's folder; the base is the one that the adapter names, or `base`.
+
+        `dtype` None is the one that the base is stored in.
+        """
         folder = adapter_folder(adapter)
         named = read_config(folder).base_model_name_or_path
         if not (base or named):
             raise AdapterError(f"{folder} does not say which base it is for: give --base")
         place = zoo.resolve(base or named or "")
         chosen = choose_device(device)
-        model = load_causal_lm(place, choose_dtype(dtype, chosen), chosen)
+        model = load_causal_lm(place, dtype and choose_dtype(dtype, chosen), chosen)
         model = PeftModel.from_pretrained(model, folder)
         return cls(model.eval(), load_tokenizer(place), _usage(folder))
 
     def opening(self, text: str) -> Opening:
         """What a person types, as the rows of the training write it."""
-        return self.data.filled(text)
+        return opening(text, self.data)
 
     def read(self, file: Path) -> list[Opening]:
         """The prompts of a file, whose rows have the columns that the training's had; completions may be missing."""
-        rows = read_rows(str(file))
-        for row in rows:
-            for column in self.data.answer_columns():
-                row.values.setdefault(column, "")
+        rows = without_completions(read_rows(str(file)), self.data)
         return [document.opening for document in documents(rows, detect_shape(rows, self.data), self.data)]
 
     def answers(
@@ -75,7 +76,9 @@ class Speaker:
         import torch
         from transformers import TextStreamer
 
-        ids = torch.tensor([encode_prompt(prompt, self.tokenizer, self.data)], device=self.model.device)
+        tokens = [encode_prompt(prompt, self.tokenizer, self.data)]
+        refuse_empty(tokens)
+        ids = torch.tensor(tokens, device=self.model.device)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
             self.model.generate(
@@ -83,6 +86,7 @@ class Speaker:
                 attention_mask=torch.ones_like(ids),
                 streamer=streamer,
                 pad_token_id=pad_of(self.tokenizer),
+                eos_token_id=stops_of(self.model, self.tokenizer),
                 **{"do_sample": False, **options},
             )
 
@@ -100,7 +104,7 @@ def adapter_folder(name: str) -> Path:
     raise AdapterError(f"{folder}: there is no such run or adapter{nearest(str(folder), siblings)}")
 
 
-def write_merged(adapter: str, out: Path, base: str | None, dtype: str) -> Path:
+def write_merged(adapter: str, out: Path, base: str | None, dtype: str | None) -> Path:
     """Merge and write an ordinary transformers folder, tokenizer included, whole or not at all."""
     if out.exists():
         raise AdapterError(f"{out} exists already; nothing was written")
@@ -129,5 +133,5 @@ def _usage(folder: Path) -> LanguageData:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
         return LanguageData(path="-", **data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path} is damaged: {error}; without it, prompts are taken as they are") from error

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from veneer.core.errors import AdapterError
+from veneer.train.language.chat import Message, Spans, answer_spans, marked_spans, rendered_chat
 from veneer.train.language.settings import LanguageData
-from veneer.train.language.shapes import Document, Message, Spans, answer_spans, marked_spans, rendered_chat
+from veneer.train.language.shapes import Document
 
 BATCH = 1000  # texts a call: a fast tokenizer spreads them over the processor's cores
 
