@@ -44,9 +44,14 @@ def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
 
 def restore(module: Reclassed) -> None:
     """Give the module its own class back."""
-    module.__class__ = _PARTS[type(module)][1]  # type: ignore[assignment]
+    module.__class__ = base_of(module)  # type: ignore[assignment]
 
 
 def mixin_of(module: Reclassed) -> type[Reclassed]:
     """The mixin that the module was given."""
     return _PARTS[type(module)][0]
+
+
+def base_of(module: Reclassed) -> type[nn.Module]:
+    """The class that the module was made with."""
+    return _PARTS[type(module)][1]
