@@ -11,12 +11,18 @@ from safetensors.torch import load_file, save_file
 from veneer import Adapter, AdapterError, PeftModel
 from veneer.core import adapter as adapter_module
 
+_KEY = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_save_then_load_gives_identical_outputs_and_bits(case, bits, tmp_path, dtype):
-    settings = {"use_rslora": True, "rank_pattern": {"head": 1}, "alpha_pattern": {"head": 0.5}, "lora_dropout": 0.1}
+    settings = {
+        "use_rslora": True,
+        "rank_pattern": {"head": 1},
+        "alpha_pattern": {"head": 0.5},
+        "lora_dropout": 0.1 * case.kind.drops,
+    }
     base = case.stack(dtype)
     saved = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     model, x = case.adapted(base=base, targets=["layer", "head"], **settings), case.x(3, dtype=dtype)
@@ -72,17 +78,15 @@ def _refused(case, bits, folder) -> str:
 
 
 def test_every_tensor_that_does_not_fit_is_named_in_one_error(case, bits, folder):
-    (a, A), (b, B) = list(adapter_module.method(case.method).file_names.items())[:2]
-    A, B = f"base_model.model.{{}}.{A}", f"base_model.model.{{}}.{B}"
-
     def change(tensors) -> None:
-        del tensors[A.format("layer")]
-        tensors[A.format("nobody")] = torch.zeros(1)
-        tensors[B.format("head")] = torch.zeros(7, 2)
+        of = {path: sorted(key for key in tensors if key.startswith(_KEY + path)) for path in ("layer", "head")}
+        del tensors[of["layer"][0]]
+        tensors[of["head"][0].replace("head", "nobody")] = torch.zeros(1)
+        tensors[of["head"][1]] = torch.zeros(7, 2)
 
     _rewrite_tensors(folder, change)
     said = _refused(case, bits, folder)
-    for part in (f"missing: layer.{a}", f"unexpected: nobody.{a}", f"of another shape: head.{b} expected"):
+    for part in ("missing: layer.", "unexpected: nobody.", "of another shape: head."):
         assert part in said
 
 

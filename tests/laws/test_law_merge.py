@@ -30,14 +30,14 @@ def test_the_merged_weight_is_the_exact_sum_rounded_once(case, dtype, blend, cas
     model = model.to(dtype) if cast else model
     layer, exact = (
         model.layer,
-        case.kind.matrix(model.layer.weight).detach().to(torch.promote_types(dtype, torch.float32)),
+        case.kind.seen(model.layer).detach().to(torch.promote_types(dtype, torch.float32)),
     )
     weights = blend if isinstance(blend, dict) else dict.fromkeys(blend, 1.0)
-    original = case.kind.matrix(layer.weight).detach()
+    original = case.kind.seen(layer).detach()
     for name, weight in weights.items():
         exact = exact + weight * layer.adapters[name].delta(original).detach()
     model.merge_adapter(blend)
-    assert torch.equal(case.kind.matrix(layer.weight), exact.to(dtype))
+    assert torch.equal(case.kind.seen(layer), exact.to(dtype))
     assert layer.weight.is_contiguous()
 
 

@@ -52,3 +52,31 @@ def test_the_start_is_the_same():
     assert not theirs.lora_B.any()
     assert update.A.abs().max() <= bound
     assert theirs.lora_A.abs().max() <= bound
+
+
+OTHERS = {
+    "table": (lambda: loralib.Embedding(7, 5, r=3, lora_alpha=7), lambda: nn.Embedding(7, 5)),
+    # of a larger kernel loralib factors another matrix, (out · k, in · k), so its A and B mean another change
+    "point": (lambda: loralib.Conv2d(4, 5, 1, r=3, lora_alpha=7), lambda: nn.Conv2d(4, 5, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_tables_and_convolutions_are_the_same(kind):
+    theirs, base = (make().double() for make in OTHERS[kind])
+    for parameter in (theirs.lora_A, theirs.lora_B):
+        nn.init.normal_(parameter)
+    plain = theirs.conv if kind == "point" else theirs
+    base.load_state_dict({name: value for name, value in plain.state_dict().items() if "lora" not in name})
+    ours = get_peft_model(nn.Sequential(base), LoraConfig(r=3, lora_alpha=7, target_modules=["0"]))
+    update = ours[0].adapters["default"]
+    with torch.no_grad():
+        update.A.copy_(theirs.lora_A)
+        update.B.copy_(theirs.lora_B)
+    x = torch.randint(0, 7, (2, 3)) if kind == "table" else torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
+    found = torch.autograd.grad(ours(x).square().sum(), (update.A, update.B))
+    torch.testing.assert_close(found, torch.autograd.grad(theirs(x).square().sum(), (theirs.lora_A, theirs.lora_B)))
+    ours.merge_adapter()
+    theirs.eval()  # loralib merges as a side effect of this
+    torch.testing.assert_close(ours[0].weight, plain.weight)

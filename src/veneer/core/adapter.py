@@ -20,6 +20,7 @@ from veneer.core.whole import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_ON_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # PEFT's names there
 
 
 @dataclass
@@ -27,19 +28,20 @@ class Adapter:
     """What a file holds, and what combining and analysing work on.
 
     `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`.
+    `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise.
     """
 
     config: LoraConfig
     tensors: dict[str, dict[str, Tensor]]
+    embeddings: frozenset[str] = frozenset()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; both whole or not at all.
 
         Raises `AdapterError` when the folder cannot be written.
         """
-        names = method(self.config.peft_type).file_names
         flat = {
-            f"{_PREFIX}{path}.{names[name]}": tensor.detach().contiguous().cpu()
+            f"{_PREFIX}{path}.{self._ending(path, name)}": tensor.detach().contiguous().cpu()
             for path, tensors in self.tensors.items()
             for name, tensor in tensors.items()
         }
@@ -57,6 +59,10 @@ class Adapter:
             raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
         return folder
 
+    def _ending(self, path: str, name: str) -> str:
+        ending = method(self.config.peft_type).file_names[name]
+        return _ON_EMBEDDINGS.get(ending, ending) if path in self.embeddings else ending
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
         """Read a PEFT folder. Raises `AdapterError` that says what is missing or wrong in it."""
@@ -67,6 +73,9 @@ class Adapter:
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from None
         endings = {ending: name for name, ending in method(config.peft_type).file_names.items()}
+        lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
+        endings |= lookups
+        embeddings = set()
         tensors: dict[str, dict[str, Tensor]] = {}
         strangers, broken = [], []
         for key, tensor in flat.items():
@@ -75,13 +84,15 @@ class Adapter:
                 strangers.append(key)
                 continue
             tensors.setdefault(match[1], {})[endings[match[2]]] = tensor
+            if match[2] in lookups:
+                embeddings.add(match[1])
             if not torch.isfinite(tensor).all():
                 broken.append(key)
         problems = [f"unexpected tensors: {collapsed(strangers)}"] if strangers else []
         problems += [f"NaN or infinity in: {collapsed(broken)}"] if broken else []
         if problems:
             raise AdapterError(f"{folder / WEIGHTS}: " + "; ".join(problems))
-        return cls(config, tensors)
+        return cls(config, tensors, frozenset(embeddings))
 
 
 def read_config(folder: Path) -> LoraConfig:

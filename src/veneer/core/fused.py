@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.core.plan import by_row
+
 
 class Change(NamedTuple):
     """scale · B A · drop(x): one adapter's part of the output."""
@@ -44,15 +46,6 @@ def thin_linear(x: Tensor, change: Change) -> Tensor:
     if change.rows is not None:
         h = by_row(h, change.rows)
     return F.linear(h, change.B.to(x.dtype)) * change.scale
-
-
-def by_row(y: Tensor, weights: Tensor) -> Tensor:
-    """y with everything that belongs to row i of the batch times `weights[i]`, `(rows)` or `(rows, features)`.
-
-    y's first dimension holds the rows one after the other, each as often as beams or flattened tokens have it.
-    """
-    rows, features = len(weights), y.shape[-1]
-    return (y.reshape(rows, -1, features) * weights.view(rows, 1, -1)).view(y.shape)
 
 
 def _mask(x: Tensor, dropout: float) -> Tensor | None:

@@ -34,10 +34,10 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
     build = method(config.peft_type)
     updates = {}
     for path, target in targets.items():
-        kind, weight = kind_of(target.layer), target.layer.weight
+        kind = kind_of(target.layer)
         assert kind is not None
-        assert isinstance(weight, Tensor)
-        updates[path] = build(kind.matrix(weight), target.config)
+        updates[path] = build(kind.seen(target.layer), target.config)
+        kind.start(updates[path], target.config.init_lora_weights)
     if values is not None:
         _fill(model, updates, values)
     for path, update in updates.items():
@@ -48,11 +48,12 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     """The adapter called `name` as plain data; its tensors are the live ones, not copies."""
     tensors = {
-        path: dict(layer.adapters[name].named_parameters())
+        path: {key: tensor.detach() for key, tensor in _filed(layer, layer.adapters[name]).items()}
         for path, layer in adapted_layers(model)
         if name in layer.adapters
     }
-    return Adapter(config, {path: {key: p.detach() for key, p in own.items()} for path, own in tensors.items()})
+    embeddings = frozenset(path for path in tensors if isinstance(model.get_submodule(path), nn.Embedding))
+    return Adapter(config, tensors, embeddings)
 
 
 def detach(layer: AdaptedLayer, name: str | None = None) -> None:
@@ -82,10 +83,20 @@ def _refuse_name(name: str) -> None:
         )
 
 
+def _filed(layer: nn.Module, update: nn.Module) -> dict[str, Tensor]:
+    """The update's parameters by name, as they look in a file."""
+    kind = kind_of(layer)
+    assert kind is not None
+    assert isinstance(update, Update)
+    names = update.file_names
+    return {key: kind.filed(layer, names[key], parameter) for key, parameter in update.named_parameters()}
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, updates: dict[str, Update], values: Adapter) -> None:
     """Copy the file's tensors in, or say everything that does not fit and change nothing."""
-    wanted = {(path, key): p for path, update in updates.items() for key, p in update.named_parameters()}
+    filed = {path: _filed(model.get_submodule(path), update) for path, update in updates.items()}
+    wanted = {(path, key): tensor for path, own in filed.items() for key, tensor in own.items()}
     found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
     missing = [".".join(key) for key in wanted if key not in found]
     strangers = [".".join(key) for key in found if key not in wanted]
@@ -99,5 +110,5 @@ def _fill(model: nn.Module, updates: dict[str, Update], values: Adapter) -> None
         made_for = values.config.base_model_name_or_path
         origin = f" (it was made for {made_for})" if made_for else ""
         raise AdapterError(f"the adapter does not fit this {type(model).__name__}{origin}:\n" + "\n".join(problems))
-    for key, parameter in wanted.items():
-        parameter.copy_(found[key])
+    for key, tensor in wanted.items():
+        tensor.copy_(found[key])

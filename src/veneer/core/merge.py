@@ -24,12 +24,13 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
     done: list[AdaptedLayer] = []
     try:
         for path, layer in layers:
-            changed = layer.changed_weight(terms)
-            if not torch.isfinite(changed).all():
+            changed = layer.changed(terms)
+            if not all(torch.isfinite(value).all() for value in changed.values()):
                 raise AdapterError(f"merging {listed(t.adapter for t in terms)} gives NaN or infinity in {path}")
-            layer.adapters.original = layer.weight.data
-            layer.weight.data = changed
+            layer.adapters.original = {name: layer.get_parameter(name).data for name in changed}
             done.append(layer)
+            for name, value in changed.items():
+                layer.get_parameter(name).data = value.contiguous()
     except BaseException:
         for layer in done:
             _put_back(layer)
@@ -49,7 +50,8 @@ def unmerge(model: nn.Module, plan: Plan) -> None:
 
 def _put_back(layer: AdaptedLayer) -> None:
     assert layer.adapters.original is not None
-    layer.weight.data = layer.adapters.original
+    for name, value in layer.adapters.original.items():
+        layer.get_parameter(name).data = value
     layer.adapters.original = None
 
 

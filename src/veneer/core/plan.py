@@ -93,3 +93,12 @@ def _is_weight(weight: object) -> bool:
         return math.isfinite(float(weight))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return False
+
+
+def by_row(y: Tensor, weights: Tensor) -> Tensor:
+    """y with everything that belongs to row i of the batch times `weights[i]`, `(rows)` or `(rows, features)`.
+
+    y's first dimension holds the rows one after the other, each as often as beams or flattened tokens have it.
+    """
+    rows, features = len(weights), y.shape[-1]
+    return (y.reshape(rows, -1, features) * weights.view(rows, 1, -1)).view(y.shape)

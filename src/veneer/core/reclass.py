@@ -48,9 +48,19 @@ def restore(module: Reclassed) -> None:
     """Give the module its own class back."""
     if type(module) not in _PARTS:
         raise AdapterError(f"something else changed the class of this {type(module).__name__} since: undo that first")
-    module.__class__ = _PARTS[type(module)][1]  # type: ignore[assignment]
+    module.__class__ = base_of(module)  # type: ignore[assignment]
 
 
 def mixin_of(module: Reclassed) -> type[Reclassed]:
     """The mixin that the module was given."""
-    return next(_PARTS[cls] for cls in type(module).__mro__ if cls in _PARTS)[0]
+    return _parts(module)[0]
+
+
+def base_of(module: Reclassed) -> type[nn.Module]:
+    """The class that the module was made with."""
+    return _parts(module)[1]
+
+
+def _parts(module: Reclassed) -> tuple[type[Reclassed], type[nn.Module]]:
+    # something else may have changed the class again since
+    return next(_PARTS[cls] for cls in type(module).__mro__ if cls in _PARTS)

@@ -60,7 +60,7 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
             f"target_modules={names!r} leaves no layer of {type(model).__name__} to adapt; "
             f'its linear layers end with {listed(_last_parts(modules))}, or say "all-linear"'
         )
-    _refuse_unadaptable(modules, chosen)
+    _refuse_unadaptable(modules, chosen, config)
     # PEFT does not read an expression together with layer numbers
     spell = names == "all-linear" or (isinstance(names, str) and config.layers_to_transform is not None)
     resolved = replace(config, target_modules=_shortest(modules, chosen) if spell else names)
@@ -161,16 +161,19 @@ def _in_layers(paths: list[str], config: LoraConfig) -> list[str]:
     return [path for path in paths if number.get(path) in wanted]
 
 
-def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str]) -> None:
+def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config: LoraConfig) -> None:
     problems = []
     for path in chosen:
         layer = modules[path]
-        if kind_of(layer) is None:
+        kind = kind_of(layer)
+        if kind is None:
             inner = [name for name, child in layer.named_modules() if kind_of(child)]
             hint = f"; it holds {listed(inner)}: name those" if inner else ""
             problems.append(f"{path} is a {type(layer).__name__}, which cannot be adapted{hint}")
         elif not getattr(layer, "weight", torch.empty(0)).is_floating_point():
             problems.append(f"{path} has a weight of {layer.weight.dtype}: quantised layers are not adapted yet")
+        elif reason := kind.refusal(layer, config):
+            problems.append(f"{path} is a {type(layer).__name__} {reason}")
         elif "forward" in vars(layer):
             problems.append(f"{path} has a forward put on the object by a hook: adapt the model before hooking it")
         elif hasattr(layer, "adapters") and not isinstance(layer.adapters, Adapters):

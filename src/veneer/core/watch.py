@@ -14,7 +14,11 @@ from veneer.core.plan import Plan
 @contextmanager
 def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Warn of the layers with acting adapters that were not called inside: they would learn nothing."""
-    idle = {path: layer for path, layer in adapted_layers(model) if any(layer.adapters.acting_rows())}
+    idle = {
+        path: layer
+        for path, layer in adapted_layers(model)
+        if any(term.adapter in layer.adapters for term in plan.terms)
+    }
     paths: dict[nn.Module, str] = {layer: path for path, layer in idle.items()}
 
     def called(layer: nn.Module, inputs: object) -> None:

@@ -2,11 +2,21 @@
 
 from torch import nn
 
+from veneer.core.kinds.conv import AdaptedConv, AdaptedOwnConv
+from veneer.core.kinds.embedding import AdaptedEmbedding, AdaptedOwnEmbedding
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear, AdaptedOwnLinear
 from veneer.core.reclass import mixin_of
 
-KINDS: tuple[type[AdaptedLayer], ...] = (AdaptedLinear, AdaptedOwnLinear, AdaptedConv1D)
+KINDS: tuple[type[AdaptedLayer], ...] = (
+    AdaptedLinear,
+    AdaptedOwnLinear,
+    AdaptedConv1D,
+    AdaptedEmbedding,
+    AdaptedOwnEmbedding,
+    AdaptedConv,
+    AdaptedOwnConv,
+)
 
 
 def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:

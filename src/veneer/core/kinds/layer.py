@@ -1,14 +1,15 @@
 """`AdaptedLayer`: what every layer kind shares. A kind says how a layer is seen as a matrix and applies changes."""
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.plan import Plan, Term
-from veneer.core.reclass import Reclassed
+from veneer.core.reclass import Reclassed, base_of
 from veneer.core.update import Update
 
 
@@ -19,27 +20,35 @@ def _never_called(module: nn.Module, inputs: object) -> None:
 class Adapters(nn.ModuleDict):
     """The one child that an adapted layer has more than its base: an `Update` for each adapter name."""
 
-    original: Tensor | None  # the weight as it was, while adapters are merged into it
+    original: dict[str, Tensor] | None  # the layer's parameters as they were, while adapters are merged into them
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.register_buffer("original", None, persistent=False)
+        self.original = None
         # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
         self.register_forward_pre_hook(_never_called)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapters":
+        super()._apply(fn, recurse)
+        if self.original is not None:  # what comes back goes wherever the layer went
+            self.original = {name: fn(tensor) for name, tensor in self.original.items()}
+        return self
+
     def acting(self, terms: tuple[Term, ...] | None = None) -> Iterator[tuple[Update, float]]:
         """The updates that act on this layer, with their weights: those of `terms`, or of the plan."""
-        for update, term in self.acting_rows(terms):
-            if term.rows is not None:
-                raise AdapterError("this kind of layer cannot be mixed by rows: run each adapter's rows on their own")
-            yield update, term.weight
-
-    def acting_rows(self, terms: tuple[Term, ...] | None = None) -> Iterator[tuple[Update, Term]]:
-        """The same with whole terms, for kinds that can give each row of a batch its own."""
         for term in self.plan.terms if terms is None else terms:
             if term.adapter in self._modules:
-                yield self._modules[term.adapter], term  # type: ignore[misc]
+                if term.rows is not None:
+                    raise AdapterError("a layer with a forward of its own cannot be mixed by rows: run them apart")
+                yield self._modules[term.adapter], term.weight  # type: ignore[misc]
+
+    def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
+        """The same for an input or output x `(rows, …)`, and in a mixed batch the weight `(rows)` of each row."""
+        for term in self.plan.terms:
+            if term.adapter in self._modules:
+                rows = None if term.rows is None else self.plan.row_weights((term,), (1,), x)[:, 0]
+                yield self._modules[term.adapter], term.weight, rows  # type: ignore[misc]
 
 
 class AdaptedLayer(Reclassed):
@@ -48,21 +57,68 @@ class AdaptedLayer(Reclassed):
     adapters: Adapters
     weight: Tensor
     linear: ClassVar[bool] = False  # belongs to "all-linear"
+    drops: ClassVar[bool] = True  # its change has an input of its own, which dropout can drop
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
         """Whether this kind can adapt `layer`."""
         raise NotImplementedError
 
+    @classmethod
+    def refusal(cls, layer: nn.Module, config: LoraConfig) -> str | None:
+        """Why this one layer cannot be adapted so though its kind can, as the end of a sentence."""
+        if config.lora_dropout and not cls.drops:
+            return f"whose change has no input that lora_dropout={config.lora_dropout} could drop: set it to 0"
+        return None
+
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
-        """The layer's weight seen as `(out, in)`, without a copy; its own inverse."""
+        """The layer's weight seen as `(out, in)`, without a copy."""
         raise NotImplementedError
 
-    def changed_weight(self, terms: tuple[Term, ...]) -> Tensor:
-        """W + Σ weight · ΔW, summed in fp32 (fp64 for an fp64 base) and rounded once to the base's dtype."""
-        original = self.matrix(self.weight)
+    @classmethod
+    def seen(cls, layer: nn.Module) -> Tensor:
+        """What of the layer changes, as one matrix `(out, in)`."""
+        return cls.matrix(layer.weight)  # type: ignore[arg-type]
+
+    @classmethod
+    def values(cls, layer: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
+        """The inverse of `seen`: the layer's parameters by name, for another matrix."""
+        return {"weight": cls.matrix(matrix)}
+
+    @classmethod
+    def filed(cls, layer: nn.Module, ending: str, tensor: Tensor) -> Tensor:
+        """A method's parameter in the shape that PEFT's files give it on this kind; a view, filled when one is read.
+
+        `ending` is its name in the file.
+        """
+        return tensor
+
+    @classmethod
+    def start(cls, update: Update, how: bool | str) -> None:
+        """Starting values that this kind wants in the place of the method's own."""
+
+    def changed(self, terms: tuple[Term, ...] | None = None) -> dict[str, Tensor]:
+        """W + Σ weight · ΔW by parameter name, over `terms` or those of the plan.
+
+        Summed in fp32 (fp64 for an fp64 base), rounded once to the base's dtype.
+        """
+        original = self.seen(self)
         total = original.to(torch.promote_types(original.dtype, torch.float32))
         for update, weight in self.adapters.acting(terms):
             total = total + weight * update.delta(original)
-        return self.matrix(total.to(original.dtype))
+        return self.values(self, total.to(original.dtype))
+
+    def own_forward(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The base class's own forward, with these parameters in the place of the layer's."""
+        homes: dict[str, dict[str, Any]] = {
+            name: self._parameters if name in self._parameters else vars(self) for name in values
+        }
+        own = {name: home[name] for name, home in homes.items()}
+        try:
+            for name, value in values.items():
+                homes[name][name] = value
+            return base_of(self).forward(self, *args, **kwargs)
+        finally:
+            for name, value in own.items():
+                homes[name][name] = value

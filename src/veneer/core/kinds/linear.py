@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veneer.core.fused import Change, by_row, fused_linear, thin_linear
+from veneer.core.fused import Change, fused_linear, thin_linear
 from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.plan import by_row
 from veneer.core.update import Update
 
 
@@ -44,15 +45,12 @@ class AdaptedLinear(AdaptedLayer):
     def _changes(self, x: Tensor) -> tuple[list[Change], list[Dense]]:
         """What acts: products of thin matrices, and the rest."""
         thin, dense = [], []
-        for update, term in self.adapters.acting_rows():
+        for update, weight, rows in self.adapters.acting_on(x):
             dropout = update.dropout if self.training else 0.0
-            rows = None
-            if term.rows is not None:
-                rows = self.adapters.plan.row_weights((term,), (1,), x)[:, 0]  # (rows)
             if factors := update.factors():
-                thin.append(Change(factors.A, factors.B, term.weight * factors.scale, dropout, rows))
+                thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout, rows))
             else:
-                dense.append(Dense(update, term.weight, dropout, rows))
+                dense.append(Dense(update, weight, dropout, rows))
         return thin, dense
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
