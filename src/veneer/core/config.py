@@ -36,10 +36,11 @@ class LoraConfig:
     """Which layers of a base model are adapted, by which method, with which numbers.
 
     `target_modules`: a list of exact module paths or of last parts of them (`["q_proj", "v_proj"]`), a regular
-    expression for the whole path, `"all-linear"` (every linear layer but the output head), or None for the
-    usual choice of the model's architecture. `target_parameters`: parameters that are changed by their names
-    (`["experts.down_proj"]`), whatever they belong to; a stack of matrices, matrix by matrix. `rank_pattern` and
-    `alpha_pattern` give layers whose path ends with a key (a regular expression) another `r` or `lora_alpha`.
+    expression for the whole path, a role in a transformer, or None for the usual choice of the architecture. The
+    roles are `"all-linear"`, `"attention"`, `"feed-forward"` and `"norm"`, and leave the output head out.
+    `target_parameters`: parameters that are changed by their names (`["experts.down_proj"]`), whatever they
+    belong to; a stack of matrices, matrix by matrix. `rank_pattern` and `alpha_pattern` give layers whose path
+    ends with a key (a regular expression) another `r` or `lora_alpha`.
 
     Raises `AdapterError` that lists every value that is out of range.
     """

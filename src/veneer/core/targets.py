@@ -12,6 +12,7 @@ from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.roles import ROLES
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
@@ -70,9 +71,10 @@ def _select_modules(
     model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
 ) -> tuple[list[str], LoraConfig]:
     names = config.target_modules if config.target_modules is not None else _usual(model, modules)
-    if names == "all-linear":
+    role = ROLES.get(names) if isinstance(names, str) else None
+    if role:
         heads = _heads(model)
-        chosen = [path for path, module in modules.items() if _is_linear(module) and module not in heads]
+        chosen = [path for path, module in modules.items() if module not in heads and role(path, modules)]
     elif isinstance(names, str):
         chosen = _matching_expression(modules, names)
     else:
@@ -84,8 +86,8 @@ def _select_modules(
             f"target_modules={names!r} leaves no layer of {type(model).__name__} to adapt; "
             f'its linear layers end with {listed(_last_parts(modules))}, or say "all-linear"'
         )
-    # PEFT does not read an expression together with layer numbers
-    spell = names == "all-linear" or (isinstance(names, str) and config.layers_to_transform is not None)
+    # PEFT does not read an expression together with layer numbers, nor roles
+    spell = role is not None or (isinstance(names, str) and config.layers_to_transform is not None)
     return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell else names)
 
 
@@ -176,7 +178,7 @@ def _matching_expression(modules: dict[str, nn.Module], text: str, what: str = "
     if not matches:
         suffix = any(path.endswith(f".{text}") for path in modules)
         hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
-        hint = hint or nearest(text, ["all-linear", *_last_parts(modules)])
+        hint = hint or nearest(text, [*ROLES, *_last_parts(modules)])
         raise AdapterError(f"{what}={text!r} is a regular expression for the whole path and matches none{hint}")
     return [path for path in matches if kind_of(modules[path]) or _is_bare_layer(modules[path])]
 
