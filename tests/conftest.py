@@ -22,6 +22,7 @@ _SIZES = {
 _ENCODER = {**_SIZES, "max_position_embeddings": 40}
 _FAMILIES = {
     "llama": ("CausalLM", {**_SIZES, "num_key_value_heads": 1}),
+    "mistral": ("CausalLM", {**_SIZES, "num_key_value_heads": 1}),
     "qwen3": ("CausalLM", {**_SIZES, "num_key_value_heads": 1, "head_dim": 16}),
     "gpt2": ("CausalLM", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}),
     "gpt_neox": ("CausalLM", _ENCODER),

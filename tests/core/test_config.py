@@ -76,7 +76,6 @@ def test_to_dict_and_from_dict_are_inverse_and_json():
         {"lora_bias": True},
         {"modules_to_save": ["head"]},
         {"trainable_token_indices": [1]},
-        {"target_parameters": ["w"]},
         {"layer_replication": [[0, 2]]},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},

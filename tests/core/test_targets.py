@@ -11,7 +11,7 @@ from veneer.core.targets import DEFAULT_TARGETS, base_modules, select
 
 
 def block() -> nn.Module:
-    return nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    return nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4), "act": nn.PReLU()})
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ REFUSED = [
         {"target_modules": ["blocks"]},
         r"blocks is a ModuleList, which cannot be adapted; it holds '0.q', '0.v'.*name those",
     ),
-    ({"target_modules": ["norm"]}, "blocks.0.norm is a LayerNorm, which cannot be adapted\nblocks.1.norm"),
-    ({"target_modules": r"blocks\..*"}, "blocks.0.norm is a LayerNorm"),
+    ({"target_modules": ["act"]}, "blocks.0.act is a PReLU, which cannot be adapted\nblocks.1.act"),
+    ({"target_modules": r"blocks\..*"}, "blocks.0.act is a PReLU"),
     ({"target_modules": ["out_proj"]}, "attention.out_proj is a NonDynamicallyQuantizableLinear, which cannot"),
     ({"target_modules": ["q"], "exclude_modules": ["seqq"]}, "exclude_modules: 'seqq' matches no module.*'seq'"),
     ({"target_modules": ["q"], "exclude_modules": r".*\.k"}, "exclude_modules=.* matches none"),

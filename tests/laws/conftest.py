@@ -1,6 +1,6 @@
 """The table that every law runs over: each method × each layer kind, and one method that only tests know."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from laws.examples import EXAMPLES, Example
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.core.inject import adapted_layers
 from veneer.core.kinds import KINDS
+from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.methods import METHODS
 from veneer.core.start import start
@@ -35,131 +37,6 @@ class Hadamard(Update):
 
 
 @dataclass(frozen=True)
-class Example:
-    """A genuine base layer, an input of it for a batch's shape, and its formula for a matrix `(out, in)`."""
-
-    make: Callable[[], nn.Module]
-    inputs: Callable[..., Tensor]
-    formula: Callable[[Any, Tensor, Tensor], Tensor]
-    batches: tuple[tuple[int, ...], ...]
-
-
-class Halving(nn.Linear):
-    """A subclass with a forward of its own: y = W x + b / 2."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.bias / 2
-
-
-def conv1d() -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    layer = Conv1D(5, 6)
-    nn.init.normal_(layer.bias)
-    return layer
-
-
-BATCHES = ((3,), (), (2, 3), (2, 3, 4), (0,), (2, 0))
-
-
-def affine(layer: Any, weight: Tensor, x: Tensor) -> Tensor:
-    y = x @ weight.T
-    return y if layer.bias is None else y + layer.bias
-
-
-def _linear(make: Callable[[], nn.Module], formula: Callable[[Any, Tensor, Tensor], Tensor] = affine) -> Example:
-    return Example(make, lambda *batch: torch.randn(*batch, 6), formula, BATCHES)
-
-
-def looked_up(layer: Any, table: Tensor, x: Tensor) -> Tensor:
-    return nn.functional.embedding(x, table.T, layer.padding_idx)
-
-
-def _table(make: Callable[[], nn.Module], formula: Callable[[Any, Tensor, Tensor], Tensor] = looked_up) -> Example:
-    return Example(make, lambda *batch: torch.randint(0, 6, batch), formula, BATCHES)
-
-
-def scaled_table() -> nn.Module:
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-
-    return Gemma3TextScaledWordEmbedding(6, 5, 2, embed_scale=1.5)
-
-
-class Shifted(nn.Embedding):
-    """A table with a forward of its own: y = W[x + 1]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + 1)
-
-
-def convolved(layer: Any, matrix: Tensor, x: Tensor) -> Tensor:
-    """With the padding written out."""
-    batched = x if x.ndim == layer.weight.ndim else x.unsqueeze(0)
-    kernel = matrix.view_as(layer.weight)
-    if layer.padding_mode != "zeros":
-        padded = nn.functional.pad(batched, layer._reversed_padding_repeated_twice, layer.padding_mode)
-    else:
-        padded = nn.functional.pad(batched, layer._reversed_padding_repeated_twice)
-    y = torch.convolution(
-        padded, kernel, layer.bias, layer.stride, [0] * (kernel.ndim - 2), layer.dilation,
-        False, [0] * (kernel.ndim - 2), layer.groups,
-    )  # fmt: skip
-    return y if x.ndim == layer.weight.ndim else y.squeeze(0)
-
-
-def _conv(make: Callable[[], Any], *places: int) -> Example:
-    return Example(
-        make, lambda *batch: torch.randn(*batch, make().in_channels, *places), convolved, ((3,), (), (1,), (0,))
-    )
-
-
-class Doubled(nn.Conv2d):
-    """A convolution with a forward of its own: y = 2 W ∗ x + b."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, 2 * self.weight, self.bias)
-
-
-# A kind that is added gives its examples here, by name; a kind without any fails every law.
-EXAMPLES: Mapping[str, dict[str, Example]] = {
-    "AdaptedLinear": {
-        "linear": _linear(lambda: nn.Linear(6, 5)),
-        "linear-without-bias": _linear(lambda: nn.Linear(6, 5, bias=False)),
-    },
-    "AdaptedOwnLinear": {
-        "linear-of-its-own": _linear(
-            lambda: Halving(6, 5), lambda layer, weight, x: affine(layer, weight, x) - layer.bias / 2
-        )
-    },
-    "AdaptedConv1D": {"conv1d": _linear(conv1d)},
-    "AdaptedEmbedding": {
-        "table": _table(lambda: nn.Embedding(6, 5)),
-        "table-with-padding": _table(lambda: nn.Embedding(6, 5, padding_idx=2)),
-        "table-scaled": _table(scaled_table, lambda layer, table, x: looked_up(layer, table, x) * 1.5),
-    },
-    "AdaptedOwnEmbedding": {
-        "table-of-its-own": _table(lambda: Shifted(7, 5), lambda layer, table, x: looked_up(layer, table, x + 1))
-    },
-    "AdaptedConv": {
-        "conv1": _conv(lambda: nn.Conv1d(2, 4, 3, stride=2, padding=1, padding_mode="circular"), 5),
-        "conv2": _conv(lambda: nn.Conv2d(2, 4, (3, 2), (1, 2), (1, 0), dilation=(2, 1)), 4, 4),
-        "conv2-same": _conv(lambda: nn.Conv2d(2, 3, (2, 3), padding="same", padding_mode="reflect", bias=False), 3, 3),
-        "conv2-valid": _conv(lambda: nn.Conv2d(2, 3, 2, padding="valid", padding_mode="replicate"), 3, 3),
-        "conv2-groups": _conv(lambda: nn.Conv2d(4, 6, 2, padding=1, groups=2), 3, 3),
-        "conv3": _conv(lambda: nn.Conv3d(1, 2, 2, padding=1, padding_mode="replicate", dilation=2), 3, 3, 3),
-    },
-    "AdaptedOwnConv": {
-        "conv-of-its-own": Example(
-            lambda: Doubled(2, 3, 2),
-            lambda *batch: torch.randn(*batch, 2, 3, 3),
-            lambda layer, matrix, x: convolved(layer, 2 * matrix, x),
-            ((3,), ()),
-        )
-    },
-}
-
-
-@dataclass(frozen=True)
 class Case:
     """One method on one example of a kind."""
 
@@ -170,6 +47,9 @@ class Case:
     def config(self, targets: str | list[str] = "layer", **settings: Any) -> LoraConfig:
         if settings.get("lora_dropout") and not self.kind.drops:
             pytest.skip("this kind has no dropout and refuses it")
+        if self.example.parameters and "layer" in targets:
+            settings["target_parameters"] = [f"layer.{name}" for name in self.example.parameters]
+            targets = [] if targets == "layer" else [target for target in targets if target != "layer"]
         return LoraConfig(r=2, lora_alpha=3, peft_type=self.method, target_modules=targets, **settings)
 
     def base(self, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -207,15 +87,26 @@ class Case:
 
     def dense(self, layer: AdaptedLayer, weights: Mapping[str, float], x: Tensor) -> Tensor:
         """The definition: the base's formula for W + Σ weight · ΔW."""
-        matrix = self.kind.seen(layer)
-        changes = [weight * layer.adapters[name].delta(matrix) for name, weight in weights.items()]
-        return self.example.formula(layer, sum(changes, start=matrix), x)
+        changed = self.changed(layer, weights)
+        return self.example.formula(layer, changed.get("", changed), x)
+
+    def changed(self, layer: AdaptedLayer, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """W + Σ weight · ΔW by part, in the precision of the sum."""
+        originals = {
+            part: matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+            for part, matrix in self.kind.matrices(layer).items()
+        }
+        for name, weight in weights.items():
+            for part, update in layer.adapters[name].parts().items():
+                original = self.kind.matrices(layer)[part]
+                originals[part] = originals[part] + weight * update.delta(original)
+        return originals
 
 
 _TABLE = [
     pytest.param((method, kind, example), id=f"{method}-{name}")
     for method in (*METHODS, "HADAMARD")
-    for kind in KINDS
+    for kind in (*KINDS, AdaptedParameters)
     for name, example in EXAMPLES.get(kind.__name__, {kind.__name__: None}).items()
 ]
 

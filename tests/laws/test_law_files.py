@@ -32,7 +32,8 @@ def test_save_then_load_gives_identical_outputs_and_bits(case, bits, tmp_path, d
     other = case.stack(dtype)
     other.load_state_dict(saved)
     other = PeftModel.from_pretrained(other, tmp_path / "new" / "folder")
-    assert torch.equal(other(x), model(x))
+    with torch.no_grad():  # attention has another path where nothing learns
+        assert torch.equal(other(x), model(x))
     assert bits(other) == bits(model)
     assert other.peft_config["default"] == model.peft_config["default"]
     assert not any(parameter.requires_grad for parameter in other.parameters())

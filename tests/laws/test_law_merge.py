@@ -28,17 +28,12 @@ def test_merged_equals_live(case, dtype, near, blend):
 def test_the_merged_weight_is_the_exact_sum_rounded_once(case, dtype, blend, cast):
     model = case.adapted("a", "b", dtype=dtype)
     model = model.to(dtype) if cast else model
-    layer, exact = (
-        model.layer,
-        case.kind.seen(model.layer).detach().to(torch.promote_types(dtype, torch.float32)),
-    )
-    weights = blend if isinstance(blend, dict) else dict.fromkeys(blend, 1.0)
-    original = case.kind.seen(layer).detach()
-    for name, weight in weights.items():
-        exact = exact + weight * layer.adapters[name].delta(original).detach()
+    layer, weights = model.layer, blend if isinstance(blend, dict) else dict.fromkeys(blend, 1.0)
+    exact = case.changed(layer, weights)
     model.merge_adapter(blend)
-    assert torch.equal(case.kind.seen(layer), exact.to(dtype))
-    assert layer.weight.is_contiguous()
+    for part, matrix in case.kind.matrices(layer).items():
+        assert torch.equal(matrix, exact[part].to(dtype))
+    assert all(parameter.is_contiguous() for parameter in layer.parameters(recurse=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,26 +77,40 @@ def test_a_failure_half_way_changes_nothing(case, bits, monkeypatch):
     assert bits(model) == before
 
 
+def _first(case, base) -> str:
+    """The first parameter that the case changes."""
+    layer = base.layer
+    return next(iter(case.example.parameters or case.kind.values(layer, case.kind.matrices(layer))))
+
+
 @pytest.mark.parametrize("targets", [["layer"], ["layer", "twin"]], ids=str)
 def test_a_tied_weight_is_refused_by_name(case, bits, targets):
     base = case.base()
     base.add_module("twin", case.example.make().double())
-    base.twin.weight = base.layer.weight
+    name = _first(case, base)
+    setattr(base.twin, name, getattr(base.layer, name))
+    if case.example.parameters:
+        targets = ["layer"]
     model = case.adapted(base=base, targets=targets)
     before = bits(model)
-    with pytest.raises(AdapterError, match=r"other layers share: layer\.weight and twin\.weight"):
+    with pytest.raises(AdapterError, match=rf"other layers share: layer\.{name} and twin\.{name}"):
         model.merge_adapter()
     assert bits(model) == before
 
 
 def test_a_computed_weight_is_refused_by_name(case, bits):
     base = case.base()
-    weight = base.layer.weight.detach()
-    del base.layer.weight
-    base.layer.weight = weight  # no parameter: a hook or a parametrization puts another here at every forward
+    name = _first(case, base)
+    weight = getattr(base.layer, name).detach()
+    delattr(base.layer, name)
+    if case.example.parameters:
+        with pytest.raises(AdapterError, match=f"'layer.{name}' matches no parameter"):
+            case.adapted(base=base)
+        return
+    setattr(base.layer, name, weight)  # no parameter: a hook or a parametrization puts another here at every forward
     model, x = case.adapted(base=base), case.x(3)
     before = bits(model), model(x)
-    with pytest.raises(AdapterError, match="computed from other parameters: 'layer'"):
+    with pytest.raises(AdapterError, match="computed from other parameters: 'layer"):
         model.merge_adapter()
     assert bits(model) == before[0]
     assert torch.equal(model(x), before[1])

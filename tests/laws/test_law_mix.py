@@ -9,6 +9,8 @@ from veneer import AdapterError
 @pytest.mark.parametrize("blend", [["a", "b"], {"a": 0.7, "b": -1.3}, {"a": 1, "b": 2, "c": 3}], ids=str)
 def test_a_blend_is_the_sum(case, blend):
     model, x = case.adapted("a", "b", "c"), case.x(3)
+    if len(case.kind.matrices(model.layer)) > 1:
+        pytest.skip("matrices that meet each other: their changes are summed, the outputs are not (law of delta)")
     with model.disable_adapter():
         base = total = model(x)
     for name, weight in (blend if isinstance(blend, dict) else dict.fromkeys(blend, 1.0)).items():
@@ -28,7 +30,7 @@ def test_loading_another_adapter_changes_nothing_about_the_first(case):
 
 
 def test_using_nothing_is_the_base_to_the_bit(case):
-    base, x = case.base(), case.x(3)
+    base, x = case.base().requires_grad_(False), case.x(3)  # attention has another path where nothing learns
     before = base(x)
     model = case.adapted(base=base)
     for merged in (False, True):

@@ -91,3 +91,70 @@ def test_a_table_starts_as_it_does_there():
     update = veneer.get_peft_model(base, veneer.LoraConfig(target_modules=["0"]))[0].adapters["default"]
     assert not update.A.any()
     assert 0.9 < update.B.std() < 1.1
+
+
+def _mixture() -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.MixtralConfig(
+        **sizes,
+        intermediate_size=12,
+        num_local_experts=3,
+        vocab_size=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+EXPERTS = [["experts.down_proj"], ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*target_parameters.*")
+@pytest.mark.parametrize("names", EXPERTS, ids=str)
+@pytest.mark.parametrize("direction", ["veneer to peft", "peft to veneer"])
+def test_stacked_experts_go_both_ways(names, direction, tmp_path):
+    base, tokens = _mixture(), torch.arange(3, 15).view(2, 6)
+    twin = copy.deepcopy(base)
+    settings = {"target_modules": [], "target_parameters": names, "init_lora_weights": False, "r": 2}
+    if direction == "veneer to peft":
+        ours = veneer.get_peft_model(twin, veneer.LoraConfig(**settings))
+        ours.save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    else:
+        theirs = peft.get_peft_model(base, peft.LoraConfig(**settings))
+        theirs.save_pretrained(tmp_path)
+        ours = veneer.PeftModel.from_pretrained(twin, tmp_path, is_trainable=True)
+    outputs, sums = [], []
+    for model in (ours, theirs):
+        outputs.append(logits := model(tokens).logits)
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        sums.append(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*sums, rtol=1e-4, atol=0)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def test_attention_goes_both_ways(tmp_path):
+    base, x = Attending().requires_grad_(False), torch.randn(3, 2, 8)
+    twin, third = copy.deepcopy(base), copy.deepcopy(base)
+    settings = {"target_modules": ["attention"], "init_lora_weights": False, "r": 2}
+    ours = veneer.get_peft_model(twin, veneer.LoraConfig(**settings))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = veneer.PeftModel.from_pretrained(third, tmp_path / "theirs")
+    torch.testing.assert_close(loaded(x), ours(x))
+    with torch.no_grad():  # PEFT 0.21 adds the change of the output's projection twice, live and merged
+        loaded.attention.adapters["default"]["out_proj"].B.mul_(2)
+    torch.testing.assert_close(theirs(x), loaded(x), rtol=1e-5, atol=1e-5)

@@ -16,7 +16,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "layer_replication": (None,),
     "lora_bias": (False,),
     "modules_to_save": (None, []),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None,),
     "use_dora": (False,),
@@ -37,9 +36,11 @@ class LoraConfig:
     """Which layers of a base model are adapted, by which method, with which numbers.
 
     `target_modules`: a list of exact module paths or of last parts of them (`["q_proj", "v_proj"]`), a regular
-    expression for the whole path, `"all-linear"` (every linear layer but the output head), or None for the
-    usual choice of the model's architecture. `rank_pattern` and `alpha_pattern` give layers whose path ends
-    with a key (a regular expression) another `r` or `lora_alpha`.
+    expression for the whole path, a role in a transformer, or None for the usual choice of the architecture. The
+    roles are `"all-linear"`, `"attention"`, `"feed-forward"` and `"norm"`, and leave the output head out.
+    `target_parameters`: parameters that are changed by their names (`["experts.down_proj"]`), whatever they
+    belong to; a stack of matrices, matrix by matrix. `rank_pattern` and `alpha_pattern` give layers whose path
+    ends with a key (a regular expression) another `r` or `lora_alpha`.
 
     Raises `AdapterError` that lists every value that is out of range.
     """
@@ -48,6 +49,7 @@ class LoraConfig:
     lora_alpha: float = 8
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -64,10 +66,12 @@ class LoraConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        if self.target_parameters and self.target_modules == []:
+            self.target_modules = None  # PEFT's way to say: the parameters alone
         if problems := list(_problems(self)):
             raise AdapterError("LoraConfig: " + "; ".join(problems))
 
@@ -95,6 +99,8 @@ class LoraConfig:
         if strangers:
             warnings.warn(f"{where}: unknown keys are ignored: {', '.join(strangers)}", stacklevel=3)
         given = {key: value for key, value in values.items() if key in known and value is not None}
+        if not given.get("target_parameters", True):
+            del given["target_parameters"]  # an empty list says nothing
         given.pop("init_lora_weights", None)  # how a finished adapter once started says nothing about it now
         try:
             return cls(**given)
@@ -126,6 +132,10 @@ def _problems(config: LoraConfig) -> list[str]:
     expect(_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
+    names = config.target_parameters
+    expect(names is None or (isinstance(names, list) and _is_names(names)), "target_parameters", "a list of names")
+    both = bool(names) and config.layers_to_transform is not None
+    expect(not both, "layers_to_transform", "not given with target_parameters: name the parameters' paths")
     ranks, alphas = config.rank_pattern, config.alpha_pattern
     expect(isinstance(ranks, dict) and all(map(_is_rank, ranks.values())), "rank_pattern", "{name: whole number ≥ 1}")
     expect(isinstance(alphas, dict) and all(map(_is_finite, alphas.values())), "alpha_pattern", "{name: number}")

@@ -1,6 +1,8 @@
 """Adapters onto layers and off again: all of them, or none."""
 
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +10,12 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter, collapsed
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
-from veneer.core.kinds import kind_of
+from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.methods import method
 from veneer.core.plan import Plan
-from veneer.core.reclass import reclass, restore
-from veneer.core.targets import select
+from veneer.core.reclass import mixin_of, reclass, restore
+from veneer.core.targets import Target, select
 from veneer.core.update import Update
 
 
@@ -34,26 +36,26 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
     build = method(config.peft_type)
     updates = {}
     for path, target in targets.items():
-        kind = kind_of(target.layer)
-        assert kind is not None
-        updates[path] = build(kind.seen(target.layer), target.config)
-        kind.start(updates[path], target.config.init_lora_weights)
+        updates[path] = target.kind.build(build, target.layer, target.configs)
     if values is not None:
-        _fill(model, updates, values)
+        _fill(model, {path: (targets[path], update) for path, update in updates.items()}, values)
     for path, update in updates.items():
-        _attach(targets[path].layer, plan, name, update)
+        _attach(targets[path], plan, name, update)
     return resolved
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     """The adapter called `name` as plain data; its tensors are the live ones, not copies."""
-    tensors = {
-        path: {key: tensor.detach() for key, tensor in _filed(layer, layer.adapters[name]).items()}
-        for path, layer in adapted_layers(model)
-        if name in layer.adapters
-    }
-    embeddings = frozenset(path for path in tensors if isinstance(model.get_submodule(path), nn.Embedding))
-    return Adapter(config, tensors, embeddings)
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    embeddings = set()
+    for path, layer in adapted_layers(model):
+        if name in layer.adapters:
+            kind: Any = mixin_of(layer)
+            for place, key, ending, parameter in _entries(kind, layer.adapters[name]):
+                tensors[path + place][key] = kind.filed(layer, ending, parameter).detach()
+            if issubclass(kind, AdaptedEmbedding):
+                embeddings.add(path)
+    return Adapter(config, dict(tensors), frozenset(embeddings))
 
 
 def detach(layer: AdaptedLayer, name: str | None = None) -> None:
@@ -65,12 +67,11 @@ def detach(layer: AdaptedLayer, name: str | None = None) -> None:
         restore(layer)
 
 
-def _attach(layer: nn.Module, plan: Plan, name: str, update: Update) -> None:
+def _attach(target: Target, plan: Plan, name: str, update: Update) -> None:
+    layer = target.layer
     if not isinstance(layer, AdaptedLayer):
-        kind = kind_of(layer)
-        assert kind is not None
         layer.adapters = Adapters(plan)
-        reclass(layer, kind)
+        reclass(layer, target.kind)
     assert isinstance(layer, AdaptedLayer)
     update.train(layer.training)
     layer.adapters[name] = update
@@ -83,20 +84,22 @@ def _refuse_name(name: str) -> None:
         )
 
 
-def _filed(layer: nn.Module, update: nn.Module) -> dict[str, Tensor]:
-    """The update's parameters by name, as they look in a file."""
-    kind = kind_of(layer)
-    assert kind is not None
-    assert isinstance(update, Update)
-    names = update.file_names
-    return {key: kind.filed(layer, names[key], parameter) for key, parameter in update.named_parameters()}
+def _entries(kind: type[AdaptedLayer], update: Any) -> Iterator[tuple[str, str, str, Tensor]]:
+    """What a file says of the update: (what follows the layer's path, name, name in a PEFT file, parameter)."""
+    for part, place in kind.places(update).items():
+        own = update.parts()[part]
+        for name, parameter in own.named_parameters():
+            yield place, name, own.file_names[name], parameter
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, updates: dict[str, Update], values: Adapter) -> None:
+def _fill(model: nn.Module, updates: dict[str, tuple[Target, Update]], values: Adapter) -> None:
     """Copy the file's tensors in, or say everything that does not fit and change nothing."""
-    filed = {path: _filed(model.get_submodule(path), update) for path, update in updates.items()}
-    wanted = {(path, key): tensor for path, own in filed.items() for key, tensor in own.items()}
+    parameters, wanted = {}, {}
+    for path, (target, update) in updates.items():
+        for place, key, ending, parameter in _entries(target.kind, update):
+            parameters[path + place, key] = (target.kind, ending, parameter)
+            wanted[path + place, key] = target.kind.filed(target.layer, ending, parameter)
     found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
     missing = [".".join(key) for key in wanted if key not in found]
     strangers = [".".join(key) for key in found if key not in wanted]
@@ -110,5 +113,5 @@ def _fill(model: nn.Module, updates: dict[str, Update], values: Adapter) -> None
         made_for = values.config.base_model_name_or_path
         origin = f" (it was made for {made_for})" if made_for else ""
         raise AdapterError(f"the adapter does not fit this {type(model).__name__}{origin}:\n" + "\n".join(problems))
-    for key, tensor in wanted.items():
-        tensor.copy_(found[key])
+    for entry, (kind, ending, parameter) in parameters.items():
+        parameter.copy_(kind.unfiled(ending, found[entry], parameter.shape))

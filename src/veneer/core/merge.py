@@ -19,8 +19,9 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
     a layer that the change is not meant for, is computed from others (`weight_norm`), or would not be finite.
     """
     layers = [(path, layer) for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))]
-    _refuse_computed(layers)
-    _refuse_tied(model, layers)
+    changing = {f"{path}.{name}": (layer, name) for path, layer in layers for name in layer.changing(terms)}
+    _refuse_computed(changing)
+    _refuse_tied(model, changing)
     done: list[AdaptedLayer] = []
     try:
         for path, layer in layers:
@@ -55,17 +56,18 @@ def _put_back(layer: AdaptedLayer) -> None:
     layer.adapters.original = None
 
 
-def _refuse_computed(layers: list[tuple[str, AdaptedLayer]]) -> None:
-    if computed := [path for path, layer in layers if "weight" not in layer._parameters]:
+def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
+    computed = [path for path, (layer, name) in changing.items() if name not in dict(layer.named_parameters())]
+    if computed:
         raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
 
 
-def _refuse_tied(model: nn.Module, layers: list[tuple[str, AdaptedLayer]]) -> None:
+def _refuse_tied(model: nn.Module, changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
     owners: dict[int, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners[id(parameter)].append(f"{path}.{name}")
-    tied = [owners[id(layer.weight)] for _, layer in layers if len(owners[id(layer.weight)]) > 1]
-    if tied:
+    sharing = [owners[id(layer.get_parameter(name))] for layer, name in changing.values()]
+    if tied := [paths for paths in sharing if len(paths) > 1]:
         shared = "; ".join(" and ".join(paths) for paths in tied)
         raise AdapterError(f"cannot merge into a weight that other layers share: {shared}; untie it first")

@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.kinds import kind_of
-from veneer.core.kinds.layer import Adapters
+from veneer.core.kinds.dense import AdaptedParameters
+from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.roles import ROLES
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
@@ -32,10 +33,15 @@ DEFAULT_TARGETS = {family: names.split() for names, families in _USUAL.items() f
 
 @dataclass
 class Target:
-    """A layer to adapt, and the config as it reads for this layer."""
+    """A layer to adapt, as which kind, and the config as it reads for each part of this layer."""
 
     layer: nn.Module
-    config: LoraConfig
+    kind: type[AdaptedLayer]
+    configs: dict[str, LoraConfig]
+
+    @property
+    def config(self) -> LoraConfig:
+        return next(iter(self.configs.values()))
 
 
 def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], LoraConfig]:
@@ -45,10 +51,30 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     kind can adapt.
     """
     modules = base_modules(model)
+    if config.target_parameters and config.target_modules is None:
+        chosen: list[str] = []
+        resolved = config
+    else:
+        chosen, resolved = _select_modules(model, modules, config)
+    _refuse_unadaptable(modules, chosen, config)
+    parameters = _matching_parameters(modules, config, chosen)
+    configs = _with_patterns([*((path, "") for path in chosen), *parameters], resolved)
+    targets: dict[str, Target] = {}
+    for (path, part), own in configs.items():
+        kind = AdaptedParameters if part else kind_of(modules[path])
+        assert kind is not None
+        targets.setdefault(path, Target(modules[path], kind, {})).configs[part] = own
+    return targets, resolved
+
+
+def _select_modules(
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
+) -> tuple[list[str], LoraConfig]:
     names = config.target_modules if config.target_modules is not None else _usual(model, modules)
-    if names == "all-linear":
+    role = ROLES.get(names) if isinstance(names, str) else None
+    if role:
         heads = _heads(model)
-        chosen = [path for path, module in modules.items() if _is_linear(module) and module not in heads]
+        chosen = [path for path, module in modules.items() if module not in heads and role(path, modules)]
     elif isinstance(names, str):
         chosen = _matching_expression(modules, names)
     else:
@@ -60,11 +86,38 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
             f"target_modules={names!r} leaves no layer of {type(model).__name__} to adapt; "
             f'its linear layers end with {listed(_last_parts(modules))}, or say "all-linear"'
         )
-    _refuse_unadaptable(modules, chosen, config)
-    # PEFT does not read an expression together with layer numbers
-    spell = names == "all-linear" or (isinstance(names, str) and config.layers_to_transform is not None)
-    resolved = replace(config, target_modules=_shortest(modules, chosen) if spell else names)
-    return _with_patterns({path: modules[path] for path in chosen}, resolved), resolved
+    # PEFT does not read an expression together with layer numbers, nor roles
+    spell = role is not None or (isinstance(names, str) and config.layers_to_transform is not None)
+    return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell else names)
+
+
+def _matching_parameters(
+    modules: dict[str, nn.Module], config: LoraConfig, chosen: Iterable[str]
+) -> list[tuple[str, str]]:
+    """(path of the layer, name of the parameter) for each that `target_parameters` names."""
+    known = {
+        f"{path}.{name}": (path, name)
+        for path, module in modules.items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if 1 <= parameter.ndim <= 3
+    }
+    found, problems = set(), []
+    for wanted in config.target_parameters or ():
+        matches = [full for full in known if full == wanted or full.endswith(f".{wanted}")]
+        if not matches:
+            ends = (".".join(full.rsplit(".", 2)[-2:]) for full in known)
+            problems.append(f"{wanted!r} matches no parameter of one to three dimensions{nearest(wanted, ends)}")
+        found.update(matches)
+    places = [place for full, place in known.items() if full in found]
+    for path in dict.fromkeys(path for path, _ in places):
+        layer = modules[path]
+        if path in chosen or (isinstance(layer, AdaptedLayer) and not isinstance(layer, AdaptedParameters)):
+            problems.append(f"{path} is adapted as a layer: target it in one way only")
+        elif reason := AdaptedParameters.refusal(layer, config) or _not_free(layer):
+            problems.append(f"{path} is a {type(layer).__name__} {reason}")
+    if problems:
+        raise AdapterError("target_parameters: " + "\n".join(problems))
+    return places
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -125,7 +178,7 @@ def _matching_expression(modules: dict[str, nn.Module], text: str, what: str = "
     if not matches:
         suffix = any(path.endswith(f".{text}") for path in modules)
         hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
-        hint = hint or nearest(text, ["all-linear", *_last_parts(modules)])
+        hint = hint or nearest(text, [*ROLES, *_last_parts(modules)])
         raise AdapterError(f"{what}={text!r} is a regular expression for the whole path and matches none{hint}")
     return [path for path in matches if kind_of(modules[path]) or _is_bare_layer(modules[path])]
 
@@ -170,17 +223,19 @@ def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config
             inner = [name for name, child in layer.named_modules() if kind_of(child)]
             hint = f"; it holds {listed(inner)}: name those" if inner else ""
             problems.append(f"{path} is a {type(layer).__name__}, which cannot be adapted{hint}")
-        elif not getattr(layer, "weight", torch.empty(0)).is_floating_point():
-            problems.append(f"{path} has a weight of {layer.weight.dtype}: quantised layers are not adapted yet")
-        elif reason := kind.refusal(layer, config):
+        elif reason := kind.refusal(layer, config) or _not_free(layer):
             problems.append(f"{path} is a {type(layer).__name__} {reason}")
-        elif "forward" in vars(layer):
-            problems.append(f"{path} has a forward put on the object by a hook: adapt the model before hooking it")
-        elif hasattr(layer, "adapters") and not isinstance(layer.adapters, Adapters):
-            problems.append(f"{path} already has something named 'adapters'")
     if problems:
         more = f"\nand {len(problems) - 8} more" if len(problems) > 8 else ""
         raise AdapterError("target_modules: " + "\n".join(problems[:8]) + more)
+
+
+def _not_free(layer: nn.Module) -> str | None:
+    if "forward" in vars(layer):
+        return "that has a forward put on the object by a hook: adapt the model before hooking it"
+    if hasattr(layer, "adapters") and not isinstance(layer.adapters, Adapters):
+        return "that already has something named 'adapters'"
+    return None
 
 
 def _shortest(modules: dict[str, nn.Module], chosen: list[str]) -> list[str]:
@@ -189,21 +244,22 @@ def _shortest(modules: dict[str, nn.Module], chosen: list[str]) -> list[str]:
     return ends if set(_matching_names(modules, ends)) == set(chosen) else chosen
 
 
-def _with_patterns(layers: dict[str, nn.Module], config: LoraConfig) -> dict[str, Target]:
-    """Each layer with the `r` and `lora_alpha` that the first matching pattern gives it."""
-    targets = {}
+def _with_patterns(places: Iterable[tuple[str, str]], config: LoraConfig) -> dict[tuple[str, str], LoraConfig]:
+    """For each (path, part), the config with the `r` and `lora_alpha` that the first matching pattern gives it."""
+    configs = {}
     used: set[str] = set()
     patterns: dict[str, dict[str, Any]] = {"r": config.rank_pattern, "lora_alpha": config.alpha_pattern}
-    for path, layer in layers.items():
+    for path, part in places:
         own: dict[str, Any] = {}
+        names = [f"{path}.{part}", path] if part else [path]
         for name, pattern in patterns.items():
-            keys = [key for key in pattern if re.match(rf"(.*\.)?({key})$", path)]
+            keys = [key for key in pattern if any(re.match(rf"(.*\.)?({key})$", each) for each in names)]
             used.update(keys)
             if keys:
                 own[name] = pattern[keys[0]]
-        targets[path] = Target(layer, replace(config, **own) if own else config)
+        configs[path, part] = replace(config, **own) if own else config
     if missing := [key for pattern in patterns.values() for key in pattern if key not in used]:
-        ends = [path.rpartition(".")[2] for path in layers]
+        ends = [path.rpartition(".")[2] for path, _ in configs]
         hints = "; ".join(f"{key!r} matches no adapted layer{nearest(key, ends)}" for key in dict.fromkeys(missing))
         raise AdapterError(f"rank_pattern, alpha_pattern: {hints}")
-    return targets
+    return configs

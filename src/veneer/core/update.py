@@ -1,9 +1,12 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class Factors(NamedTuple):
@@ -28,6 +31,43 @@ class Update(nn.Module, ABC):
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW for the base's `weight`, both `(out, in)`, in the precision of the method's parameters."""
 
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.delta(weight)
+
     def factors(self) -> Factors | None:
         """The same change as two thin matrices, where it is one."""
         return None
+
+    def parts(self) -> dict[str, "Update"]:
+        """The updates of the layer's matrices, by part; most layers are one matrix, called ""."""
+        return {"": self}
+
+
+class Parts(nn.ModuleDict):
+    """The updates that one adapter has on a layer of several matrices, by part."""
+
+    dropout = 0.0
+
+    def parts(self) -> dict[str, Update]:
+        return dict(self.items())  # type: ignore[arg-type]
+
+
+class Stack(Update):
+    """ΔW[i] = the change of any method for W[i], of a stack of matrices `(number, out, in)`.
+
+    Its parameters are the method's, each with a first dimension more.
+    """
+
+    def __init__(self, build: Callable[[Tensor, Any], Update], weight: Tensor, config: Any) -> None:
+        super().__init__()
+        each = [build(matrix, config) for matrix in weight]
+        self.file_names, self.dropout = each[0].file_names, each[0].dropout  # type: ignore[misc]
+        for name in dict(each[0].named_parameters()):
+            self.register_parameter(name, nn.Parameter(torch.stack([update.get_parameter(name) for update in each])))
+        self._one = [each[0].to("meta")]  # in a list, so that it is no part of the module: only its code is used
+
+    def delta(self, weight: Tensor) -> Tensor:
+        def one(values: dict[str, Tensor], matrix: Tensor) -> Tensor:
+            return functional_call(self._one[0], values, (matrix,))
+
+        return torch.vmap(one)(dict(self.named_parameters()), weight)

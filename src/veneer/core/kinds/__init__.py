@@ -2,7 +2,9 @@
 
 from torch import nn
 
+from veneer.core.kinds.attention import AdaptedAttention
 from veneer.core.kinds.conv import AdaptedConv, AdaptedOwnConv
+from veneer.core.kinds.dense import AdaptedNorm, AdaptedParameters
 from veneer.core.kinds.embedding import AdaptedEmbedding, AdaptedOwnEmbedding
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear, AdaptedOwnLinear
@@ -16,11 +18,13 @@ KINDS: tuple[type[AdaptedLayer], ...] = (
     AdaptedOwnEmbedding,
     AdaptedConv,
     AdaptedOwnConv,
+    AdaptedNorm,
+    AdaptedAttention,
 )
 
 
 def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:
-    """The kind that can adapt `layer` (or already does), or None."""
+    """The kind that can adapt `layer` (or already does) when the layer itself is named, or None."""
     if isinstance(layer, AdaptedLayer):
-        return mixin_of(layer)  # type: ignore[return-value]
+        return None if isinstance(layer, AdaptedParameters) else mixin_of(layer)  # type: ignore[return-value]
     return next((kind for kind in KINDS if kind.handles(layer)), None)

@@ -1,6 +1,6 @@
 """Convolutions: `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ class AdaptedConv(AdaptedLayer):
         return weight.flatten(1)
 
     @classmethod
-    def values(cls, layer: Any, matrix: Tensor) -> dict[str, Tensor]:
-        return {"weight": matrix.view(layer.weight.shape)}
+    def values(cls, layer: Any, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"weight": matrices[""].view(layer.weight.shape)} if matrices else {}
 
     @classmethod
     def filed(cls, layer: Any, ending: str, tensor: Tensor) -> Tensor:
@@ -72,4 +72,4 @@ class AdaptedOwnConv(AdaptedConv):
         return isinstance(layer, _KINDS)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.own_forward(self.changed() if any(self.adapters.acting()) else {}, *args, **kwargs)
+        return self.own_forward(self.changed(), *args, **kwargs)

@@ -80,7 +80,7 @@ class AdaptedOwnEmbedding(AdaptedEmbedding):
         return isinstance(layer, nn.Embedding)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        return self.own_forward(self.changed() if any(self.adapters.acting()) else {}, *args, **kwargs)
+        return self.own_forward(self.changed(), *args, **kwargs)
 
 
 def _is_scaled(layer: nn.Module) -> bool:

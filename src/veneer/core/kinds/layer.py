@@ -40,7 +40,9 @@ class Adapters(nn.ModuleDict):
         for term in self.plan.terms if terms is None else terms:
             if term.adapter in self._modules:
                 if term.rows is not None:
-                    raise AdapterError("a layer with a forward of its own cannot be mixed by rows: run them apart")
+                    raise AdapterError(
+                        "a kind of layer that runs on changed weights cannot be mixed by rows: run them apart"
+                    )
                 yield self._modules[term.adapter], term.weight  # type: ignore[misc]
 
     def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
@@ -57,6 +59,7 @@ class AdaptedLayer(Reclassed):
     adapters: Adapters
     weight: Tensor
     linear: ClassVar[bool] = False  # belongs to "all-linear"
+    norm: ClassVar[bool] = False  # belongs to "norm"
     drops: ClassVar[bool] = True  # its change has an input of its own, which dropout can drop
 
     @classmethod
@@ -69,6 +72,9 @@ class AdaptedLayer(Reclassed):
         """Why this one layer cannot be adapted so though its kind can, as the end of a sentence."""
         if config.lora_dropout and not cls.drops:
             return f"whose change has no input that lora_dropout={config.lora_dropout} could drop: set it to 0"
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            return f"whose weight is of {weight.dtype}: quantised layers are not adapted yet"
         return None
 
     @staticmethod
@@ -77,22 +83,36 @@ class AdaptedLayer(Reclassed):
         raise NotImplementedError
 
     @classmethod
-    def seen(cls, layer: nn.Module) -> Tensor:
-        """What of the layer changes, as one matrix `(out, in)`."""
-        return cls.matrix(layer.weight)  # type: ignore[arg-type]
+    def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
+        """What of the layer changes, by part; most layers are one matrix `(out, in)`, called ""."""
+        return {"": cls.matrix(layer.weight)}  # type: ignore[arg-type]
 
     @classmethod
-    def values(cls, layer: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
-        """The inverse of `seen`: the layer's parameters by name, for another matrix."""
-        return {"weight": cls.matrix(matrix)}
+    def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `matrices`: the layer's parameters by name, for other matrices, of all parts or some."""
+        return {"weight": cls.matrix(matrices[""])} if matrices else {}
+
+    @classmethod
+    def build(cls, method: type[Update], layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Update:
+        """A fresh update for the layer; `configs` by part."""
+        update = method(cls.matrices(layer)[""], configs[""])
+        cls.start(update, configs[""].init_lora_weights)
+        return update
+
+    @classmethod
+    def places(cls, update: Update) -> dict[str, str]:
+        """Where each part stands in a PEFT file: part → what follows the layer's path there."""
+        return {"": ""}
 
     @classmethod
     def filed(cls, layer: nn.Module, ending: str, tensor: Tensor) -> Tensor:
-        """A method's parameter in the shape that PEFT's files give it on this kind; a view, filled when one is read.
-
-        `ending` is its name in the file.
-        """
+        """A method's parameter in the shape that PEFT's files give it on this kind; `ending` is its name there."""
         return tensor
+
+    @classmethod
+    def unfiled(cls, ending: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `filed`."""
+        return tensor.reshape(shape)
 
     @classmethod
     def start(cls, update: Update, how: bool | str) -> None:
@@ -103,22 +123,32 @@ class AdaptedLayer(Reclassed):
 
         Summed in fp32 (fp64 for an fp64 base), rounded once to the base's dtype.
         """
-        original = self.seen(self)
-        total = original.to(torch.promote_types(original.dtype, torch.float32))
+        originals = self.matrices(self)
+        totals: dict[str, Tensor] = {}
         for update, weight in self.adapters.acting(terms):
-            total = total + weight * update.delta(original)
-        return self.values(self, total.to(original.dtype))
+            for part, own in update.parts().items():
+                original = originals[part]
+                total = totals.get(part, original.to(torch.promote_types(original.dtype, torch.float32)))
+                totals[part] = total + weight * own.delta(original)
+        return self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
+
+    def changing(self, terms: tuple[Term, ...]) -> list[str]:
+        """The names of the parameters that `changed` would give."""
+        parts = {part for update, _ in self.adapters.acting(terms) for part in update.parts()}
+        return list(self.values(self, {part: m for part, m in self.matrices(self).items() if part in parts}))
 
     def own_forward(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base class's own forward, with these parameters in the place of the layer's."""
-        homes: dict[str, dict[str, Any]] = {
-            name: self._parameters if name in self._parameters else vars(self) for name in values
-        }
-        own = {name: home[name] for name, home in homes.items()}
+        homes: dict[str, tuple[dict[str, Any], str]] = {}
+        for name in values:
+            path, _, last = name.rpartition(".")
+            owner = self.get_submodule(path)
+            homes[name] = (owner._parameters if last in owner._parameters else vars(owner), last)
+        own = {name: home[last] for name, (home, last) in homes.items()}
         try:
-            for name, value in values.items():
-                homes[name][name] = value
+            for name, (home, last) in homes.items():
+                home[last] = values[name]
             return base_of(self).forward(self, *args, **kwargs)
         finally:
-            for name, value in own.items():
-                homes[name][name] = value
+            for name, (home, last) in homes.items():
+                home[last] = own[name]

@@ -1,0 +1,89 @@
+"""Layers by role: the same word means the same layers in every family."""
+
+import re
+
+import pytest
+from torch import nn
+
+from veneer import LoraConfig, get_peft_model
+from veneer.core.targets import base_modules, select
+
+_LLAMA = (r"self_attn\.[qkvo]_proj", r"mlp\.(gate|up|down)_proj", r"layers\.\d\..*norm|norm")
+_BERT = (r"attention\.(self\.(query|key|value)|output\.dense)", r"\d\.(intermediate|output)\.dense", r".*LayerNorm")
+# family → attention, feed-forward, norm: how the path ends
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen3": _LLAMA,
+    "gpt2": (r"attn\.c_(attn|proj)", r"mlp\.c_(fc|proj)", r"ln_(1|2|f)"),
+    "gpt_neox": (
+        r"attention\.(query_key_value|dense)",
+        r"mlp\.dense_\w+",
+        r"(input|post_attention)_layernorm|final_layer_norm",
+    ),
+    "opt": (r"self_attn\.(q|k|v|out)_proj", r"fc[12]", r".*layer_norm"),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "deberta-v2": (r"attention\.(self\.(query|key|value)_proj|output\.dense)", _BERT[1], _BERT[2]),
+    "t5": (r"(Self|EncDec)Attention\.[qkvo]", r"DenseReluDense\.w[io](_\d)?", r".*layer_norm"),
+    "vit": (r"attention\.\w+", r"mlp\.\w+", r"layernorm\w*"),
+    "clip": (r"self_attn\.(q|k|v|out)_proj", r"mlp\.fc[12]", r".*layer_?norm\d?|.*layrnorm"),
+    "unet": (r"attn[12]\.to_(q|k|v|out\.0)", r"ff\.net\.(0\.proj|2)", r"norm\d?|conv_norm_out"),
+}
+WORDS = ("attention", "feed-forward", "norm")
+
+
+def clip() -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+    )
+    return transformers.CLIPModel(config)
+
+
+def unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_role_is_the_same_layers_in_every_family(tiny, family):
+    model = {"clip": clip, "unet": unet}.get(family, lambda: tiny(family, ""))()
+    layers = base_modules(model)
+    linear = set(select(model, LoraConfig(target_modules="all-linear"))[0])
+    found = {word: set(select(model, LoraConfig(target_modules=word))[0]) for word in WORDS}
+    for word, end in zip(WORDS, FAMILIES[family], strict=True):
+        leaf = re.compile(rf"(.*\.)?({end})")
+        wanted = {
+            p for p, m in layers.items() if leaf.fullmatch(p) and "weight" in dict(m.named_parameters(recurse=False))
+        }
+        assert found[word] == wanted, word
+        assert wanted
+    assert not found["attention"] & found["feed-forward"]
+    assert found["attention"] | found["feed-forward"] <= linear
+    assert not found["norm"] & linear
+
+
+def test_a_role_is_spelled_out_for_others_to_read(tiny):
+    model = get_peft_model(tiny("llama"), LoraConfig(target_modules="attention"))
+    assert model.peft_config["default"].target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def test_attention_in_one_module_has_the_role():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    assert list(select(model, LoraConfig(target_modules="attention"))[0]) == ["self_attn"]
+    assert list(select(model, LoraConfig(target_modules="feed-forward"))[0]) == ["linear1", "linear2"]
+    assert list(select(model, LoraConfig(target_modules="norm"))[0]) == ["norm1", "norm2"]
