@@ -180,7 +180,9 @@ def test_recipes_are_listed_shown_and_copied(veneer, tmp_path):
     assert mine == shipped
     assert Path(mine.data.path).is_file()
     refused(veneer("recipes", "copy", "quickstart", tmp_path / "my.yaml"), "exists already")
-    assert "train.max_grad_norm" in veneer("recipes", "keys").out
+    keys = veneer("recipes", "keys").out
+    assert "train.max_grad_norm" in keys
+    assert "adapter.lora_alpha" in keys
 
 
 def test_recipes_extend_each_other(tmp_path):

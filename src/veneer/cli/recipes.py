@@ -70,5 +70,5 @@ def keys(
 
     table = Table("key", "default", "meaning", box=None, pad_edge=False, padding=(0, 2, 1, 0))
     for key, default, text in described(task_named(task).settings):
-        table.add_row(key, "see LoraConfig" if key == "adapter" else default, text)
+        table.add_row(key, default, text)
     Console().print(table)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from veneer.core.config import LoraConfig
+from veneer.core.config import MEANINGS, LoraConfig
 from veneer.core.errors import AdapterError, nearest
 
 
@@ -115,7 +115,11 @@ def described(schema: type[Any]) -> Iterator[tuple[str, str, str]]:
     """(dotted key, default, description) of every key, for `veneer recipes keys` and the docs."""
     for name, field in schema.model_fields.items():
         inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if inner is LoraConfig:
+            usual = LoraConfig()
+            for own in fields(LoraConfig):
+                yield f"{name}.{own.name}", repr(getattr(usual, own.name)), MEANINGS.get(own.name, "")
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from ((f"{name}.{key}", default, text) for key, default, text in described(inner))
         else:
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
