@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TextStreamer
+
 from veneer import zoo
 from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError, nearest
@@ -73,13 +76,10 @@ class Speaker:
 
     def stream(self, prompt: Opening, **options: Any) -> None:
         """Print the answer to one prompt as it comes."""
-        import torch
-        from transformers import TextStreamer
-
         tokens = [encode_prompt(prompt, self.tokenizer, self.data)]
         refuse_empty(tokens)
         ids = torch.tensor(tokens, device=self.model.device)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
             self.model.generate(
                 input_ids=ids,
@@ -89,6 +89,17 @@ class Speaker:
                 eos_token_id=stops_of(self.model, self.tokenizer),
                 **{"do_sample": False, **options},
             )
+
+
+class _Streamer(TextStreamer):
+    """Prints an answer as it comes, without the blanks that it begins with."""
+
+    begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        super().on_finalized_text(text, stream_end)
 
 
 def adapter_folder(name: str) -> Path:
