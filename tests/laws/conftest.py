@@ -91,11 +91,13 @@ class Case:
     """One method on one example of a kind."""
 
     method: str
+    settings: Mapping[str, Any]
     kind: type[AdaptedLayer]
     example: Example
 
     def config(self, targets: str | list[str] = "layer", **settings: Any) -> LoraConfig:
-        return LoraConfig(r=2, lora_alpha=3, peft_type=self.method, target_modules=targets, **settings)
+        chosen = {"r": 2, "lora_alpha": 3, "peft_type": self.method, **self.settings, **settings}
+        return LoraConfig(target_modules=targets, **chosen)
 
     def base(self, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         model = nn.Sequential()
@@ -137,9 +139,15 @@ class Case:
         return self.example.formula(sum(changes, start=matrix), layer.bias, x)
 
 
+# What a method can be besides itself with its defaults: the laws hold for these too.
+VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
+    "LOHA": {"LOHA-dense": {"r": 3}},
+    "LOKR": {"LOKR-both": {"r": 1, "options": {"decompose_both": True, "decompose_factor": 5}}, "LOKR-whole": {"r": 4}},
+}
 _TABLE = [
-    pytest.param((method, kind, example), id=f"{method}-{name}")
+    pytest.param((method, settings, kind, example), id=f"{variant}-{name}")
     for method in (*METHODS, "HADAMARD")
+    for variant, settings in {method: {}, **VARIANTS.get(method, {})}.items()
     for kind in KINDS
     for name, example in EXAMPLES.get(kind.__name__, {kind.__name__: None}).items()
 ]
@@ -147,8 +155,8 @@ _TABLE = [
 
 @pytest.fixture(params=_TABLE)
 def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
-    method, kind, example = request.param
+    method, settings, kind, example = request.param
     if example is None:
         pytest.fail(f"{kind.__name__} has no example: add one to EXAMPLES in tests/laws/conftest.py")
     monkeypatch.setitem(METHODS, "HADAMARD", Hadamard)
-    return Case(method, kind, example)
+    return Case(method, settings, kind, example)

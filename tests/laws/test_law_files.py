@@ -72,13 +72,14 @@ def _refused(case, bits, folder) -> str:
 
 
 def test_every_tensor_that_does_not_fit_is_named_in_one_error(case, bits, folder):
-    (a, A), (b, B) = list(adapter_module.method(case.method).file_names.items())[:2]
-    A, B = f"base_model.model.{{}}.{A}", f"base_model.model.{{}}.{B}"
+    names = adapter_module.method(case.method).file_names
+    a, b = list(Adapter.load(folder).tensors["head"])[:2]
+    A, B = (f"base_model.model.{{}}.{names[name]}" for name in (a, b))
 
     def change(tensors) -> None:
         del tensors[A.format("layer")]
         tensors[A.format("nobody")] = torch.zeros(1)
-        tensors[B.format("head")] = torch.zeros(7, 2)
+        tensors[B.format("head")] = torch.zeros(7, 9)
 
     _rewrite_tensors(folder, change)
     said = _refused(case, bits, folder)
@@ -110,7 +111,10 @@ DAMAGE = {
     "list for config": (lambda f: (f / CONFIG).write_text("[]"), "expected a JSON object, found list"),
     "unknown method": (lambda f: _config(f, peft_type="LORRA"), "'LORRA' is not a method of veneer"),
     "bad numbers": (lambda f: _config(f, r=0, lora_alpha="x"), "r should be .* found 0; lora_alpha should be"),
-    "dora": (lambda f: _config(f, use_dora=True, bias="all"), "bias='all' is not supported.*; use_dora=True is not"),
+    "not built": (
+        lambda f: _config(f, bias="all", use_qalora=True),
+        "bias='all' is not supported.*; use_qalora=True is",
+    ),
     "saved modules": (lambda f: _config(f, modules_to_save=["head"]), "modules_to_save=.* is not supported"),
     "other targets": (lambda f: _config(f, target_modules=["heat"]), "'heat' matches no module; did you mean 'head'"),
 }

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from veneer import get_peft_model
-from veneer.core.methods import METHODS
 
 
 @pytest.mark.parametrize("start", [True, "gaussian"])
@@ -41,7 +40,5 @@ def test_the_base_keeps_its_paths_parameters_and_hooks(case, bits):
     assert isinstance(model.layer, kind)
     assert {key: bits(model)[key] for key in before} == before
     assert all(dict(model.named_parameters())[name] is parameter for name, parameter in parameters.items())
-    assert {key for key in bits(model) if key not in before} == {
-        f"layer.adapters.default.{name}" for name in METHODS[case.method].file_names
-    }
+    assert all(key.startswith("layer.adapters.default.") for key in bits(model) if key not in before)
     assert seen == [1]

@@ -3,11 +3,14 @@
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.core.errors import AdapterError, listed, nearest
+
+if TYPE_CHECKING:
+    from veneer.core.update import Update
 
 # What PEFT's configs may also say, and the values at which it changes nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -15,19 +18,25 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "layer_replication": (None,),
     "lora_bias": (False,),
+    "module_dropout": (0.0,),
     "modules_to_save": (None, []),
+    "rank_dropout": (0.0,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None,),
     "use_dora": (False,),
+    "use_effective_conv2d": (False,),
     "use_qalora": (False,),
 }
 # What says nothing about the numbers in a finished adapter: where it came from, how it started, how it ran.
 _SILENT = {
     "arrow_config", "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
     "kasa_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
-    "peft_version", "qalora_group_size", "runtime_config", "velora_config",
+    "peft_version", "qalora_group_size", "rank_dropout_scale", "runtime_config", "velora_config",
 }  # fmt: skip
+
+# What PEFT's readers of the file need to be told.
+_FOR_PEFT = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
 
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
 
@@ -39,7 +48,8 @@ class LoraConfig:
     `target_modules`: a list of exact module paths or of last parts of them (`["q_proj", "v_proj"]`), a regular
     expression for the whole path, `"all-linear"` (every linear layer but the output head), or None for the
     usual choice of the model's architecture. `rank_pattern` and `alpha_pattern` give layers whose path ends
-    with a key (a regular expression) another `r` or `lora_alpha`.
+    with a key (a regular expression) another `r` or `lora_alpha`. `options` are those that the method `peft_type`
+    declares for itself; in a file they stand beside the rest, under PEFT's names.
 
     Raises `AdapterError` that lists every value that is out of range.
     """
@@ -56,6 +66,7 @@ class LoraConfig:
     layers_pattern: str | list[str] | None = None
     init_lora_weights: bool | str = True
     peft_type: str = "LORA"
+    options: dict[str, Any] = field(default_factory=dict)
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -70,6 +81,8 @@ class LoraConfig:
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
         if problems := list(_problems(self)):
             raise AdapterError("LoraConfig: " + "; ".join(problems))
+        if made_by := _method(self.peft_type):
+            self.options = {name: option.default for name, option in made_by.options.items()} | self.options
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "LoraConfig") -> "LoraConfig":
@@ -78,9 +91,13 @@ class LoraConfig:
         Keys that would change the outputs in a way that is not built are refused; keys that nobody here knows
         are named in a warning. Raises `AdapterError` with all that is wrong.
         """
-        known = {f.name for f in fields(cls)}
+        made_by = _method(values.get("peft_type", cls.peft_type))
+        options = made_by.options if made_by else {}
+        own_names = {theirs: own for own, theirs in made_by.peft_names.items() if theirs} if made_by else {}
+        known = {f.name for f in fields(cls)} | set(options)
         problems, strangers = [], []
-        for key, value in values.items():
+        given = {own_names.get(key, key): value for key, value in values.items()}
+        for key, value in given.items():
             if key == "init_lora_weights" and str(value).lower().startswith(_MOVE_THE_BASE):
                 problems.append(f"{key}={value!r} is an adapter for a base that was changed; save it as a plain LoRA")
             if key in known or key in _SILENT:
@@ -94,16 +111,31 @@ class LoraConfig:
             raise AdapterError(f"{where}: " + "; ".join(problems))
         if strangers:
             warnings.warn(f"{where}: unknown keys are ignored: {', '.join(strangers)}", stacklevel=3)
-        given = {key: value for key, value in values.items() if key in known and value is not None}
+        given = {key: value for key, value in given.items() if key in known and value is not None}
         given.pop("init_lora_weights", None)  # how a finished adapter once started says nothing about it now
+        chosen = {key: given.pop(key) for key in options if key in given}
+        if chosen:
+            given["options"] = {**given.get("options", {}), **chosen}
         try:
             return cls(**given)
         except AdapterError as error:
             raise AdapterError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `adapter_config.json`; `use_dora` and `bias` are written for readers that need them."""
-        return {**asdict(self), "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
+        """Plain values for `adapter_config.json`, under the names that PEFT gives them for this method.
+
+        What PEFT's config of the method has not is written only where it is not the default.
+        """
+        made_by = _method(self.peft_type)
+        names = made_by.peft_names if made_by else {}
+        values = {**_FOR_PEFT, **asdict(self)}
+        options = values.pop("options")
+        usual = {**_FOR_PEFT, **asdict(LoraConfig())}
+        named = {key: names.get(key, key) for key in values}
+        return {
+            **{named[key] or key: value for key, value in values.items() if named[key] or value != usual[key]},
+            **options,
+        }
 
 
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -138,7 +170,25 @@ def _problems(config: LoraConfig) -> list[str]:
     expect(layers is not None or config.layers_pattern is None, "layers_pattern", "given with layers_to_transform")
     starts = (True, False, "gaussian")
     expect(config.init_lora_weights in starts, "init_lora_weights", f"one of {listed(starts)}")
+    expect(isinstance(config.options, dict), "options", "{name: value}")
+    if not found and (made_by := _method(config.peft_type)):
+        found += _option_problems(config, made_by)
     return found
+
+
+def _option_problems(config: LoraConfig, made_by: "type[Update]") -> Iterator[str]:
+    known = made_by.options
+    for name, value in config.options.items():
+        if name not in known:
+            yield f"options: {config.peft_type} has {listed(known)}, not {name!r}{nearest(name, known)}"
+        elif not known[name].holds(value):
+            yield f"{name} should be {known[name].expected}, found {value!r}"
+
+
+def _method(peft_type: object) -> "type[Update] | None":
+    from veneer.core.methods import method  # asked late: a method is made from a config, and knows it
+
+    return method(peft_type) if isinstance(peft_type, str) else None
 
 
 def _is_rank(value: object) -> bool:

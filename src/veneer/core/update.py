@@ -1,9 +1,26 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+# PEFT's names in the configs of LoHa and LoKr
+LYCORIS_NAMES: dict[str, str | None] = {
+    "lora_alpha": "alpha",
+    "init_lora_weights": "init_weights",
+    **dict.fromkeys(("bias", "fan_in_fan_out", "lora_dropout", "use_dora", "use_rslora")),
+}
+
+
+class Option(NamedTuple):
+    """A number or name that only one method knows: what it is if not said, and what it may be."""
+
+    default: Any
+    holds: Callable[[Any], bool]
+    expected: str
 
 
 class Factors(NamedTuple):
@@ -22,6 +39,8 @@ class Update(nn.Module, ABC):
     """
 
     file_names: ClassVar[dict[str, str]]  # own parameter name → its name in a PEFT file
+    peft_names: ClassVar[dict[str, str | None]] = {}  # config field → its name in PEFT's config, None where it has none
+    options: ClassVar[dict[str, Option]] = {}
     dropout: float = 0.0  # probability that an input of the change is dropped in training
 
     @abstractmethod
@@ -31,3 +50,8 @@ class Update(nn.Module, ABC):
     def factors(self) -> Factors | None:
         """The same change as two thin matrices, where it is one."""
         return None
+
+
+def own_precision(weight: Tensor) -> torch.dtype:
+    """That of a method's parameters: fp32, or fp64 for an fp64 base."""
+    return torch.promote_types(weight.dtype if weight.is_floating_point() else torch.float32, torch.float32)

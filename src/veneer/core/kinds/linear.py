@@ -1,5 +1,6 @@
 """Linear layers: `nn.Linear` and its subclasses, and transformers' `Conv1D`, which is one transposed."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -44,7 +45,8 @@ class AdaptedLinear(AdaptedLayer):
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[tuple[Update, float, float]]) -> Tensor:
         for update, weight, dropout in dense:
-            delta = weight * update.delta(self.matrix(self.weight))
+            with torch.autocast(x.device.type, enabled=False):  # a change of weights is not an activation
+                delta = weight * update.delta(self.matrix(self.weight))
             y = y + F.linear(F.dropout(x, dropout), delta.to(x.dtype)).to(y.dtype)
         return y
 

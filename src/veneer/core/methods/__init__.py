@@ -1,10 +1,12 @@
 """One method, one file. A method is known by its `peft_type`."""
 
 from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.methods.loha import Loha
+from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora
 from veneer.core.update import Update
 
-METHODS: dict[str, type[Update]] = {"LORA": Lora}
+METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr}
 
 
 def method(peft_type: str) -> type[Update]:

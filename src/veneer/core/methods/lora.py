@@ -2,12 +2,11 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.start import start
-from veneer.core.update import Factors, Update
+from veneer.core.update import Factors, Update, own_precision
 
 
 class Lora(Update):
@@ -17,7 +16,7 @@ class Lora(Update):
 
     def __init__(self, weight: Tensor, config: LoraConfig) -> None:
         super().__init__()
-        dtype = torch.promote_types(weight.dtype if weight.is_floating_point() else torch.float32, torch.float32)
+        dtype = own_precision(weight)
         rows, columns = weight.shape
         self.A = nn.Parameter(weight.new_empty(config.r, columns, dtype=dtype))
         self.B = nn.Parameter(weight.new_empty(rows, config.r, dtype=dtype))
