@@ -15,6 +15,8 @@ OUT_OF_RANGE = {
     "lora_alpha": (NAN, INFINITY, "8", None, True),
     "lora_dropout": (1, 1.0, -0.1, NAN, "0", None),
     "use_rslora": ("no", 1, None),
+    "use_dora": ("no", 1, None),
+    "options": (None, [], "x"),
     "target_modules": ("", [], [""], [1], 3, {}),
     "exclude_modules": ("", [], ["q", ""], 3),
     "layers_pattern": ("(", "layers", [3]),  # the second one only because layers_to_transform is not given
@@ -71,7 +73,6 @@ def test_to_dict_and_from_dict_are_inverse_and_json():
 @pytest.mark.parametrize(
     "values",
     [
-        {"use_dora": True},
         {"bias": "all"},
         {"lora_bias": True},
         {"modules_to_save": ["head"]},

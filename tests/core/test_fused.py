@@ -41,3 +41,11 @@ def test_of_the_activations_only_x_itself_and_thin_products_are_kept(dropout, ex
     thin = 2 * (A.numel() + B.numel() + 64 * 2)
     assert already <= set(kept)
     assert sum(size for place, size in kept.items() if place not in already) == thin + extra * x.numel()
+
+
+def test_a_gain_multiplies_the_rows_of_the_base_without_its_bias():
+    x, W, b, A, B = problem(torch.float64)
+    gain = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *p: fused_linear(*p[:3], [Change(A, B, 3.0, 0.0)], p[3]), (x, W, b, gain))
+    y = fused_linear(x, W, b, [Change(A, B, 3.0, 0.0)], gain)
+    torch.testing.assert_close(y, x @ W.T * (1 + gain) + b + 3 * x @ A.T @ B.T, rtol=1e-12, atol=1e-12)

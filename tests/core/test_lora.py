@@ -8,6 +8,7 @@ from torch import nn
 
 from veneer import LoraConfig
 from veneer.core.methods import METHODS, method
+from veneer.core.methods.dora import Dora, row_norms
 from veneer.core.methods.lora import Lora
 
 
@@ -43,3 +44,17 @@ def test_the_parameters_live_where_the_weight_lives_in_at_least_fp32():
 def test_every_method_names_its_parameters_in_a_file(name):
     made = method(name)(nn.Linear(3, 2).weight, LoraConfig(r=1, peft_type=name, target_modules=["q"]))
     assert set(dict(made.named_parameters())) <= set(made.file_names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_of_dora_needs_no_sum_of_matrices_and_a_row_of_zeros_is_one(dtype):
+    weight = torch.randn(40, 30).to(dtype)
+    weight[3] = 0
+    dora = Dora(weight, update := Lora(weight, LoraConfig(target_modules=["q"])))
+    assert not dora.delta(weight).any()
+    nn.init.normal_(update.B)
+    update.B.data[3] = 0
+    torch.testing.assert_close(row_norms(weight, update), (weight.float() + update.delta(weight)).norm(dim=1))
+    assert not dora.delta(weight)[3].any()
+    dora.delta(weight).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in dora.parameters())

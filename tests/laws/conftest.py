@@ -12,7 +12,7 @@ from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.core.inject import adapted_layers
 from veneer.core.kinds import KINDS
 from veneer.core.kinds.layer import AdaptedLayer
-from veneer.core.methods import METHODS
+from veneer.core.methods import METHODS, dora
 from veneer.core.start import start
 from veneer.core.update import Update
 
@@ -147,7 +147,11 @@ VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
 _TABLE = [
     pytest.param((method, settings, kind, example), id=f"{variant}-{name}")
     for method in (*METHODS, "HADAMARD")
-    for variant, settings in {method: {}, **VARIANTS.get(method, {})}.items()
+    for variant, settings in {
+        method: {},
+        f"{method}-DORA": {"use_dora": True},
+        **VARIANTS.get(method, {}),
+    }.items()
     for kind in KINDS
     for name, example in EXAMPLES.get(kind.__name__, {kind.__name__: None}).items()
 ]
@@ -160,3 +164,11 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cas
         pytest.fail(f"{kind.__name__} has no example: add one to EXAMPLES in tests/laws/conftest.py")
     monkeypatch.setitem(METHODS, "HADAMARD", Hadamard)
     return Case(method, settings, kind, example)
+
+
+@pytest.fixture
+def constants_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts as a constant in a method's gradient stays what it first was, so that differences see one too."""
+    norms: dict[Update, Tensor] = {}
+    row_norms = dora.row_norms
+    monkeypatch.setattr(dora, "row_norms", lambda weight, update: norms.setdefault(update, row_norms(weight, update)))

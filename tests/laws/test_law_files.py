@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from veneer import Adapter, AdapterError, PeftModel
 from veneer.core import adapter as adapter_module
+from veneer.core.methods import file_names
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -72,7 +73,7 @@ def _refused(case, bits, folder) -> str:
 
 
 def test_every_tensor_that_does_not_fit_is_named_in_one_error(case, bits, folder):
-    names = adapter_module.method(case.method).file_names
+    names = file_names(case.config())
     a, b = list(Adapter.load(folder).tensors["head"])[:2]
     A, B = (f"base_model.model.{{}}.{names[name]}" for name in (a, b))
 

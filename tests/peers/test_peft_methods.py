@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import veneer
-from veneer.core.methods import method
+from veneer.core.methods import file_names
 from veneer.core.methods.lokr import divided
 
 peft = pytest.importorskip("peft")
@@ -34,7 +34,14 @@ def lycoris(kind: str, r: int = 3, **options: Any) -> Peer:
     return Peer(ours, lambda **targets: made_by(**theirs, **targets), LYCORIS)
 
 
+def lora(**settings: Any) -> Peer:
+    ours = {"r": 3, "lora_alpha": 7, "init_lora_weights": False, **settings}
+    return Peer(ours, lambda **targets: peft.LoraConfig(**ours, **targets), LINEAR)
+
+
 PEERS = {
+    "dora": lora(use_dora=True),
+    "dora-rslora": lora(use_dora=True, use_rslora=True),
     "loha": lycoris("LOHA"),
     "loha-dense": lycoris("LOHA", r=6),
     "lokr": lycoris("LOKR", r=1),
@@ -65,7 +72,8 @@ def _run(model: nn.Module, names: Mapping[str, str]) -> tuple[torch.Tensor, dict
     trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradients = {name.removeprefix("base_model.model."): gradient for name, gradient in trained.items()}
     if not isinstance(model, veneer.PeftModel):
-        return logits, {name.replace(".default", ""): gradient for name, gradient in gradients.items()}
+        gradients = {name.replace(".default", ""): gradient for name, gradient in gradients.items()}
+        return logits, {name.replace("vector.weight", "vector"): gradient for name, gradient in gradients.items()}
     parts = {name: name.split(".adapters.default.") for name in gradients}
     return logits, {
         f"{parts[name][0]}.{names[parts[name][1].removeprefix('inner.')]}": gradient
@@ -74,7 +82,7 @@ def _run(model: nn.Module, names: Mapping[str, str]) -> tuple[torch.Tensor, dict
 
 
 def _agree(ours: veneer.PeftModel, theirs: nn.Module) -> None:
-    names = method(ours.peft_config["default"].peft_type).file_names
+    names = file_names(ours.peft_config["default"])
     (logits, gradients), (their_logits, their_gradients) = _run(ours, names), _run(theirs, names)
     torch.testing.assert_close(logits, their_logits, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == their_gradients.keys()

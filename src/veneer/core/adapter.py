@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, nearest
-from veneer.core.methods import method
+from veneer.core.methods import file_names
 from veneer.core.whole import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,7 +37,7 @@ class Adapter:
 
         Raises `AdapterError` when the folder cannot be written.
         """
-        names = method(self.config.peft_type).file_names
+        names = file_names(self.config)
         flat = {
             f"{_PREFIX}{path}.{names[name]}": tensor.detach().contiguous().cpu()
             for path, tensors in self.tensors.items()
@@ -66,7 +66,7 @@ class Adapter:
             flat = load_file(_existing(folder, WEIGHTS))
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from None
-        endings = {ending: name for name, ending in method(config.peft_type).file_names.items()}
+        endings = {ending: name for name, ending in file_names(config).items()}
         tensors: dict[str, dict[str, Tensor]] = {}
         strangers, broken = [], []
         for key, tensor in flat.items():

@@ -24,7 +24,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None,),
-    "use_dora": (False,),
     "use_effective_conv2d": (False,),
     "use_qalora": (False,),
 }
@@ -36,7 +35,7 @@ _SILENT = {
 }  # fmt: skip
 
 # What PEFT's readers of the file need to be told.
-_FOR_PEFT = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
+_FOR_PEFT = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
 
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
 
@@ -60,6 +59,7 @@ class LoraConfig:
     exclude_modules: str | list[str] | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: int | list[int] | None = None
@@ -153,6 +153,7 @@ def _problems(config: LoraConfig) -> list[str]:
 
     expect(isinstance(config.peft_type, str), "peft_type", "the name of a method")
     expect(isinstance(config.use_rslora, bool), "use_rslora", "true or false")
+    expect(isinstance(config.use_dora, bool), "use_dora", "true or false")
     expect(_is_rank(config.r), "r", "a whole number of at least 1")
     expect(_is_finite(config.lora_alpha), "lora_alpha", "a finite number")
     expect(_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")

@@ -10,7 +10,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.methods import method
+from veneer.core.methods import update_for
 from veneer.core.plan import Plan
 from veneer.core.reclass import reclass, restore
 from veneer.core.targets import select
@@ -31,13 +31,12 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
     """
     _refuse_name(name)
     targets, resolved = select(model, config)
-    build = method(config.peft_type)
     updates = {}
     for path, target in targets.items():
         kind, weight = kind_of(target.layer), target.layer.weight
         assert kind is not None
         assert isinstance(weight, Tensor)
-        updates[path] = build(kind.matrix(weight), target.config)
+        updates[path] = update_for(kind.matrix(weight), target.config)
     if values is not None:
         _fill(model, updates, values)
     for path, update in updates.items():
@@ -48,11 +47,11 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     """The adapter called `name` as plain data; its tensors are the live ones, not copies."""
     tensors = {
-        path: dict(layer.adapters[name].named_parameters())
+        path: layer.adapters[name].tensors()  # type: ignore[operator]
         for path, layer in adapted_layers(model)
         if name in layer.adapters
     }
-    return Adapter(config, {path: {key: p.detach() for key, p in own.items()} for path, own in tensors.items()})
+    return Adapter(config, tensors)
 
 
 def detach(layer: AdaptedLayer, name: str | None = None) -> None:
@@ -85,7 +84,7 @@ def _refuse_name(name: str) -> None:
 @torch.no_grad()
 def _fill(model: nn.Module, updates: dict[str, Update], values: Adapter) -> None:
     """Copy the file's tensors in, or say everything that does not fit and change nothing."""
-    wanted = {(path, key): p for path, update in updates.items() for key, p in update.named_parameters()}
+    wanted = {(path, key): p for path, update in updates.items() for key, p in update.tensors().items()}
     found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
     missing = [".".join(key) for key in wanted if key not in found]
     strangers = [".".join(key) for key in found if key not in wanted]

@@ -31,6 +31,13 @@ class Factors(NamedTuple):
     scale: float
 
 
+class Rows(NamedTuple):
+    """Rescaled rows and a low-rank change: ΔW = gain ⊙ W + scale · B A."""
+
+    gain: Tensor  # (out)
+    factors: Factors
+
+
 class Update(nn.Module, ABC):
     """What a method must say: its parameters (`__init__`) and what it does to a matrix (`delta`).
 
@@ -50,6 +57,14 @@ class Update(nn.Module, ABC):
     def factors(self) -> Factors | None:
         """The same change as two thin matrices, where it is one."""
         return None
+
+    def by_rows(self, weight: Tensor) -> Rows | None:
+        """The same change as rescaled rows of `weight` and two thin matrices, where it is one."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds of it, by the names in `file_names`; the live tensors, not copies."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
 def own_precision(weight: Tensor) -> torch.dtype:

@@ -25,23 +25,28 @@ class AdaptedLinear(AdaptedLayer):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense = self._changes()
+        thin, dense, gains = self._changes(self.matrix(self.weight))
         if not thin and not dense:
             return super().forward(x)
-        matrix = self.matrix(self.weight)
-        y = fused_linear(x, matrix, self.bias, thin)
+        y = fused_linear(x, self.matrix(self.weight), self.bias, thin, sum(gains[1:], gains[0]) if gains else None)
         return self._with_dense(y, x, dense)
 
-    def _changes(self) -> tuple[list[Change], list[tuple[Update, float, float]]]:
-        """What acts: products of thin matrices, and (update, weight, dropout) for the rest."""
-        thin, dense = [], []
+    def _changes(self, matrix: Tensor | None) -> tuple[list[Change], list[tuple[Update, float, float]], list[Tensor]]:
+        """What acts: products of thin matrices, (update, weight, dropout) for the rest, and, where the base's
+        `matrix` is given, by how much more its rows count.
+        """
+        thin, dense, gains = [], [], []
         for update, weight in self.adapters.acting():
             dropout = update.dropout if self.training else 0.0
-            if factors := update.factors():
+            factors = update.factors()
+            if matrix is not None and (rows := update.by_rows(matrix)):
+                gains.append(weight * rows.gain)
+                factors = rows.factors
+            if factors:
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout))
             else:
                 dense.append((update, weight, dropout))
-        return thin, dense
+        return thin, dense, gains
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[tuple[Update, float, float]]) -> Tensor:
         for update, weight, dropout in dense:
@@ -59,7 +64,7 @@ class AdaptedOwnLinear(AdaptedLinear):
         return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and _is_called(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense = self._changes()
+        thin, dense, _ = self._changes(None)  # its own forward tells nothing about the rows of W x
         y = super(AdaptedLinear, self).forward(x)
         for change in thin:
             y = y + thin_linear(x, change).to(y.dtype)
