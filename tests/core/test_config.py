@@ -23,7 +23,7 @@ OUT_OF_RANGE = {
     "layers_to_transform": (-1, [-1], [0.5], "1", [None]),
     "rank_pattern": (None, [], {"q": 0}, {"q": 1.5}, {"(": 2}),
     "alpha_pattern": (None, [], {"q": NAN}, {"q": "1"}, {"(": 2}),
-    "init_lora_weights": ("pissa", None, "true", [], 2),
+    "init_lora_weights": (None, [], 2, "pizza", "true", "pissa_niter_", "pissa_niter_-1", "xpissa_niter_4"),
     "peft_type": (None, 3, []),
 }
 

@@ -141,6 +141,10 @@ class Case:
 
 # What a method can be besides itself with its defaults: the laws hold for these too.
 VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
+    "LORA": {
+        f"LORA-{start}": {"init_lora_weights": start} for start in ("orthogonal", "pissa", "pissa_niter_2", "olora")
+    }
+    | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
     "LOHA": {"LOHA-dense": {"r": 3}},
     "LOKR": {"LOKR-both": {"r": 1, "options": {"decompose_both": True, "decompose_factor": 5}}, "LOKR-whole": {"r": 4}},
 }

@@ -6,13 +6,13 @@ import torch
 from veneer import get_peft_model
 
 
-@pytest.mark.parametrize("start", [True, "gaussian"])
+@pytest.mark.parametrize("start", [{}, {"init_lora_weights": "gaussian"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_fresh_adapter_changes_nothing(case, dtype, start):
     model = case.base(dtype)
     inputs = [case.x(*batch, dtype=dtype) for batch in case.example.batches]
     before = [model(x) for x in inputs]
-    model = get_peft_model(model, case.config(init_lora_weights=start))
+    model = get_peft_model(model, case.config(**start))
     for x, y in zip(inputs, before, strict=True):
         assert torch.equal(model(x), y)
 

@@ -108,6 +108,30 @@ def test_what_peft_saves_veneer_reads(tiny, shaken, name, family, tmp_path):
     _agree(veneer.PeftModel.from_pretrained(ours, tmp_path, is_trainable=True), theirs)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(  # PEFT forgets that GPT-2's weights are transposed when it starts OLoRA
+    ("start", "family"), [("pissa", "llama"), ("pissa", "gpt2"), ("olora", "llama"), ("olora", "bert")]
+)
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern:UserWarning")  # theirs cannot save it
+def test_a_start_from_the_weight_learns_as_there_and_is_saved_for_the_untouched_base(
+    tiny, family, start, rslora, tmp_path
+):
+    base, untouched = tiny(family), tiny(family)
+    untouched.load_state_dict(base.state_dict())
+    settings = {"r": 3, "lora_alpha": 7, "use_rslora": rslora, "target_modules": LINEAR[family]}
+    settings["rank_pattern"] = {"0.*": 2}
+    ours = veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(init_lora_weights=start, **settings))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=start, **settings))
+    _agree(ours, theirs)
+    for model in (ours, theirs):
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+        model.zero_grad()
+    _agree(ours, theirs)
+    ours.save_pretrained(tmp_path)
+    plain = peft.PeftModel.from_pretrained(untouched, tmp_path)
+    torch.testing.assert_close(plain(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("factor", [-1, 1, 2, 3, 4, 5, 8, 100])
 def test_sides_are_divided_as_peft_divides_them(factor):
     from peft.tuners.lokr.layer import factorization

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.start import named
 
 if TYPE_CHECKING:
     from veneer.core.update import Update
@@ -169,10 +170,11 @@ def _problems(config: LoraConfig) -> list[str]:
     good = layers is None or (isinstance(layers, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in layers))
     expect(good, "layers_to_transform", "layer numbers counted from 0")
     expect(layers is not None or config.layers_pattern is None, "layers_pattern", "given with layers_to_transform")
-    starts = (True, False, "gaussian")
-    expect(config.init_lora_weights in starts, "init_lora_weights", f"one of {listed(starts)}")
     expect(isinstance(config.options, dict), "options", "{name: value}")
+    expect(isinstance(config.init_lora_weights, (bool, str)), "init_lora_weights", "true, false or a word")
     if not found and (made_by := _method(config.peft_type)):
+        starts = made_by.starts
+        expect(named(config.init_lora_weights) in starts, "init_lora_weights", f"one of {listed(starts)}")
         found += _option_problems(config, made_by)
     return found
 

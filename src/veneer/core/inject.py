@@ -10,7 +10,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.methods import update_for
+from veneer.core.methods import method, update_for
 from veneer.core.plan import Plan
 from veneer.core.reclass import reclass, restore
 from veneer.core.targets import select
@@ -45,13 +45,13 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
-    """The adapter called `name` as plain data; its tensors are the live ones, not copies."""
+    """The adapter called `name` as plain data: live tensors, not copies, where it is saved as it is."""
     tensors = {
         path: layer.adapters[name].tensors()  # type: ignore[operator]
         for path, layer in adapted_layers(model)
         if name in layer.adapters
     }
-    return Adapter(config, tensors)
+    return Adapter(method(config.peft_type).saved_config(config), tensors)
 
 
 def detach(layer: AdaptedLayer, name: str | None = None) -> None:

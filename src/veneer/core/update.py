@@ -2,10 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from veneer.core.start import PLAIN
+
+if TYPE_CHECKING:
+    from veneer.core.config import LoraConfig
 
 # PEFT's names in the configs of LoHa and LoKr
 LYCORIS_NAMES: dict[str, str | None] = {
@@ -48,6 +53,7 @@ class Update(nn.Module, ABC):
     file_names: ClassVar[dict[str, str]]  # own parameter name → its name in a PEFT file
     peft_names: ClassVar[dict[str, str | None]] = {}  # config field → its name in PEFT's config, None where it has none
     options: ClassVar[dict[str, Option]] = {}
+    starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
     dropout: float = 0.0  # probability that an input of the change is dropped in training
 
     @abstractmethod
@@ -65,6 +71,11 @@ class Update(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it, by the names in `file_names`; the live tensors, not copies."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @classmethod
+    def saved_config(cls, config: "LoraConfig") -> "LoraConfig":
+        """The config under which `tensors` are read back."""
+        return config
 
 
 def own_precision(weight: Tensor) -> torch.dtype:
