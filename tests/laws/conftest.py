@@ -125,8 +125,12 @@ class Case:
 
     @staticmethod
     def parameters(model: nn.Module) -> list[nn.Parameter]:
-        """The parameters that adapters added, in the model's order."""
-        return [parameter for _, layer in adapted_layers(model) for parameter in layer.adapters.parameters()]
+        """The parameters that adapters added and that are trained, in the model's order."""
+        return Case.trained(*(layer.adapters for _, layer in adapted_layers(model)))
+
+    @staticmethod
+    def trained(*modules: nn.Module) -> list[nn.Parameter]:
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def x(self, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
         x = self.example.inputs(*batch)
@@ -144,7 +148,9 @@ VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
     "LORA": {
         f"LORA-{start}": {"init_lora_weights": start} for start in ("orthogonal", "pissa", "pissa_niter_2", "olora")
     }
+    | {"LORA-FA": {"options": {"freeze_A": True}}}
     | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
+    "VERA": {"VERA-key": {"options": {"save_projection": False, "projection_prng_key": 7}}},
     "LOHA": {"LOHA-dense": {"r": 3}},
     "LOKR": {"LOKR-both": {"r": 1, "options": {"decompose_both": True, "decompose_factor": 5}}, "LOKR-whole": {"r": 4}},
 }

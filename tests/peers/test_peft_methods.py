@@ -15,6 +15,7 @@ from veneer.core.methods.lokr import divided
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
 
+pytestmark = [pytestmark, pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")]  # vera-key
 TOKENS = torch.arange(3, 15).view(2, 6)
 LYCORIS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"]}
 LINEAR = {**LYCORIS, "gpt2": ["c_attn", "c_proj"]}
@@ -39,7 +40,14 @@ def lora(**settings: Any) -> Peer:
     return Peer(ours, lambda **targets: peft.LoraConfig(**ours, **targets), LINEAR)
 
 
+def vera(**options: Any) -> Peer:
+    ours = {"peft_type": "VERA", "r": 6, "options": {"d_initial": 0.2, **options}}
+    return Peer(ours, lambda **targets: peft.VeraConfig(r=6, d_initial=0.2, **options, **targets), LINEAR)
+
+
 PEERS = {
+    "vera": vera(),
+    "vera-key": vera(save_projection=False, projection_prng_key=5),
     "dora": lora(use_dora=True),
     "dora-rslora": lora(use_dora=True, use_rslora=True),
     "loha": lycoris("LOHA"),

@@ -19,14 +19,15 @@ from veneer.core.methods import file_names
 from veneer.core.whole import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_MODEL = "base_model"
 
 
 @dataclass
 class Adapter:
     """What a file holds, and what combining and analysing work on.
 
-    `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`.
+    `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`; what all layers
+    share stands under "".
     """
 
     config: LoraConfig
@@ -39,7 +40,7 @@ class Adapter:
         """
         names = file_names(self.config)
         flat = {
-            f"{_PREFIX}{path}.{names[name]}": tensor.detach().contiguous().cpu()
+            f"{_prefix(path)}.{names[name]}": tensor.detach().contiguous().cpu()
             for path, tensors in self.tensors.items()
             for name, tensor in tensors.items()
         }
@@ -70,11 +71,11 @@ class Adapter:
         tensors: dict[str, dict[str, Tensor]] = {}
         strangers, broken = [], []
         for key, tensor in flat.items():
-            match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, endings))})", key)
+            match = re.fullmatch(rf"{_MODEL}(?:\.model\.(.+))?\.({'|'.join(map(re.escape, endings))})", key)
             if match is None:
                 strangers.append(key)
                 continue
-            tensors.setdefault(match[1], {})[endings[match[2]]] = tensor
+            tensors.setdefault(match[1] or "", {})[endings[match[2]]] = tensor
             if not torch.isfinite(tensor).all():
                 broken.append(key)
         problems = [f"unexpected tensors: {collapsed(strangers)}"] if strangers else []
@@ -94,6 +95,10 @@ def read_config(folder: Path) -> LoraConfig:
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return LoraConfig.from_dict(values, where=str(path))
+
+
+def _prefix(path: str) -> str:
+    return f"{_MODEL}.model.{path}" if path else _MODEL
 
 
 def _existing(folder: Path, name: str) -> Path:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.core.errors import AdapterError, listed, nearest
-from veneer.core.start import named
 
 if TYPE_CHECKING:
     from veneer.core.update import Update
@@ -129,19 +128,23 @@ class LoraConfig:
         """
         made_by = _method(self.peft_type)
         names = made_by.peft_names if made_by else {}
-        values = {**_FOR_PEFT, **asdict(self)}
-        options = values.pop("options")
-        usual = {**_FOR_PEFT, **asdict(LoraConfig())}
+        values = {**_FOR_PEFT, **asdict(self), **self.options}
+        del values["options"]
+        options = {name: option.default for name, option in made_by.options.items()} if made_by else {}
+        usual = {**_FOR_PEFT, **asdict(LoraConfig()), **options}
         named = {key: names.get(key, key) for key in values}
-        return {
-            **{named[key] or key: value for key, value in values.items() if named[key] or value != usual[key]},
-            **options,
-        }
+        return {named[key] or key: value for key, value in values.items() if named[key] or value != usual[key]}
 
 
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """α / r, or α / √r with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def start_of(config: LoraConfig) -> bool | str:
+    """`init_lora_weights` without its number: "pissa_niter_4" is "pissa_niter_N"."""
+    how = config.init_lora_weights
+    return re.sub(r"(?<=^pissa_niter_)\d{1,3}$", "N", how) if isinstance(how, str) else how
 
 
 def _problems(config: LoraConfig) -> list[str]:
@@ -156,13 +159,13 @@ def _problems(config: LoraConfig) -> list[str]:
     expect(isinstance(config.use_rslora, bool), "use_rslora", "true or false")
     expect(isinstance(config.use_dora, bool), "use_dora", "true or false")
     expect(_is_rank(config.r), "r", "a whole number of at least 1")
-    expect(_is_finite(config.lora_alpha), "lora_alpha", "a finite number")
-    expect(_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
+    expect(is_finite(config.lora_alpha), "lora_alpha", "a finite number")
+    expect(is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
     ranks, alphas = config.rank_pattern, config.alpha_pattern
     expect(isinstance(ranks, dict) and all(map(_is_rank, ranks.values())), "rank_pattern", "{name: whole number ≥ 1}")
-    expect(isinstance(alphas, dict) and all(map(_is_finite, alphas.values())), "alpha_pattern", "{name: number}")
+    expect(isinstance(alphas, dict) and all(map(is_finite, alphas.values())), "alpha_pattern", "{name: number}")
     for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
         expect(_is_expressions(getattr(config, name)), name, "made of valid regular expressions")
     layers = config.layers_to_transform
@@ -174,7 +177,7 @@ def _problems(config: LoraConfig) -> list[str]:
     expect(isinstance(config.init_lora_weights, (bool, str)), "init_lora_weights", "true, false or a word")
     if not found and (made_by := _method(config.peft_type)):
         starts = made_by.starts
-        expect(named(config.init_lora_weights) in starts, "init_lora_weights", f"one of {listed(starts)}")
+        expect(start_of(config) in starts, "init_lora_weights", f"one of {listed(starts)}")
         found += _option_problems(config, made_by)
     return found
 
@@ -198,7 +201,8 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """A number that is one."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -10,7 +10,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.methods import method, update_for
+from veneer.core.methods import method, updates_for
 from veneer.core.plan import Plan
 from veneer.core.reclass import reclass, restore
 from veneer.core.targets import select
@@ -31,12 +31,13 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
     """
     _refuse_name(name)
     targets, resolved = select(model, config)
-    updates = {}
+    layers = {}
     for path, target in targets.items():
         kind, weight = kind_of(target.layer), target.layer.weight
         assert kind is not None
         assert isinstance(weight, Tensor)
-        updates[path] = update_for(kind.matrix(weight), target.config)
+        layers[path] = (kind.matrix(weight), target.config)
+    updates = updates_for(layers, resolved)
     if values is not None:
         _fill(model, updates, values)
     for path, update in updates.items():
@@ -46,12 +47,16 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     """The adapter called `name` as plain data: live tensors, not copies, where it is saved as it is."""
-    tensors = {
-        path: layer.adapters[name].tensors()  # type: ignore[operator]
-        for path, layer in adapted_layers(model)
-        if name in layer.adapters
-    }
+    updates = {path: layer.adapters[name] for path, layer in adapted_layers(model) if name in layer.adapters}
+    tensors = _tensors(updates)  # type: ignore[arg-type]
     return Adapter(method(config.peft_type).saved_config(config), tensors)
+
+
+def _tensors(updates: dict[str, Update]) -> dict[str, dict[str, Tensor]]:
+    """By path; what all layers share stands under the path of the model itself."""
+    shared = next((update.shared_tensors() for update in updates.values()), {})
+    own = {path: update.tensors() for path, update in updates.items()}
+    return {"": shared, **own} if shared else own
 
 
 def detach(layer: AdaptedLayer, name: str | None = None) -> None:
@@ -84,10 +89,10 @@ def _refuse_name(name: str) -> None:
 @torch.no_grad()
 def _fill(model: nn.Module, updates: dict[str, Update], values: Adapter) -> None:
     """Copy the file's tensors in, or say everything that does not fit and change nothing."""
-    wanted = {(path, key): p for path, update in updates.items() for key, p in update.tensors().items()}
+    wanted = {(path, key): p for path, own in _tensors(updates).items() for key, p in own.items()}
     found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
-    missing = [".".join(key) for key in wanted if key not in found]
-    strangers = [".".join(key) for key in found if key not in wanted]
+    missing = [".".join(filter(None, key)) for key in wanted if key not in found]
+    strangers = [".".join(filter(None, key)) for key in found if key not in wanted]
     misshaped = [
         f"{'.'.join(key)} expected {tuple(wanted[key].shape)} found {tuple(found[key].shape)}"
         for key in wanted

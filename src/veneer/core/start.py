@@ -1,7 +1,6 @@
 """Starting values of the factors: a fresh adapter changes nothing, unless it is asked to."""
 
 import math
-import re
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +62,3 @@ def start_from_weight(A: Tensor, B: Tensor, how: str, weight: Tensor, scale: flo
     root = (S[:r] / scale).sqrt()
     A.copy_(root[:, None] * Vt[:r])
     B.copy_(U[:, :r] * root)
-
-
-def named(how: object) -> object:
-    """The start without its number: "pissa_niter_4" is "pissa_niter_N"."""
-    return re.sub(r"(?<=^pissa_niter_)\d{1,3}$", "N", how) if isinstance(how, str) else how

@@ -54,6 +54,8 @@ class Update(nn.Module, ABC):
     peft_names: ClassVar[dict[str, str | None]] = {}  # config field → its name in PEFT's config, None where it has none
     options: ClassVar[dict[str, Option]] = {}
     starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
+    share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
+    faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
     dropout: float = 0.0  # probability that an input of the change is dropped in training
 
     @abstractmethod
@@ -71,6 +73,10 @@ class Update(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it, by the names in `file_names`; the live tensors, not copies."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """What a file holds once for all layers of the adapter."""
+        return {}
 
     @classmethod
     def saved_config(cls, config: "LoraConfig") -> "LoraConfig":

@@ -1,5 +1,8 @@
 """One method, one file. A method is known by its `peft_type`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from veneer.core.config import LoraConfig
@@ -8,9 +11,10 @@ from veneer.core.methods.dora import Dora
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora
+from veneer.core.methods.vera import Vera
 from veneer.core.update import Update
 
-METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr}
+METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera}
 
 
 def method(peft_type: str) -> type[Update]:
@@ -21,10 +25,14 @@ def method(peft_type: str) -> type[Update]:
     return METHODS[peft_type]
 
 
-def update_for(weight: Tensor, config: LoraConfig) -> Update:
-    """A fresh update that `config` describes, for a layer's `weight` as an `(out, in)` matrix."""
-    update = method(config.peft_type)(weight, config)
-    return Dora(weight, update) if config.use_dora else update
+def updates_for(layers: Mapping[str, tuple[Tensor, LoraConfig]], config: LoraConfig) -> dict[str, Update]:
+    """The fresh updates of one adapter, for each layer's weight as an `(out, in)` matrix and the config for it."""
+    made_by: Any = method(config.peft_type)
+    common = [made_by.share(list(layers.values()))] if made_by.share else []
+    updates = {path: made_by(weight, own, *common) for path, (weight, own) in layers.items()}
+    if not config.use_dora:
+        return updates
+    return {path: Dora(layers[path][0], update) for path, update in updates.items()}
 
 
 def file_names(config: LoraConfig) -> dict[str, str]:

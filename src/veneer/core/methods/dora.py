@@ -37,6 +37,9 @@ class Dora(Update):
     def tensors(self) -> dict[str, Tensor]:
         return {**self.inner.tensors(), "magnitude": self.magnitude.detach()}
 
+    def shared_tensors(self) -> dict[str, Tensor]:
+        return self.inner.shared_tensors()
+
     def _gain(self, weight: Tensor) -> Tensor:
         """g `(out)`."""
         norm = row_norms(weight, self.inner)

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig, scaling
-from veneer.core.start import FROM_WEIGHT, PLAIN, named, start, start_from_weight
-from veneer.core.update import Factors, Update, own_precision
+from veneer.core.config import LoraConfig, scaling, start_of
+from veneer.core.start import FROM_WEIGHT, PLAIN, start, start_from_weight
+from veneer.core.update import Factors, Option, Update, own_precision
 
 
 class Lora(Update):
@@ -18,9 +18,14 @@ class Lora(Update):
     Where A and B start from W (PiSSA, OLoRA), ΔW = scale · (B A - B₀ A₀) is counted from the start, and the base is
     never touched: its trajectory is that of B A on the base W - scale · B₀ A₀. It is a LoRA of rank 2r,
     [B - B₀, B₀] [A; A - A₀], which is zero to the bit at the start, and is computed and saved as such.
+
+    With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
     """
 
     file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    options: ClassVar = {"freeze_A": Option(False, lambda value: isinstance(value, bool), "true or false")}
+    peft_names: ClassVar = {"freeze_A": None}
+    faster: ClassVar = ("B",)
     starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT)
     A0: Tensor | None
     B0: Tensor | None
@@ -41,6 +46,7 @@ class Lora(Update):
             self.register_buffer("B0", self.B.detach().clone())
         else:
             start(self.A, self.B, config.init_lora_weights)
+        self.A.requires_grad_(not config.options["freeze_A"])
 
     def delta(self, weight: Tensor) -> Tensor:
         A, B, scale = self.factors()
@@ -72,4 +78,4 @@ class Lora(Update):
 
 
 def _from_weight(config: LoraConfig) -> bool:
-    return named(config.init_lora_weights) in FROM_WEIGHT
+    return start_of(config) in FROM_WEIGHT
