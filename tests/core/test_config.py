@@ -15,13 +15,15 @@ OUT_OF_RANGE = {
     "lora_alpha": (NAN, INFINITY, "8", None, True),
     "lora_dropout": (1, 1.0, -0.1, NAN, "0", None),
     "use_rslora": ("no", 1, None),
+    "use_dora": ("no", 1, None),
+    "options": (None, [], "x"),
     "target_modules": ("", [], [""], [1], 3, {}),
     "exclude_modules": ("", [], ["q", ""], 3),
     "layers_pattern": ("(", "layers", [3]),  # the second one only because layers_to_transform is not given
     "layers_to_transform": (-1, [-1], [0.5], "1", [None]),
     "rank_pattern": (None, [], {"q": 0}, {"q": 1.5}, {"(": 2}),
     "alpha_pattern": (None, [], {"q": NAN}, {"q": "1"}, {"(": 2}),
-    "init_lora_weights": ("pissa", None, "true", [], 2),
+    "init_lora_weights": (None, [], 2, "pizza", "true", "pissa_niter_", "pissa_niter_-1", "xpissa_niter_4"),
     "peft_type": (None, 3, []),
 }
 
@@ -71,7 +73,6 @@ def test_to_dict_and_from_dict_are_inverse_and_json():
 @pytest.mark.parametrize(
     "values",
     [
-        {"use_dora": True},
         {"bias": "all"},
         {"lora_bias": True},
         {"modules_to_save": ["head"]},
@@ -106,3 +107,34 @@ def test_our_defaults_and_names_are_those_of_peft():
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
 def test_scaling(rslora, scale):
     assert scaling(4, 16, rslora) == scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("LOKR", {"decompose_facto": 4}, "LOKR has .*, not 'decompose_facto'; did you mean 'decompose_factor'"),
+        ("LOKR", {"decompose_factor": 0}, "decompose_factor should be -1 or a whole number of at least 1, found 0"),
+        ("LOHA", {"freeze_A": True}, "LOHA has nothing, not 'freeze_A'"),
+        ("VERA", {"d_initial": NAN}, "d_initial should be a finite number, found nan"),
+    ],
+)
+def test_options_are_checked_by_the_method_that_declares_them(kind, options, said):
+    with pytest.raises(AdapterError, match=f"^LoraConfig: .*{said}"):
+        LoraConfig(peft_type=kind, options=options)
+    with pytest.raises(AdapterError, match=r"'LOKRR' is not a method of veneer.*did you mean 'LOKR'"):
+        LoraConfig(peft_type="LOKRR")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rank_dropout", 0.1), ("module_dropout", 0.1), ("use_effective_conv2d", True)]
+)
+def test_what_of_lycoris_is_not_built_is_refused_by_name(key, value):
+    with pytest.raises(AdapterError, match=f"{key}={value} is not supported"):
+        LoraConfig.from_dict({"peft_type": "LOKR", "alpha": 4, key: value})
+
+
+def test_the_options_of_a_method_stand_beside_the_rest_in_a_file():
+    config = LoraConfig(peft_type="LOKR", lora_alpha=3, options={"decompose_factor": 4})
+    written = json.loads(json.dumps(config.to_dict()))
+    assert (written["alpha"], written["decompose_factor"], written["decompose_both"]) == (3, 4, False)
+    assert LoraConfig.from_dict(written) == config

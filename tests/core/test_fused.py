@@ -51,3 +51,11 @@ def test_the_output_may_be_changed_in_place(shape, change):
     """As that of a plain linear layer may."""
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     change(model(torch.randn(shape))).sum().backward()
+
+
+def test_a_gain_multiplies_the_rows_of_the_base_without_its_bias():
+    x, W, b, A, B = problem(torch.float64)
+    gain = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *p: fused_linear(*p[:3], [Change(A, B, 3.0, 0.0)], p[3]), (x, W, b, gain))
+    y = fused_linear(x, W, b, [Change(A, B, 3.0, 0.0)], gain)
+    torch.testing.assert_close(y, x @ W.T * (1 + gain) + b + 3 * x @ A.T @ B.T, rtol=1e-12, atol=1e-12)

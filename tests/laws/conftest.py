@@ -14,7 +14,7 @@ from veneer.core.inject import adapted_layers
 from veneer.core.kinds import KINDS
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer
-from veneer.core.methods import METHODS
+from veneer.core.methods import METHODS, dora
 from veneer.core.start import start
 from veneer.core.update import Update
 
@@ -41,6 +41,7 @@ class Case:
     """One method on one example of a kind."""
 
     method: str
+    settings: Mapping[str, Any]
     kind: type[AdaptedLayer]
     example: Example
 
@@ -50,7 +51,8 @@ class Case:
         if self.example.parameters and "layer" in targets:
             settings["target_parameters"] = [f"layer.{name}" for name in self.example.parameters]
             targets = [] if targets == "layer" else [target for target in targets if target != "layer"]
-        return LoraConfig(r=2, lora_alpha=3, peft_type=self.method, target_modules=targets, **settings)
+        chosen = {"r": 2, "lora_alpha": 3, "peft_type": self.method, **self.settings, **settings}
+        return LoraConfig(target_modules=targets, **chosen)
 
     def base(self, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         model = nn.Sequential()
@@ -78,8 +80,12 @@ class Case:
 
     @staticmethod
     def parameters(model: nn.Module) -> list[nn.Parameter]:
-        """The parameters that adapters added, in the model's order."""
-        return [parameter for _, layer in adapted_layers(model) for parameter in layer.adapters.parameters()]
+        """The parameters that adapters added and that are trained, in the model's order."""
+        return Case.trained(*(layer.adapters for _, layer in adapted_layers(model)))
+
+    @staticmethod
+    def trained(*modules: nn.Module) -> list[nn.Parameter]:
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def x(self, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
         x = self.example.inputs(*batch)
@@ -103,18 +109,81 @@ class Case:
         return originals
 
 
-_TABLE = [
-    pytest.param((method, kind, example), id=f"{method}-{name}")
+# What a method can be besides itself with its defaults: the laws hold for these too.
+VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
+    "LORA": {
+        f"LORA-{start}": {"init_lora_weights": start} for start in ("orthogonal", "pissa", "pissa_niter_2", "olora")
+    }
+    | {"LORA-FA": {"options": {"freeze_A": True}}}
+    | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
+    "VERA": {"VERA-key": {"options": {"save_projection": False, "projection_prng_key": 7}}},
+    "LOHA": {"LOHA-dense": {"r": 3}},
+    "LOKR": {"LOKR-both": {"r": 1, "options": {"decompose_both": True, "decompose_factor": 5}}, "LOKR-whole": {"r": 4}},
+}
+_COMBINATIONS = {
+    f"{variant}-{name}": (method, settings, kind, example)
     for method in (*METHODS, "HADAMARD")
+    for variant, settings in {
+        method: {},
+        f"{method}-DORA": {"use_dora": True},
+        **VARIANTS.get(method, {}),
+    }.items()
     for kind in (*KINDS, AdaptedParameters)
     for name, example in EXAMPLES.get(kind.__name__, {kind.__name__: None}).items()
-]
+}
+# Every law runs over LoRA and the method that only tests know on everything, over DoRA once for each kind, over most
+# that methods can be on a linear layer; test_law_combinations goes quickly through all.
+_LIKE_OTHERS = ("LORA-olora-", "LORA-pissa_niter_2-", "LOHA-DORA-", "LOKR-DORA-", "VERA-DORA-")
 
 
-@pytest.fixture(params=_TABLE)
-def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
-    method, kind, example = request.param
+def _is_run_over(name: str) -> bool:
+    method, settings, kind, _ = _COMBINATIONS[name]
+    if method in ("LORA", "HADAMARD") and not settings:
+        return True
+    first = next(iter(EXAMPLES.get(kind.__name__, {kind.__name__: None})))
+    dora = name == f"LORA-DORA-{first}"
+    return dora or (name.endswith("-linear") and not name.startswith(_LIKE_OTHERS))
+
+
+def refused(name: str) -> str | None:
+    """What is said of a combination that is not built."""
+    method, settings, kind, example = _COMBINATIONS[name]
+    if method == "VERA" and not kind.linear:
+        return "VERA adapts linear layers alone"
+    trained_alone = not settings.get("use_dora") and not _from_weight(settings)
+    if example and "stack" in example.parameters and not trained_alone:
+        return "a stack of matrices .* is adapted by trained factors alone"
+    if _from_weight(settings) and example and example.vectors:
+        return "needs r of at most 1"
+    return None
+
+
+def _from_weight(settings: Mapping[str, Any]) -> bool:
+    return str(settings.get("init_lora_weights")).startswith(("pissa", "olora"))
+
+
+def _made(name: str, monkeypatch: pytest.MonkeyPatch) -> Case:
+    method, settings, kind, example = _COMBINATIONS[name]
     if example is None:
-        pytest.fail(f"{kind.__name__} has no example: add one to EXAMPLES in tests/laws/conftest.py")
+        pytest.fail(f"{kind.__name__} has no example: add one to EXAMPLES in tests/laws/examples.py")
     monkeypatch.setitem(METHODS, "HADAMARD", Hadamard)
-    return Case(method, kind, example)
+    return Case(method, settings, kind, example)
+
+
+@pytest.fixture(params=[name for name in _COMBINATIONS if _is_run_over(name) and not refused(name)])
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    return _made(request.param, monkeypatch)
+
+
+@pytest.fixture(params=_COMBINATIONS)
+def combination(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Case, str | None]:
+    """A method on a kind, and the reason if it is refused."""
+    return _made(request.param, monkeypatch), refused(request.param)
+
+
+@pytest.fixture
+def constants_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts as a constant in a method's gradient stays what it first was, so that differences see one too."""
+    norms: dict[Update, Tensor] = {}
+    row_norms = dora.row_norms
+    monkeypatch.setattr(dora, "row_norms", lambda weight, update: norms.setdefault(update, row_norms(weight, update)))

@@ -17,6 +17,7 @@ class Example:
     formula: Callable[[Any, Tensor, Tensor], Tensor]
     batches: tuple[tuple[int, ...], ...]
     parameters: tuple[str, ...] = ()  # adapted by name
+    vectors: bool = False  # some of its matrices have one column
 
 
 class Halving(nn.Linear):
@@ -119,9 +120,8 @@ def _norm(make: Callable[[], nn.Module], run: Callable[..., Tensor], *places: in
         return run(x, *matrix.T.reshape(-1, *layer.weight.shape))
 
     batches = ((3,), (1,)) if places else BATCHES
-    return Example(
-        lambda: normal(make()), lambda *batch: torch.randn(*batch, *(places or (6,))), formula, batches
-    )  # fmt: skip
+    example = Example(lambda: normal(make()), lambda *batch: torch.randn(*batch, *(places or (6,))), formula, batches)
+    return replace(example, vectors=not hasattr(make(), "bias"))
 
 
 class Experts(nn.Module):
@@ -145,7 +145,7 @@ def mixed(_: Any, matrices: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 def _experts(is_transposed: bool, *parameters: str) -> Example:
     table = _linear(lambda: normal(Experts(is_transposed)), mixed)
-    return replace(table, parameters=parameters)
+    return replace(table, parameters=parameters, vectors="shift" in parameters)
 
 
 class SelfAttention(nn.MultiheadAttention):
@@ -224,6 +224,7 @@ EXAMPLES: Mapping[str, dict[str, Example]] = {
     },
     "AdaptedAttention": {"attention": _attention(), "attention-of-sizes": _attention(kdim=2, vdim=3)},
     "AdaptedParameters": {
+        "parameters-flat": _experts(False, "gate", "shift"),
         "parameters": _experts(False, "stack", "gate", "shift"),
         "parameters-transposed": _experts(True, "stack"),
     },

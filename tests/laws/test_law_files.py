@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,8 +35,11 @@ def test_save_then_load_gives_identical_outputs_and_bits(case, bits, tmp_path, d
     other = PeftModel.from_pretrained(other, tmp_path / "new" / "folder")
     with torch.no_grad():  # attention has another path where nothing learns
         assert torch.equal(other(x), model(x))
-    assert bits(other) == bits(model)
-    assert other.peft_config["default"] == model.peft_config["default"]
+    assert all(bits(other)[key] == bits(model)[key] for key in saved)
+    found, wanted = other.get_adapter(), model.get_adapter()
+    assert found.config == other.peft_config["default"] == replace(wanted.config, init_lora_weights=True)
+    assert found.embeddings == wanted.embeddings
+    torch.testing.assert_close(found.tensors, wanted.tensors, rtol=0, atol=0)
     assert not any(parameter.requires_grad for parameter in other.parameters())
 
 
@@ -83,7 +87,7 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(case, bits, folder
         of = {path: sorted(key for key in tensors if key.startswith(_KEY + path)) for path in ("layer", "head")}
         del tensors[of["layer"][0]]
         tensors[of["head"][0].replace("head", "nobody")] = torch.zeros(1)
-        tensors[of["head"][1]] = torch.zeros(7, 2)
+        tensors[of["head"][1]] = torch.zeros(7, 9)
 
     _rewrite_tensors(folder, change)
     said = _refused(case, bits, folder)
@@ -115,7 +119,10 @@ DAMAGE = {
     "list for config": (lambda f: (f / CONFIG).write_text("[]"), "expected a JSON object, found list"),
     "unknown method": (lambda f: _config(f, peft_type="LORRA"), "'LORRA' is not a method of veneer"),
     "bad numbers": (lambda f: _config(f, r=0, lora_alpha="x"), "r should be .* found 0; lora_alpha should be"),
-    "dora": (lambda f: _config(f, use_dora=True, bias="all"), "bias='all' is not supported.*; use_dora=True is not"),
+    "not built": (
+        lambda f: _config(f, bias="all", use_qalora=True),
+        "bias='all' is not supported.*; use_qalora=True is",
+    ),
     "saved modules": (lambda f: _config(f, modules_to_save=["head"]), "modules_to_save=.* is not supported"),
     "other targets": (lambda f: _config(f, target_modules=["heat"]), "'heat' matches no module; did you mean 'head'"),
 }

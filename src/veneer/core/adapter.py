@@ -15,20 +15,20 @@ from torch import Tensor
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, nearest
-from veneer.core.methods import method
+from veneer.core.methods import file_names
 from veneer.core.whole import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _ON_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # PEFT's names there
+_MODEL = "base_model"
 
 
 @dataclass
 class Adapter:
     """What a file holds, and what combining and analysing work on.
 
-    `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`.
-    `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise.
+    `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`; what all layers
+    share stands under "". `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise.
     """
 
     config: LoraConfig
@@ -40,8 +40,9 @@ class Adapter:
 
         Raises `AdapterError` when the folder cannot be written.
         """
+        names = file_names(self.config)
         flat = {
-            f"{_PREFIX}{path}.{self._ending(path, name)}": tensor.detach().contiguous().cpu()
+            f"{_prefix(path)}.{_ending(names[name], path in self.embeddings)}": tensor.detach().contiguous().cpu()
             for path, tensors in self.tensors.items()
             for name, tensor in tensors.items()
         }
@@ -59,10 +60,6 @@ class Adapter:
             raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
         return folder
 
-    def _ending(self, path: str, name: str) -> str:
-        ending = method(self.config.peft_type).file_names[name]
-        return _ON_EMBEDDINGS.get(ending, ending) if path in self.embeddings else ending
-
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
         """Read a PEFT folder. Raises `AdapterError` that says what is missing or wrong in it."""
@@ -72,18 +69,20 @@ class Adapter:
             flat = load_file(_existing(folder, WEIGHTS))
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from None
-        endings = {ending: name for name, ending in method(config.peft_type).file_names.items()}
+        endings = {ending: name for name, ending in file_names(config).items()}
         lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
         endings |= lookups
+        if config.use_dora:
+            endings["lora_magnitude_vector.weight"] = "magnitude"  # as PEFT's readers take it too
         embeddings = set()
         tensors: dict[str, dict[str, Tensor]] = {}
         strangers, broken = [], []
         for key, tensor in flat.items():
-            match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, endings))})", key)
+            match = re.fullmatch(rf"{_MODEL}(?:\.model\.(.+))?\.({'|'.join(map(re.escape, endings))})", key)
             if match is None:
                 strangers.append(key)
                 continue
-            tensors.setdefault(match[1], {})[endings[match[2]]] = tensor
+            tensors.setdefault(match[1] or "", {})[endings[match[2]]] = tensor
             if match[2] in lookups:
                 embeddings.add(match[1])
             if not torch.isfinite(tensor).all():
@@ -105,6 +104,14 @@ def read_config(folder: Path) -> LoraConfig:
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return LoraConfig.from_dict(values, where=str(path))
+
+
+def _prefix(path: str) -> str:
+    return f"{_MODEL}.model.{path}" if path else _MODEL
+
+
+def _ending(ending: str, of_embedding: bool) -> str:
+    return _ON_EMBEDDINGS.get(ending, ending) if of_embedding else ending
 
 
 def _existing(folder: Path, name: str) -> Path:

@@ -21,12 +21,15 @@ class Change(NamedTuple):
     rows: Tensor | None = None  # (rows), in a mixed batch: what each row's part is multiplied by
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change]) -> Tensor:
-    """y = W x + b + Σ scale · B A · drop(x), computed in x's dtype whatever that of A and B.
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change], gain: Tensor | None = None
+) -> Tensor:
+    """y = W x + b + gain ⊙ W x + Σ scale · B A · drop(x), computed in x's dtype whatever that of A, B and gain.
 
-    x `(..., in)`, weight `(out, in)`, bias `(out)` → `(..., out)`. Of the activations, only x itself and the
-    rank-sized `A x` are kept for the backward (and one byte an input where there is dropout). Under autocast the
-    product is computed in autocast's dtype, as the plain layer's is.
+    x `(..., in)`, weight `(out, in)`, bias `(out)`, gain `(1, out)` or, in a mixed batch, `(rows, out)` → `(..., out)`;
+    a gain of 0 leaves W x + b to the bit. Of the activations, only x itself and the rank-sized `A x` are kept for the
+    backward (and one byte an input where there is dropout). Under autocast the product is computed in autocast's
+    dtype, as the plain layer's is.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -36,7 +39,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequen
     rows = [change.rows for change in changes]
     factors = [factor for change in changes for factor in (change.A, change.B)]
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-    y = _FusedLinear.apply(flat, weight, bias, scales, masks, rows, *factors)
+    y = _FusedLinear.apply(flat, weight, bias, gain, scales, masks, rows, *factors)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -63,12 +66,15 @@ class _FusedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        gain: Tensor | None,
         scales: list[float],
         masks: list[Tensor | None],
         rows: list[Tensor | None],
         *factors: Tensor,
     ) -> Tensor:
         y = F.linear(x, weight, bias)  # (tokens, out)
+        if gain is not None:
+            y = y + by_row(y if bias is None else y - bias, gain.to(x.dtype))
         kept: list[Tensor | None] = []
         for A, B, scale, mask, row in zip(factors[::2], factors[1::2], scales, masks, rows, strict=True):
             A, B = A.to(x.dtype), B.to(x.dtype)
@@ -76,16 +82,17 @@ class _FusedLinear(torch.autograd.Function):
             h = h if row is None else by_row(h, row)
             y.addmm_(h, B.t(), alpha=scale)
             kept += [A, B, h, mask, row]
-        ctx.save_for_backward(x, weight, *kept)
+        ctx.save_for_backward(x, weight, gain, *kept)
         ctx.scales, ctx.dtypes = scales, [factor.dtype for factor in factors]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *kept = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, _, _, *need_factors = ctx.needs_input_grad
-        dx = grad @ weight if need_x else None  # (tokens, in)
+        x, weight, gain, *kept = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_gain, _, _, _, *need_factors = ctx.needs_input_grad
+        through = grad if gain is None else by_row(grad, (1 + gain).to(grad.dtype))  # what reaches W x
+        dx = through @ weight if need_x else None  # (tokens, in)
         dfactors: list[Tensor | None] = []
         for i, scale in enumerate(ctx.scales):
             A, B, h, mask, row = kept[5 * i : 5 * i + 5]
@@ -99,6 +106,10 @@ class _FusedLinear(torch.autograd.Function):
             if dx is not None and dh is not None:
                 dx = dx.addmm_(dh, A) if mask is None else dx.add_((dh @ A).mul_(mask))
             dfactors += [dA, dB]
-        dweight = grad.t() @ x if need_weight else None
+        dweight = through.t() @ x if need_weight else None
         dbias = grad.sum(0) if need_bias else None
-        return (dx, dweight, dbias, None, None, None, *dfactors)
+        dgain = None
+        if need_gain:  # W x is made again: keeping it would cost as much memory as all the rest of the layer
+            each = (grad * (x @ weight.t())).view(len(gain), -1, len(weight))
+            dgain = each.sum(1, dtype=gain.dtype)  # (rows, out)
+        return (dx, dweight, dbias, dgain, None, None, None, *dfactors)

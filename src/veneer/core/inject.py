@@ -1,8 +1,8 @@
 """Adapters onto layers and off again: all of them, or none."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.methods import method
+from veneer.core.methods import maker, method
 from veneer.core.plan import Plan
 from veneer.core.reclass import mixin_of, reclass, restore
 from veneer.core.targets import Target, select
@@ -33,29 +33,28 @@ def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: 
     """
     _refuse_name(name)
     targets, resolved = select(model, config)
-    build = method(config.peft_type)
-    updates = {}
-    for path, target in targets.items():
-        updates[path] = target.kind.build(build, target.layer, target.configs)
+    weights = ((matrix, target.config) for target in targets.values() for matrix in target.matrices().values())
+    make = maker(resolved, weights)
+    updates = {path: target.kind.build(make, target.layer, target.configs) for path, target in targets.items()}
     if values is not None:
-        _fill(model, {path: (targets[path], update) for path, update in updates.items()}, values)
+        _fill(model, {path: (targets[path].kind, targets[path].layer, own) for path, own in updates.items()}, values)
     for path, update in updates.items():
         _attach(targets[path], plan, name, update)
     return resolved
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
-    """The adapter called `name` as plain data; its tensors are the live ones, not copies."""
+    """The adapter called `name` as plain data: live tensors, not copies, where it is saved as it is."""
+    layers = {
+        path: (_kind(layer), layer, layer.adapters[name])
+        for path, layer in adapted_layers(model)
+        if name in layer.adapters
+    }
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    embeddings = set()
-    for path, layer in adapted_layers(model):
-        if name in layer.adapters:
-            kind: Any = mixin_of(layer)
-            for place, key, ending, parameter in _entries(kind, layer.adapters[name]):
-                tensors[path + place][key] = kind.filed(layer, ending, parameter).detach()
-            if issubclass(kind, AdaptedEmbedding):
-                embeddings.add(path)
-    return Adapter(config, dict(tensors), frozenset(embeddings))
+    for (path, key), entry in _entries(layers).items():
+        tensors[path][key] = entry.filed
+    embeddings = frozenset(path for path, (kind, _, _) in layers.items() if issubclass(kind, AdaptedEmbedding))
+    return Adapter(method(config.peft_type).saved_config(config), dict(tensors), embeddings)
 
 
 def detach(layer: AdaptedLayer, name: str | None = None) -> None:
@@ -84,25 +83,43 @@ def _refuse_name(name: str) -> None:
         )
 
 
-def _entries(kind: type[AdaptedLayer], update: Any) -> Iterator[tuple[str, str, str, Tensor]]:
-    """What a file says of the update: (what follows the layer's path, name, name in a PEFT file, parameter)."""
-    for part, place in kind.places(update).items():
-        own = update.parts()[part]
-        for name, parameter in own.named_parameters():
-            yield place, name, own.file_names[name], parameter
+class _Entry(NamedTuple):
+    """One tensor of an update, and how a file has it."""
+
+    tensor: Tensor
+    filed: Tensor
+    ending: str
+    kind: type[AdaptedLayer]
+
+
+def _entries(layers: Mapping[str, tuple[type[AdaptedLayer], nn.Module, Any]]) -> dict[tuple[str, str], _Entry]:
+    """(path, name) → what a file says there; what all layers share stands under the path of the model itself."""
+    entries = {}
+    for path, (kind, layer, update) in layers.items():
+        for part, place in kind.places(update).items():
+            own = update.parts()[part]
+            for name, tensor in own.shared_tensors().items():
+                entries["", name] = _Entry(tensor, tensor, own.file_names[name], kind)
+            for name, tensor in own.tensors().items():
+                filed = kind.filed(layer, own.file_names[name], tensor)
+                entries[path + place, name] = _Entry(tensor, filed, own.file_names[name], kind)
+    return entries
+
+
+def _kind(layer: AdaptedLayer) -> Any:
+    return mixin_of(layer)
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, updates: dict[str, tuple[Target, Update]], values: Adapter) -> None:
+def _fill(
+    model: nn.Module, layers: Mapping[str, tuple[type[AdaptedLayer], nn.Module, Update]], values: Adapter
+) -> None:
     """Copy the file's tensors in, or say everything that does not fit and change nothing."""
-    parameters, wanted = {}, {}
-    for path, (target, update) in updates.items():
-        for place, key, ending, parameter in _entries(target.kind, update):
-            parameters[path + place, key] = (target.kind, ending, parameter)
-            wanted[path + place, key] = target.kind.filed(target.layer, ending, parameter)
+    entries = _entries(layers)
+    wanted = {place: entry.filed for place, entry in entries.items()}
     found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
-    missing = [".".join(key) for key in wanted if key not in found]
-    strangers = [".".join(key) for key in found if key not in wanted]
+    missing = [".".join(filter(None, key)) for key in wanted if key not in found]
+    strangers = [".".join(filter(None, key)) for key in found if key not in wanted]
     misshaped = [
         f"{'.'.join(key)} expected {tuple(wanted[key].shape)} found {tuple(found[key].shape)}"
         for key in wanted
@@ -113,5 +130,5 @@ def _fill(model: nn.Module, updates: dict[str, tuple[Target, Update]], values: A
         made_for = values.config.base_model_name_or_path
         origin = f" (it was made for {made_for})" if made_for else ""
         raise AdapterError(f"the adapter does not fit this {type(model).__name__}{origin}:\n" + "\n".join(problems))
-    for entry, (kind, ending, parameter) in parameters.items():
-        parameter.copy_(kind.unfiled(ending, found[entry], parameter.shape))
+    for place, (tensor, _, ending, kind) in entries.items():
+        tensor.copy_(kind.unfiled(ending, found[place], tensor.shape))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
@@ -38,6 +38,10 @@ class Target:
     layer: nn.Module
     kind: type[AdaptedLayer]
     configs: dict[str, LoraConfig]
+
+    def matrices(self) -> dict[str, Tensor]:
+        """What of the layer changes, by part."""
+        return self.kind.matrices(self.layer)
 
     @property
     def config(self) -> LoraConfig:

@@ -40,11 +40,14 @@ class AdaptedConv(AdaptedLayer):
 
     @classmethod
     def filed(cls, layer: Any, ending: str, tensor: Tensor) -> Tensor:
-        """PEFT's files hold A as a kernel `(r, in, *kernel)` and B as one of a single point."""
+        """PEFT's files hold A as a kernel `(r, in, *kernel)`, B and DoRA's magnitude as those of a single point."""
         shape = layer.weight.shape
         if ending == "lora_A.weight":
             return tensor.view(-1, *shape[1:])
-        return tensor.view(*tensor.shape, *(1 for _ in shape[2:])) if ending == "lora_B.weight" else tensor
+        point = [1 for _ in shape[2:]]
+        if ending == "lora_magnitude_vector":
+            return tensor.view(1, -1, *point)
+        return tensor.view(*tensor.shape, *point) if ending == "lora_B.weight" else tensor
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -56,7 +59,7 @@ class AdaptedConv(AdaptedLayer):
                 point = B.view(*B.shape, *(1 for _ in self.weight.shape[2:])) * (weight * factors.scale)
                 change = _CONVOLVE[self.weight.ndim - 3](h, point)
             else:
-                delta = weight * update.delta(self.matrix(self.weight))
+                delta = weight * update(self.matrix(self.weight))
                 change = self._conv_forward(dropped, delta.view_as(self.weight).to(y.dtype), None)
             y = y + (change if rows is None else by_row(change, rows)).to(y.dtype)
         return y

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.kinds.layer import AdaptedLayer
-from veneer.core.update import Parts, Stack, Update
+from veneer.core.update import Make, Parts, Stack, Update
 
 
 class AdaptedDense(AdaptedLayer):
@@ -65,14 +65,17 @@ class AdaptedParts(AdaptedDense):
         return {name: matrices[part].reshape(attrgetter(name)(layer).shape) for part, name in names.items()}
 
     @classmethod
-    def build(cls, method: type[Update], layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Any:
+    def build(cls, make: Make, layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Any:
+        def one(weight: Tensor, config: LoraConfig) -> Update:
+            return make(weight, config, cls.start)
+
         updates = Parts()
         for part, matrix in cls.matrices(layer).items():
             config = configs.get(part, configs.get(""))
             if config is not None:
                 if hasattr(updates, part):
                     raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
-                updates[part] = method(matrix, config) if matrix.ndim == 2 else Stack(method, matrix, config)
+                updates[part] = one(matrix, config) if matrix.ndim == 2 else Stack(one, matrix, config)
         return updates
 
 

@@ -42,7 +42,7 @@ class AdaptedEmbedding(AdaptedLayer):
     def start(cls, update: Update, how: bool | str) -> None:
         """A = 0, B normal (loralib's): by A's usual start, in ±1/√num, a large table would hardly learn."""
         factors = update.factors()
-        if factors and how in (True, "gaussian"):
+        if factors and isinstance(factors.A, nn.Parameter) and factors.A.requires_grad and how in (True, "gaussian"):
             nn.init.zeros_(factors.A)
             nn.init.normal_(factors.B)
 
@@ -53,7 +53,7 @@ class AdaptedEmbedding(AdaptedLayer):
                 h = F.embedding(x, factors.A.t()).to(y.dtype)  # (..., r)
                 change = F.linear(h, factors.B.to(y.dtype)) * (weight * factors.scale)
             else:
-                change = F.embedding(x, weight * update.delta(self.matrix(self.weight)).t())
+                change = F.embedding(x, weight * update(self.matrix(self.weight)).t())
             change = change if rows is None else by_row(change, rows)
             y = y + self._kept(change, x, update.dropout).to(y.dtype)
         return y

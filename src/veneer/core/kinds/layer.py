@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
+from veneer.core.methods import method
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed, base_of
-from veneer.core.update import Update
+from veneer.core.update import Make, Update
 
 
 def _never_called(module: nn.Module, inputs: object) -> None:
@@ -72,6 +73,8 @@ class AdaptedLayer(Reclassed):
         """Why this one layer cannot be adapted so though its kind can, as the end of a sentence."""
         if config.lora_dropout and not cls.drops:
             return f"whose change has no input that lora_dropout={config.lora_dropout} could drop: set it to 0"
+        if method(config.peft_type).share and not cls.linear:
+            return f"and {config.peft_type} adapts linear layers alone: its projections are shared among these"
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and not weight.is_floating_point():
             return f"whose weight is of {weight.dtype}: quantised layers are not adapted yet"
@@ -93,11 +96,9 @@ class AdaptedLayer(Reclassed):
         return {"weight": cls.matrix(matrices[""])} if matrices else {}
 
     @classmethod
-    def build(cls, method: type[Update], layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Update:
+    def build(cls, make: Make, layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Update:
         """A fresh update for the layer; `configs` by part."""
-        update = method(cls.matrices(layer)[""], configs[""])
-        cls.start(update, configs[""].init_lora_weights)
-        return update
+        return make(cls.matrices(layer)[""], configs[""], cls.start)
 
     @classmethod
     def places(cls, update: Update) -> dict[str, str]:
@@ -129,7 +130,7 @@ class AdaptedLayer(Reclassed):
             for part, own in update.parts().items():
                 original = originals[part]
                 total = totals.get(part, original.to(torch.promote_types(original.dtype, torch.float32)))
-                totals[part] = total + weight * own.delta(original)
+                totals[part] = total + weight * own(original)
         return self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
 
     def changing(self, terms: tuple[Term, ...]) -> list[str]:

@@ -36,26 +36,35 @@ class AdaptedLinear(AdaptedLayer):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense = self._changes(x)
+        matrix = self.matrix(self.weight)
+        thin, dense, gains = self._changes(x, matrix)
         if not thin and not dense:
             return super().forward(x)
-        y = fused_linear(x, self.matrix(self.weight), self.bias, thin)
+        y = fused_linear(x, matrix, self.bias, thin, sum(gains[1:], gains[0]) if gains else None)
         return self._with_dense(y, x, dense)
 
-    def _changes(self, x: Tensor) -> tuple[list[Change], list[Dense]]:
-        """What acts: products of thin matrices, and the rest."""
-        thin, dense = [], []
+    def _changes(self, x: Tensor, matrix: Tensor | None) -> tuple[list[Change], list[Dense], list[Tensor]]:
+        """What acts: products of thin matrices, the rest, and, where the base's `matrix` is given, by how much more
+        its rows count: `(1, out)`, in a mixed batch `(rows, out)`.
+        """
+        thin, dense, gains = [], [], []
         for update, weight, rows in self.adapters.acting_on(x):
             dropout = update.dropout if self.training else 0.0
-            if factors := update.factors():
+            factors = update.factors()
+            if matrix is not None and (rescaled := update.by_rows(matrix)):
+                gains.append(
+                    weight * (rescaled.gain if rows is None else rows[:, None] * rescaled.gain).view(-1, len(matrix))
+                )
+                factors = rescaled.factors
+            if factors:
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout, rows))
             else:
                 dense.append(Dense(update, weight, dropout, rows))
-        return thin, dense
+        return thin, dense, gains
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
         for update, weight, dropout, rows in dense:
-            delta = weight * update.delta(self.matrix(self.weight))
+            delta = weight * update(self.matrix(self.weight))
             change = F.linear(F.dropout(x, dropout), delta.to(x.dtype)).to(y.dtype)
             y = y + (change if rows is None else by_row(change, rows))
         return y
@@ -69,7 +78,7 @@ class AdaptedOwnLinear(AdaptedLinear):
         return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and _is_called(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense = self._changes(x)
+        thin, dense, _ = self._changes(x, None)  # its own forward tells nothing about the rows of W x
         y = super(AdaptedLinear, self).forward(x)
         for change in thin:
             y = y + thin_linear(x, change).to(y.dtype)

@@ -1,10 +1,20 @@
 """One method, one file. A method is known by its `peft_type`."""
 
-from veneer.core.errors import AdapterError, listed, nearest
-from veneer.core.methods.lora import Lora
-from veneer.core.update import Update
+from collections.abc import Callable, Iterable
+from typing import Any
 
-METHODS: dict[str, type[Update]] = {"LORA": Lora}
+from torch import Tensor
+
+from veneer.core.config import LoraConfig
+from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.methods.dora import Dora
+from veneer.core.methods.loha import Loha
+from veneer.core.methods.lokr import Lokr
+from veneer.core.methods.lora import Lora
+from veneer.core.methods.vera import Vera
+from veneer.core.update import Make, Update
+
+METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera}
 
 
 def method(peft_type: str) -> type[Update]:
@@ -13,3 +23,21 @@ def method(peft_type: str) -> type[Update]:
         hint = nearest(peft_type, METHODS)
         raise AdapterError(f"peft_type {peft_type!r} is not a method of veneer: it has {listed(METHODS)}{hint}")
     return METHODS[peft_type]
+
+
+def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Make:
+    """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config."""
+    made_by: Any = method(config.peft_type)
+    common = [made_by.share(list(layers))] if made_by.share else []
+
+    def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
+        update = made_by(weight, own, *common)
+        start(update, own.init_lora_weights)
+        return Dora(weight, update) if own.use_dora else update
+
+    return make
+
+
+def file_names(config: LoraConfig) -> dict[str, str]:
+    """Name of a tensor of such an update → its name in a PEFT file."""
+    return {**method(config.peft_type).file_names, **(Dora.file_names if config.use_dora else {})}
