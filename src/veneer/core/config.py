@@ -1,13 +1,13 @@
 """`LoraConfig`: which layers, which method, which numbers. Field names and defaults are PEFT's."""
 
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.errors import AdapterError, listed, named, nearest, shown
+from veneer.core.expression import faulty
 
 # What PEFT's configs may also say, and the values at which it changes nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -29,6 +29,9 @@ _SILENT = {
     "peft_version", "qalora_group_size", "runtime_config", "velora_config",
 }  # fmt: skip
 
+_NUMBERS = {"r", "lora_alpha", "lora_dropout"}
+_LARGEST_RANK = 2**20  # beyond every layer's width; what is larger overflows where sizes are multiplied
+_LARGEST = 3.4e38  # of float32
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
 
 
@@ -78,32 +81,44 @@ class LoraConfig:
         Keys that would change the outputs in a way that is not built are refused; keys that nobody here knows
         are named in a warning. Raises `AdapterError` with all that is wrong.
         """
-        known = {f.name for f in fields(cls)}
-        problems, strangers = [], []
-        for key, value in values.items():
-            if key == "init_lora_weights" and str(value).lower().startswith(_MOVE_THE_BASE):
-                problems.append(f"{key}={value!r} is an adapter for a base that was changed; save it as a plain LoRA")
-            if key in known or key in _SILENT:
-                continue
-            if key in _NEUTRAL:
-                if value not in _NEUTRAL[key]:
-                    problems.append(f"{key}={value!r} is not supported (expected {_NEUTRAL[key][0]!r})")
-            elif value not in (None, False, [], {}, ""):
-                strangers.append(f"{key}={value!r}{nearest(key, known)}")
-        if problems:
-            raise AdapterError(f"{where}: " + "; ".join(problems))
-        if strangers:
-            warnings.warn(f"{where}: unknown keys are ignored: {', '.join(strangers)}", stacklevel=3)
-        given = {key: value for key, value in values.items() if key in known and value is not None}
-        given.pop("init_lora_weights", None)  # how a finished adapter once started says nothing about it now
-        try:
-            return cls(**given)
-        except AdapterError as error:
-            raise AdapterError(f"{where}: {error}") from None
+        config, faults = judged(values, where)
+        if config is None or faults:
+            raise AdapterError(f"{where}: " + "; ".join(faults))
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `adapter_config.json`; `use_dora` and `bias` are written for readers that need them."""
         return {**asdict(self), "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
+
+
+def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, list[str]]:
+    """The config that `from_dict` gives, where there is one, and all that is wrong with the values."""
+    known = {f.name for f in fields(LoraConfig)}
+    faults, strangers = [], []
+    for key, value in values.items():
+        if key == "init_lora_weights" and isinstance(value, str) and value.lower().startswith(_MOVE_THE_BASE):
+            faults.append(f"{key}={shown(value)} is an adapter for a base that was changed; save it as a plain LoRA")
+        elif key in _NEUTRAL and value not in _NEUTRAL[key]:
+            faults.append(f"{key}={shown(value)} is not supported (expected {_NEUTRAL[key][0]!r})")
+        elif key not in known and key not in _SILENT and key not in _NEUTRAL and value not in (None, False, [], {}, ""):
+            strangers.append(key)
+    config = None
+    # null says nothing, but where a number must be
+    given = {k: v for k, v in values.items() if k in known and (v is not None or k in _NUMBERS)}
+    given.pop("init_lora_weights", None)  # how a finished adapter once started says nothing about it now
+    try:
+        config = LoraConfig(**given)
+    except AdapterError as error:
+        faults.append(str(error))
+    if strangers:
+        named_keys = [f"{named(key)}={shown(values[key])}{nearest(key, known)}" for key in strangers[:20]]
+        named_keys += [f"{len(strangers) - 20} more"] if len(strangers) > 20 else []
+        said = f"unknown keys are ignored: {', '.join(named_keys)}"
+        if faults:
+            faults.append(said)
+        else:
+            warnings.warn(f"{where}: {said}", stacklevel=3)
+    return config, faults
 
 
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -117,11 +132,14 @@ def _problems(config: LoraConfig) -> list[str]:
 
     def expect(holds: bool, name: str, expected: str) -> None:
         if not holds:
-            found.append(f"{name} should be {expected}, found {getattr(config, name)!r}")
+            found.append(f"{name} should be {expected}, found {shown(getattr(config, name))}")
 
     expect(isinstance(config.peft_type, str), "peft_type", "the name of a method")
-    expect(isinstance(config.use_rslora, bool), "use_rslora", "true or false")
-    expect(_is_rank(config.r), "r", "a whole number of at least 1")
+    for name in ("use_rslora", "inference_mode"):
+        expect(isinstance(getattr(config, name), bool), name, "true or false")
+    for name in ("task_type", "base_model_name_or_path", "revision"):
+        expect(isinstance(getattr(config, name), (str, type(None))), name, "a string")
+    expect(_is_rank(config.r), "r", f"a whole number from 1 to {_LARGEST_RANK}")
     expect(_is_finite(config.lora_alpha), "lora_alpha", "a finite number")
     expect(_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -132,21 +150,29 @@ def _problems(config: LoraConfig) -> list[str]:
     for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
         expect(_is_expressions(getattr(config, name)), name, "made of valid regular expressions")
     layers = config.layers_to_transform
-    layers = [layers] if isinstance(layers, int) else layers
-    good = layers is None or (isinstance(layers, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in layers))
-    expect(good, "layers_to_transform", "layer numbers counted from 0")
+    expect(_is_layers(layers), "layers_to_transform", "layer numbers counted from 0")
     expect(layers is not None or config.layers_pattern is None, "layers_pattern", "given with layers_to_transform")
     starts = (True, False, "gaussian")
     expect(config.init_lora_weights in starts, "init_lora_weights", f"one of {listed(starts)}")
     return found
 
 
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_whole(value, 1) and value <= _LARGEST_RANK  # type: ignore[operator]
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_layers(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_whole(number, 0) for number in value)
+    return value is None or _is_whole(value, 0)
 
 
 def _is_names(value: object) -> bool:
@@ -156,9 +182,5 @@ def _is_names(value: object) -> bool:
 
 
 def _is_expressions(value: object) -> bool:
-    try:
-        for text in [value] if isinstance(value, str) else value or ():  # type: ignore[attr-defined]
-            re.compile(text)
-    except (re.error, TypeError):
-        return False
-    return True
+    texts = [value] if isinstance(value, str) else value or []
+    return isinstance(texts, (list, dict)) and all(isinstance(text, str) for text in texts) and not faulty(texts)

@@ -1,19 +1,19 @@
 """Adapters onto layers and off again: all of them, or none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, collapsed
+from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, collapsed, named
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.methods import method
 from veneer.core.plan import Plan
 from veneer.core.reclass import reclass, restore
-from veneer.core.targets import select
+from veneer.core.targets import Target, select
 from veneer.core.update import Update
 
 
@@ -24,22 +24,33 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
             yield path, module
 
 
-def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: Adapter | None = None) -> LoraConfig:
+def inject(
+    model: nn.Module,
+    plan: Plan,
+    name: str,
+    config: LoraConfig,
+    values: Adapter | None = None,
+    faults: Iterable[str] = (),
+) -> LoraConfig:
     """Give the layers that `config` means an update called `name`, with the tensors of `values` or fresh ones.
 
-    Returns the config with its targets spelled out. Raises `AdapterError` before anything is changed.
+    Returns the config with its targets spelled out. Raises one `AdapterError` with `faults` (those that `values` had
+    of its own) and all that does not fit, before anything is changed.
     """
     _refuse_name(name)
-    targets, resolved = select(model, config)
+    faults = list(faults)
+    try:
+        targets, resolved = select(model, config)
+    except AdapterError as error:
+        raise AdapterError("\n".join([*faults, str(error)])) from None
     build = method(config.peft_type)
-    updates = {}
-    for path, target in targets.items():
-        kind, weight = kind_of(target.layer), target.layer.weight
-        assert kind is not None
-        assert isinstance(weight, Tensor)
-        updates[path] = build(kind.matrix(weight), target.config)
     if values is not None:
-        _fill(model, updates, values)
+        faults += _misfits(model, build, targets, values)
+    if faults:
+        raise AdapterError("\n".join(faults))
+    updates = {path: build(_matrix(target.layer), target.config) for path, target in targets.items()}
+    if values is not None:
+        _fill(updates, values)
     for path, update in updates.items():
         _attach(targets[path].layer, plan, name, update)
     return resolved
@@ -82,22 +93,36 @@ def _refuse_name(name: str) -> None:
         )
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, updates: dict[str, Update], values: Adapter) -> None:
-    """Copy the file's tensors in, or say everything that does not fit and change nothing."""
-    wanted = {(path, key): p for path, update in updates.items() for key, p in update.named_parameters()}
-    found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
+def _matrix(layer: nn.Module) -> Tensor:
+    kind = kind_of(layer)
+    assert kind is not None
+    assert isinstance(layer.weight, Tensor)
+    return kind.matrix(layer.weight)
+
+
+def _misfits(model: nn.Module, build: type[Update], targets: dict[str, Target], values: Adapter) -> list[str]:
+    """All in the file that does not fit the model, found without memory for what the config claims."""
+    wanted = {}
+    for path, target in targets.items():
+        update = build(_matrix(target.layer).to("meta"), target.config)
+        wanted.update({(path, key): parameter.shape for key, parameter in update.named_parameters()})
+    found = {(path, key): tensor.shape for path, own in values.tensors.items() for key, tensor in own.items()}
     missing = [".".join(key) for key in wanted if key not in found]
     strangers = [".".join(key) for key in found if key not in wanted]
     misshaped = [
-        f"{'.'.join(key)} expected {tuple(wanted[key].shape)} found {tuple(found[key].shape)}"
-        for key in wanted
-        if key in found and wanted[key].shape != found[key].shape
+        f"{'.'.join(key)} expected {tuple(shape)} found {tuple(found[key])}"
+        for key, shape in wanted.items()
+        if key in found and shape != found[key]
     ]
     said = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
-    if problems := [f"{what}: {collapsed(names)}" for what, names in said if names]:
-        made_for = values.config.base_model_name_or_path
-        origin = f" (it was made for {made_for})" if made_for else ""
-        raise AdapterError(f"the adapter does not fit this {type(model).__name__}{origin}:\n" + "\n".join(problems))
-    for key, parameter in wanted.items():
-        parameter.copy_(found[key])
+    problems = [f"{what}: {collapsed(names)}" for what, names in said if names]
+    made_for = values.config.base_model_name_or_path
+    origin = f" (it was made for {named(made_for)})" if made_for else ""
+    return [f"the adapter does not fit this {type(model).__name__}{origin}:", *problems] if problems else []
+
+
+@torch.no_grad()
+def _fill(updates: dict[str, Update], values: Adapter) -> None:
+    for path, update in updates.items():
+        for key, parameter in update.named_parameters():
+            parameter.copy_(values.tensors[path][key])

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.errors import AdapterError, listed, nearest, shown
+from veneer.core.expression import Expression, Path
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.layer import Adapters
 
@@ -40,30 +42,36 @@ class Target:
 def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], LoraConfig]:
     """The layers that `config` means, by path, and the config with `target_modules` spelled out.
 
-    Raises `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no
+    Raises one `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no
     kind can adapt.
     """
     modules = base_modules(model)
+    search = _Search(modules)
     names = config.target_modules if config.target_modules is not None else _usual(model, modules)
     if names == "all-linear":
         heads = _heads(model)
-        chosen = [path for path, module in modules.items() if _is_linear(module) and module not in heads]
-    elif isinstance(names, str):
-        chosen = _matching_expression(modules, names)
+        named = [path for path, module in modules.items() if _is_linear(module) and module not in heads]
     else:
-        chosen = _matching_names(modules, names)
-    excluded = _excluded(modules, config)
-    chosen = _in_layers([path for path in chosen if path not in excluded], config)
-    if not chosen:
-        raise AdapterError(
-            f"target_modules={names!r} leaves no layer of {type(model).__name__} to adapt; "
+        named = search.matching(names, "target_modules")
+    excluded = set(search.matching(config.exclude_modules or [], "exclude_modules"))
+    chosen = search.in_layers([path for path in named if path not in excluded], config)
+    if not chosen and not search.faults:
+        search.faults.append(
+            f"target_modules={shown(names)} leaves no layer of {type(model).__name__} to adapt; "
             f'its linear layers end with {listed(_last_parts(modules))}, or say "all-linear"'
         )
-    _refuse_unadaptable(modules, chosen)
+    _find_unadaptable(modules, chosen, search.faults)
+    # a pattern for a layer whose name is misspelt is not wrong itself
+    layers = modules if search.faults else {path: modules[path] for path in chosen}
+    own = search.own_numbers(layers, config)
+    if search.faults:
+        raise AdapterError("\n".join(search.faults))
     # PEFT does not read an expression together with layer numbers
     spell = names == "all-linear" or (isinstance(names, str) and config.layers_to_transform is not None)
     resolved = replace(config, target_modules=_shortest(modules, chosen) if spell else names)
-    return _with_patterns({path: modules[path] for path in chosen}, resolved), resolved
+    return {
+        path: Target(layer, replace(resolved, **own[path]) if own[path] else resolved) for path, layer in layers.items()
+    }, resolved
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -103,63 +111,115 @@ def _last_parts(modules: dict[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module)))
 
 
-def _matching_names(modules: dict[str, nn.Module], names: Iterable[str], what: str = "target_modules") -> list[str]:
-    names = list(names)
-    found = {name: [path for path in modules if path == name or path.endswith(f".{name}")] for name in names}
-    if missing := [name for name in names if not found[name]]:
-        known = [*_last_parts(modules), *modules]
-        hints = "; ".join(f"{name!r} matches no module{nearest(name, known)}" for name in missing)
-        raise AdapterError(f"{what}: {hints}; the linear layers end with {listed(_last_parts(modules))}")
-    wanted = {path for paths in found.values() for path in paths}
-    return [path for path in modules if path in wanted]
+class _Search:
+    """Looks for what a config names among the modules, and keeps every fault that it finds."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.modules, self.faults = modules, list[str]()
+        self.path = cache(Path)
+
+    def matching(self, names: str | list[str], what: str) -> list[str]:
+        """The paths that an expression matches whole, or those that are or end with one of the names."""
+        return self._expression(names, what) if isinstance(names, str) else self._names(names, what)
+
+    def _names(self, names: list[str], what: str) -> list[str]:
+        found = ending_with(names, self.modules)
+        if missing := [name for name in found if not found[name]]:
+            ends = _last_parts(self.modules)
+            hints = [f"{shown(name)} matches no module{nearest(name, [*ends, *self.modules])}" for name in missing[:8]]
+            hints += [f"nor do {len(missing) - 8} more"] if len(missing) > 8 else []
+            self.faults.append(f"{what}: {'; '.join(hints)}; the linear layers end with {listed(ends)}")
+        wanted = {path for paths in found.values() for path in paths}
+        return [path for path in self.modules if path in wanted]
+
+    def _expression(self, text: str, what: str) -> list[str]:
+        """Containers and layers without parameters are passed over."""
+        try:
+            expression = Expression(text)
+            matches = [path for path in self.modules if expression.whole(self.path(path))]
+        except AdapterError as error:
+            self.faults.append(f"{what}: {error}")
+            return []
+        if not matches:
+            suffix = any(path.endswith(f".{text}") for path in self.modules)
+            hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
+            hint = hint or nearest(text, ["all-linear", *_last_parts(self.modules)])
+            said = f"{what}={shown(text)} is a regular expression for the whole path and matches none{hint}"
+            self.faults.append(said)
+        return [path for path in matches if kind_of(self.modules[path]) or _is_bare_layer(self.modules[path])]
+
+    def in_layers(self, paths: list[str], config: LoraConfig) -> list[str]:
+        """Those paths that stand in one of `layers_to_transform`, numbered under `layers_pattern` (or any list)."""
+        wanted = config.layers_to_transform
+        if wanted is None or not paths:
+            return paths
+        patterns = config.layers_pattern or r"[^.]+"
+        try:
+            expressions = [Expression(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
+            number = {path: _number(self.path(path), expressions) for path in paths}
+        except AdapterError as error:
+            self.faults.append(f"layers_pattern: {error}")
+            return paths
+        asked = {wanted} if isinstance(wanted, int) else set(wanted)
+        there = sorted({i for i in number.values() if i is not None})
+        if missing := sorted(asked - set(there)):
+            span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {shown(patterns)}"
+            self.faults.append(f"layers_to_transform: no targeted layer is in {shown(missing)}; there are {span}")
+        return [path for path in paths if number[path] in asked]
+
+    def own_numbers(self, layers: dict[str, nn.Module], config: LoraConfig) -> dict[str, dict[str, Any]]:
+        """The `r` and `lora_alpha` that the first matching pattern gives each layer."""
+        own: dict[str, dict[str, Any]] = {path: {} for path in layers}
+        missing: dict[str, None] = {}
+        for name, patterns in (("r", config.rank_pattern), ("lora_alpha", config.alpha_pattern)):
+            if len(patterns) > 4 * len(layers) + 16:
+                self.faults.append(f"{len(patterns)} patterns for {name}, of {len(layers)} layers, are too many")
+                continue
+            for key, value in patterns.items():
+                try:
+                    expression = Expression(key)
+                    paths = [path for path in layers if expression.tail(self.path(path))]
+                except AdapterError as error:
+                    self.faults.append(f"rank_pattern, alpha_pattern: {error}")
+                    continue
+                missing |= {} if paths else {key: None}
+                for path in paths:
+                    own[path].setdefault(name, value)
+        if missing:
+            ends = [path.rpartition(".")[2] for path in layers]
+            hints = [f"{shown(key)} matches no adapted layer{nearest(key, ends)}" for key in list(missing)[:8]]
+            hints += [f"nor do {len(missing) - 8} more"] if len(missing) > 8 else []
+            self.faults.append(f"rank_pattern, alpha_pattern: {'; '.join(hints)}")
+        return own
 
 
-def _matching_expression(modules: dict[str, nn.Module], text: str, what: str = "target_modules") -> list[str]:
-    """The paths that the expression matches whole; containers and layers without parameters are passed over."""
-    try:
-        expression = re.compile(text)
-    except re.error as error:
-        raise AdapterError(f"{what}={text!r} is not a regular expression: {error}") from None
-    matches = [path for path in modules if expression.fullmatch(path)]
-    if not matches:
-        suffix = any(path.endswith(f".{text}") for path in modules)
-        hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
-        hint = hint or nearest(text, ["all-linear", *_last_parts(modules)])
-        raise AdapterError(f"{what}={text!r} is a regular expression for the whole path and matches none{hint}")
-    return [path for path in matches if kind_of(modules[path]) or _is_bare_layer(modules[path])]
+def ending_with(names: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """For each name, the paths that are the name or end with a dot and the name."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for path in paths:
+        end = path
+        while end:
+            if end in found:
+                found[end].append(path)
+            end = end.partition(".")[2]
+    return found
+
+
+def _number(path: Path, expressions: list[Expression]) -> int | None:
+    """The number that follows the last match of an expression: 3 in `model.layers.3.mlp`."""
+    for expression in expressions:
+        ends = expression.ends(path, path.names)
+        for end in range(ends.bit_length() - 1, -1, -1):
+            if ends >> end & 1 and (match := re.compile(r"\.(\d+)(?:\.|$)").match(path.text, end)):
+                return int(match[1])
+    return None
 
 
 def _is_bare_layer(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
 
-def _excluded(modules: dict[str, nn.Module], config: LoraConfig) -> set[str]:
-    names = config.exclude_modules
-    if names is None:
-        return set()
-    if isinstance(names, str):
-        return set(_matching_expression(modules, names, "exclude_modules"))
-    return set(_matching_names(modules, names, "exclude_modules"))
-
-
-def _in_layers(paths: list[str], config: LoraConfig) -> list[str]:
-    """Those paths that stand in one of `layers_to_transform`, numbered under `layers_pattern` (or any list)."""
-    wanted = config.layers_to_transform
-    if wanted is None:
-        return paths
-    wanted = [wanted] if isinstance(wanted, int) else wanted
-    patterns = config.layers_pattern or r"[^.]+"
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    expressions = [re.compile(rf"(?:.*\.)?{pattern}\.(\d+)(?:\.|$)") for pattern in patterns]
-    number = {path: int(m[1]) for path in paths for e in expressions if (m := e.match(path))}
-    if missing := sorted(set(wanted) - set(number.values())):
-        there = sorted(set(number.values()))
-        span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {patterns}"
-        raise AdapterError(f"layers_to_transform: no targeted layer is in {missing}; there are {span}")
-    return [path for path in paths if number.get(path) in wanted]
-
-
-def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str]) -> None:
+def _find_unadaptable(modules: dict[str, nn.Module], chosen: list[str], faults: list[str]) -> None:
     problems = []
     for path in chosen:
         layer = modules[path]
@@ -173,30 +233,11 @@ def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str]) -> Non
             problems.append(f"{path} already has something named 'adapters'")
     if problems:
         more = f"\nand {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise AdapterError("target_modules: " + "\n".join(problems[:8]) + more)
+        faults.append("target_modules: " + "\n".join(problems[:8]) + more)
 
 
 def _shortest(modules: dict[str, nn.Module], chosen: list[str]) -> list[str]:
     """The last parts of the chosen paths, where they mean just these layers; else the whole paths."""
     ends = list(dict.fromkeys(path.rpartition(".")[2] for path in chosen))
-    return ends if set(_matching_names(modules, ends)) == set(chosen) else chosen
-
-
-def _with_patterns(layers: dict[str, nn.Module], config: LoraConfig) -> dict[str, Target]:
-    """Each layer with the `r` and `lora_alpha` that the first matching pattern gives it."""
-    targets = {}
-    used: set[str] = set()
-    patterns: dict[str, dict[str, Any]] = {"r": config.rank_pattern, "lora_alpha": config.alpha_pattern}
-    for path, layer in layers.items():
-        own: dict[str, Any] = {}
-        for name, pattern in patterns.items():
-            keys = [key for key in pattern if re.match(rf"(.*\.)?({key})$", path)]
-            used.update(keys)
-            if keys:
-                own[name] = pattern[keys[0]]
-        targets[path] = Target(layer, replace(config, **own) if own else config)
-    if missing := [key for pattern in patterns.values() for key in pattern if key not in used]:
-        ends = [path.rpartition(".")[2] for path in layers]
-        hints = "; ".join(f"{key!r} matches no adapted layer{nearest(key, ends)}" for key in dict.fromkeys(missing))
-        raise AdapterError(f"rank_pattern, alpha_pattern: {hints}")
-    return targets
+    meant = {path for paths in ending_with(ends, modules).values() for path in paths}
+    return ends if meant == set(chosen) else chosen

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from veneer.core.adapter import collapsed
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, collapsed
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
