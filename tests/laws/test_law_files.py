@@ -91,7 +91,9 @@ def test_tensors_that_no_method_knows_and_nan_are_named_in_one_error(case, bits,
     _rewrite_tensors(folder, lambda t: t.update({"stranger.weight": torch.zeros(1), key: t[key] * float("nan")}))
     said = _refused(case, bits, folder)
     assert "unexpected tensors: stranger.weight" in said
-    assert f"NaN or infinity in: {key}" in said
+    names = {ending: name for name, ending in adapter_module.method(case.method).file_names.items()}
+    path, _, ending = key.removeprefix("base_model.model.").partition(".")
+    assert f"NaN or infinity in: {path}.{names[ending]}" in said
 
 
 def _config(folder, **values: object) -> None:

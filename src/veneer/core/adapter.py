@@ -17,7 +17,7 @@ from torch import Tensor
 from veneer.core.config import LoraConfig, judged
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.methods import method
-from veneer.core.stored import existing, parsed, read_bytes, read_header, read_tensors
+from veneer.core.stored import existing, is_finite, parsed, read_bytes, read_header, read_tensors
 from veneer.core.whole import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,6 +67,9 @@ class Adapter:
     def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
         """Read a PEFT folder. Raises `AdapterError` that says all that is missing or wrong in it."""
         adapter, faults = examine(folder)
+        own = {f"{path}.{name}": tensor for path, own in adapter.tensors.items() for name, tensor in own.items()}
+        if broken := [name for name, tensor in own.items() if not is_finite(tensor)]:
+            faults.append(f"NaN or infinity in: {collapsed(broken)}")
         if faults:
             raise AdapterError("\n".join(faults))
         return adapter
@@ -75,7 +78,8 @@ class Adapter:
 def examine(folder: str | os.PathLike[str]) -> tuple[Adapter, list[str]]:
     """What a PEFT folder holds, and all that is wrong with it, for more faults to be found before they are told.
 
-    Raises `AdapterError` when there is no config or no tensors to go on with.
+    The tensors' values are not read yet: let their shapes be compared first. Raises `AdapterError` when there is no
+    config or no tensors to go on with.
     """
     folder = Path(folder)
     faults: list[str] = []

@@ -2,7 +2,6 @@
 
 import re
 import reprlib
-from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
@@ -43,7 +42,9 @@ def listed(items: Iterable[object], most: int = 8) -> str:
 
 def collapsed(names: Iterable[str], most: int = 100) -> str:
     """Every name, with runs that differ only in numbers told once: `layers.*.q_proj.A (30)`."""
-    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
-    more = f" and {len(counts) - most} more" if len(counts) > most else ""
-    told = islice(counts.items(), most)
-    return ", ".join(f"{named(name)} ({count})" if count > 1 else named(name) for name, count in told) + more
+    runs: dict[str, list[str]] = {}
+    for name in names:
+        runs.setdefault(re.sub(r"(?<![^.])\d+(?=\.|$)", "*", name), []).append(name)
+    more = f" and {len(runs) - most} more" if len(runs) > most else ""
+    told = islice(runs.items(), most)
+    return ", ".join(named(own[0]) if len(own) == 1 else f"{named(run)} ({len(own)})" for run, own in told) + more

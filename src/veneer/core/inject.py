@@ -13,6 +13,7 @@ from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.methods import method
 from veneer.core.plan import Plan
 from veneer.core.reclass import reclass, restore
+from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
 from veneer.core.update import Update
 
@@ -106,19 +107,23 @@ def _misfits(model: nn.Module, build: type[Update], targets: dict[str, Target], 
     for path, target in targets.items():
         update = build(_matrix(target.layer).to("meta"), target.config)
         wanted.update({(path, key): parameter.shape for key, parameter in update.named_parameters()})
-    found = {(path, key): tensor.shape for path, own in values.tensors.items() for key, tensor in own.items()}
+    found = {(path, key): tensor for path, own in values.tensors.items() for key, tensor in own.items()}
     missing = [".".join(key) for key in wanted if key not in found]
     strangers = [".".join(key) for key in found if key not in wanted]
     misshaped = [
-        f"{'.'.join(key)} expected {tuple(shape)} found {tuple(found[key])}"
+        f"{'.'.join(key)} expected {tuple(shape)} found {tuple(found[key].shape)}"
         for key, shape in wanted.items()
-        if key in found and shape != found[key]
+        if key in found and shape != found[key].shape
     ]
+    fitting = [key for key, shape in wanted.items() if key in found and shape == found[key].shape]
+    broken = [".".join(key) for key in fitting if not is_finite(found[key])]
     said = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
     problems = [f"{what}: {collapsed(names)}" for what, names in said if names]
-    made_for = values.config.base_model_name_or_path
-    origin = f" (it was made for {named(made_for)})" if made_for else ""
-    return [f"the adapter does not fit this {type(model).__name__}{origin}:", *problems] if problems else []
+    if problems:
+        made_for = values.config.base_model_name_or_path
+        origin = f" (it was made for {named(made_for)})" if made_for else ""
+        problems.insert(0, f"the adapter does not fit this {type(model).__name__}{origin}:")
+    return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
 
 
 @torch.no_grad()
