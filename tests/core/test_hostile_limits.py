@@ -92,7 +92,7 @@ def _instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], None
 
 def _many(folder: Path) -> None:
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    text = _header({f"base_model.model.{i}.lora_A.weight": entry for i in range(140_000)})
+    text = _header({f"base_model.model.{i}.lora_A.weight": entry for i in range(15_000)})
     (folder / WEIGHTS).write_bytes(text)
 
 
@@ -106,7 +106,7 @@ WORST: dict[str, tuple[Callable[[Path], object], str]] = {
     "a rank of the config alone": (lambda f: _config(f, r=2**20), r"0.A expected (1048576, 6) found (2, 6)"),
     "a rank beyond all numbers": (lambda f: _config(f, r=10**4000), "r should be a whole number from 1"),
     "a scale beyond all numbers": (lambda f: _config(f, lora_alpha=10**400), "lora_alpha should be a finite number"),
-    "many tensors": (_many, "unexpected: *.A (139999)"),
+    "many tensors": (_many, "unexpected: *.A (14999)"),
     "1 GB of config": (lambda f: _sparse(f / CONFIG, 1 << 30), "too large: expected at most 4194304 bytes"),
     "deep config": (lambda f: (f / CONFIG).write_text('{"a":' * 800_000), "not valid JSON"),
     "deep values": (lambda f: (f / CONFIG).write_text('{"r":' + "[" * 900 + "]" * 900 + "}"), "r should be a whole"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest, shown
 
 OBJECT_LIMIT = 4 << 20  # bytes of a config: each layer of a large mixture of experts may be named
-_HEADER_LIMIT = 16 << 20
+_HEADER_LIMIT = 8 << 20  # seventy thousand tensors, which take some two seconds
 _TENSORS_LIMIT = 64 << 30  # a sparse file may be of any size, and cost nothing to send
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_DIMENSIONS, _LARGEST_DIMENSION = 8, 2**40
@@ -102,11 +102,11 @@ def read_tensors(path: Path, header: dict[str, Any]) -> tuple[dict[str, Tensor],
 
     Raises `AdapterError` when the file is not whole.
     """
-    absurd = [name for name, entry in header.items() if not _is_shape(entry)]
+    absurd = {name for name, entry in header.items() if not _is_shape(entry)}
     strange = [name for name, entry in header.items() if isinstance(entry, dict) and not _is_float(entry)]
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in header if name not in set(absurd)}
+            tensors = {name: file.get_tensor(name) for name in header if name not in absurd}
     except _UNREADABLE as error:
         raise AdapterError(f"{path} is not a whole safetensors file: {str(error)[:300]}") from None
     kinds = ", ".join(sorted({shown(header[name].get("dtype")) for name in strange})[:8])
