@@ -12,6 +12,7 @@ from veneer import Adapter, AdapterError, PeftModel
 from veneer.core import adapter as adapter_module
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -94,6 +95,39 @@ def test_tensors_that_no_method_knows_and_nan_are_named_in_one_error(case, bits,
     names = {ending: name for name, ending in adapter_module.method(case.method).file_names.items()}
     path, _, ending = key.removeprefix("base_model.model.").partition(".")
     assert f"NaN or infinity in: {path}.{names[ending]}" in said
+
+
+def test_faults_of_the_config_of_the_file_and_of_the_fit_are_in_one_error(case, bits, folder):
+    ending = next(iter(adapter_module.method(case.method).file_names.values()))
+    _rewrite_tensors(folder, lambda t: t.update({"stranger": torch.zeros(1), "x.y": t.pop(f"{PREFIX}layer.{ending}")}))
+    _config(folder, bias="all", use_dora=True, lora_alfa=3, target_modules=["layer", "head"])
+    said = _refused(case, bits, folder)
+    for part in ("bias='all'", "use_dora=True", "lora_alfa=3; did you mean", "stranger", "x.y", "missing: layer."):
+        assert part in said
+    _config(folder, exclude_modules=["heat"], target_modules=["layr"], rank_pattern={"nobody": 2}, r="x")
+    assert "r should be" in _refused(case, bits, folder)
+    _config(folder, r=2)
+    said = _refused(case, bits, folder)
+    for part in ("'layr' matches no module", "'heat' matches no module", "'nobody' matches no adapted layer"):
+        assert part in said
+
+
+@pytest.mark.parametrize("name", ["weight", "layer", "head", "A", "default", "bias"])
+def test_an_adapter_may_be_called_as_a_module_is(case, tmp_path, name):
+    model, x = case.adapted(name, base=case.stack(), targets=["layer", "head"]), case.x(3)
+    expected, base = model(x), case.stack()
+    model.save_pretrained(tmp_path)
+    base.load_state_dict({key: t for key, t in model.state_dict().items() if ".adapters." not in key})
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path, name)(x), expected)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "plan", "keys", "forward", "training", 3, None])
+def test_a_name_that_cannot_be_is_refused(case, bits, folder, name):
+    model = case.stack()
+    before = bits(model)
+    with pytest.raises(AdapterError, match="cannot be an adapter's name"):
+        PeftModel.from_pretrained(model, folder, name)
+    assert bits(model) == before
 
 
 def _config(folder, **values: object) -> None:
