@@ -32,7 +32,7 @@ def test_an_unknown_recipe_is_told_with_the_nearest(veneer):
         ("adapter.lora_alph=8", ("'adapter.lora_alph'", "did you mean 'lora_alpha'?")),
         ("train.batch_size=none", ("train.batch_size", "integer", "'none'")),
         ("train.lr=-1", ("train.lr", "greater than 0", "-1")),
-        ("adapter.r=0", ("r should be a whole number of at least 1, found 0",)),
+        ("adapter.r=0", ("r should be a whole number from 1 to 1048576, found 0",)),
         ("adapter.lora_dropout=1.5", ("lora_dropout should be in [0, 1), found 1.5",)),
         ("train.steps", ("expected key.sub=value",)),
         ("task=causal-ml", ("'causal-ml'", "did you mean 'causal-lm'?")),

@@ -27,8 +27,8 @@ class Hadamard(Update):
     def __init__(self, weight: Tensor, config: LoraConfig) -> None:
         super().__init__()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.A = nn.Parameter(torch.empty(config.r, weight.shape[1], dtype=dtype))
-        self.B = nn.Parameter(torch.empty(weight.shape[0], config.r, dtype=dtype))
+        self.A = nn.Parameter(weight.new_empty(config.r, weight.shape[1], dtype=dtype))
+        self.B = nn.Parameter(weight.new_empty(weight.shape[0], config.r, dtype=dtype))
         self.dropout = config.lora_dropout
         start(self.A, self.B, config.init_lora_weights)
 

@@ -32,7 +32,9 @@ def test_save_then_load_gives_identical_outputs_and_bits(case, bits, tmp_path, d
 
     other = case.stack(dtype)
     other.load_state_dict(saved)
+    before = torch.get_rng_state()
     other = PeftModel.from_pretrained(other, tmp_path / "new" / "folder")
+    assert torch.equal(torch.get_rng_state(), before)
     with torch.no_grad():  # attention has another path where nothing learns
         assert torch.equal(other(x), model(x))
     assert all(bits(other)[key] == bits(model)[key] for key in saved)
@@ -96,11 +98,49 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(case, bits, folder
 
 
 def test_tensors_that_no_method_knows_and_nan_are_named_in_one_error(case, bits, folder):
-    key = next(iter(load_file(folder / WEIGHTS)))
+    flat = load_file(folder / WEIGHTS)
+    key = next(key for key in flat if "layer" in key)
+    tensors = Adapter.load(folder).tensors.items()
+    name = next(f"{path}.{name}" for path, own in tensors for name, t in own.items() if torch.equal(t, flat[key]))
     _rewrite_tensors(folder, lambda t: t.update({"stranger.weight": torch.zeros(1), key: t[key] * float("nan")}))
     said = _refused(case, bits, folder)
     assert "unexpected tensors: stranger.weight" in said
-    assert f"NaN or infinity in: {key}" in said
+    assert f"NaN or infinity in: {name}" in said
+
+
+def test_faults_of_the_config_of_the_file_and_of_the_fit_are_in_one_error(case, bits, folder):
+    key = next(key for key in load_file(folder / WEIGHTS) if key.startswith(f"{_KEY}layer."))
+    _rewrite_tensors(folder, lambda t: t.update({"stranger": torch.zeros(1), "x.y": t.pop(key)}))
+    _config(folder, bias="all", use_qalora=True, lora_alfa=3)
+    said = _refused(case, bits, folder)
+    for part in ("bias='all'", "use_qalora=True", "lora_alfa=3; did you mean", "stranger", "x.y", "missing: layer."):
+        assert part in said
+    _config(folder, exclude_modules=["heat"], target_modules=["layr"], rank_pattern={"nobody": 2}, r="x")
+    assert "r should be" in _refused(case, bits, folder)
+    _config(folder, r=2)
+    said = _refused(case, bits, folder)
+    for part in ("'layr' matches no module", "'heat' matches no module", "'nobody' matches no adapted layer"):
+        assert part in said
+
+
+@pytest.mark.parametrize("name", ["weight", "layer", "head", "A", "default", "bias"])
+def test_an_adapter_may_be_called_as_a_module_is(case, tmp_path, name):
+    model, x = case.adapted(name, base=case.stack(), targets=["layer", "head"]), case.x(3)
+    with torch.no_grad():  # attention has another path where nothing learns
+        expected, base = model(x), case.stack()
+    model.save_pretrained(tmp_path)
+    base.load_state_dict({key: t for key, t in model.state_dict().items() if ".adapters." not in key})
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path, name)(x), expected)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "plan", "keys", "forward", "training", 3, None])
+def test_a_name_that_cannot_be_is_refused(case, bits, folder, name):
+    model = case.stack()
+    before = bits(model)
+    with pytest.raises(AdapterError, match="cannot be an adapter's name"):
+        PeftModel.from_pretrained(model, folder, name)
+    assert bits(model) == before
 
 
 def _config(folder, **values: object) -> None:

@@ -42,7 +42,7 @@ def _show_preview(preview: "Preview") -> None:
     from rich.text import Text
 
     from veneer.cli.terminal import size
-    from veneer.core.adapter import collapsed
+    from veneer.core.errors import collapsed
     from veneer.train.run import as_yaml
 
     console = Console(highlight=False)

@@ -1,26 +1,29 @@
 """`Adapter`: plain data, no model. Config + tensors by layer path, and veneer's own folder, which is PEFT's."""
 
+import hashlib
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, nearest
+from veneer.core.config import LoraConfig, judged
+from veneer.core.errors import AdapterError, collapsed
 from veneer.core.methods import file_names
+from veneer.core.stored import existing, is_finite, parsed, read_bytes, read_header, read_tensors
 from veneer.core.whole import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ON_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # PEFT's names there
 _MODEL = "base_model"
+_OWN, _REPLACED = "adapter_config", "replaces"  # what weights may say about themselves, beside PEFT's "format"
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Adapter:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; both whole or not at all.
 
+        Killed at any moment, it leaves the old adapter or the new one, and never one's config with the other's tensors.
+
         Raises `AdapterError` when the folder cannot be written.
         """
         names = file_names(self.config)
@@ -50,9 +55,10 @@ class Adapter:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            about = {"format": "pt", **_succession(folder, text)}
             write_whole(
                 {
-                    folder / WEIGHTS: lambda path: save_file(flat, path, metadata={"format": "pt"}),
+                    folder / WEIGHTS: lambda path: save_file(flat, path, metadata=about),
                     folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
                 }
             )
@@ -62,48 +68,98 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
-        """Read a PEFT folder. Raises `AdapterError` that says what is missing or wrong in it."""
-        folder = Path(folder)
-        config = read_config(folder)
-        try:
-            flat = load_file(_existing(folder, WEIGHTS))
-        except (SafetensorError, OSError) as error:
-            raise AdapterError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from None
-        endings = {ending: name for name, ending in file_names(config).items()}
-        lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
-        endings |= lookups
-        if config.use_dora:
-            endings["lora_magnitude_vector.weight"] = "magnitude"  # as PEFT's readers take it too
-        embeddings = set()
-        tensors: dict[str, dict[str, Tensor]] = {}
-        strangers, broken = [], []
-        for key, tensor in flat.items():
-            match = re.fullmatch(rf"{_MODEL}(?:\.model\.(.+))?\.({'|'.join(map(re.escape, endings))})", key)
-            if match is None:
-                strangers.append(key)
-                continue
-            tensors.setdefault(match[1] or "", {})[endings[match[2]]] = tensor
-            if match[2] in lookups:
-                embeddings.add(match[1])
-            if not torch.isfinite(tensor).all():
-                broken.append(key)
-        problems = [f"unexpected tensors: {collapsed(strangers)}"] if strangers else []
-        problems += [f"NaN or infinity in: {collapsed(broken)}"] if broken else []
-        if problems:
-            raise AdapterError(f"{folder / WEIGHTS}: " + "; ".join(problems))
-        return cls(config, tensors, frozenset(embeddings))
+        """Read a PEFT folder. Raises `AdapterError` that says all that is missing or wrong in it."""
+        adapter, faults = examine(folder)
+        own = {(path, name): tensor for path, own in adapter.tensors.items() for name, tensor in own.items()}
+        if broken := [".".join(filter(None, key)) for key, tensor in own.items() if not is_finite(tensor)]:
+            faults.append(f"NaN or infinity in: {collapsed(broken)}")
+        if faults:
+            raise AdapterError("\n".join(faults))
+        return adapter
+
+
+def examine(folder: str | os.PathLike[str]) -> tuple[Adapter, list[str]]:
+    """What a PEFT folder holds, and all that is wrong with it, for more faults to be found before they are told.
+
+    The tensors' values are not read yet: let their shapes be compared first. Raises `AdapterError` when there is no
+    config or no tensors to go on with.
+    """
+    folder = Path(folder)
+    faults: list[str] = []
+    config, header, flat = None, None, None
+    try:
+        header, about = read_header(existing(folder, WEIGHTS))
+        flat, wrong = read_tensors(folder / WEIGHTS, header)
+        faults += [f"{folder / WEIGHTS}: {'; '.join(wrong)}"] if wrong else []
+    except AdapterError as error:
+        faults.append(str(error))
+        about = {}
+    try:
+        config, wrong = judged(*_current(folder, about))
+        faults += [f"{folder / CONFIG}: {'; '.join(wrong)}"] if wrong else []
+    except AdapterError as error:
+        config = None
+        faults.insert(0, str(error))
+    if config is None or flat is None:
+        raise AdapterError("\n".join(dict.fromkeys(faults)))
+    adapter, strangers = _by_layer(flat, config)
+    strangers += [name for name in header or {} if name not in flat]
+    faults += [f"{folder / WEIGHTS}: unexpected tensors: {collapsed(strangers)}"] if strangers else []
+    return adapter, faults
 
 
 def read_config(folder: Path) -> LoraConfig:
     """The config of a PEFT folder. Raises `AdapterError`."""
-    path = _existing(folder, CONFIG)
+    about = read_header(folder / WEIGHTS)[1] if (folder / WEIGHTS).is_file() else {}
+    values, where = _current(folder, about)
+    return LoraConfig.from_dict(values, where)
+
+
+def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, list[str]]:
+    """The tensors by layer and by the method's own names, and the names that are none of a method's."""
+    endings = {ending: name for name, ending in file_names(config).items()}
+    lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
+    endings |= lookups
+    if config.use_dora:
+        endings["lora_magnitude_vector.weight"] = "magnitude"  # as PEFT's readers take it too
+    tensors: dict[str, dict[str, Tensor]] = {}
+    strangers, embeddings = [], set()
+    pattern = re.compile(rf"{_MODEL}(?:\.model\.(.+))?\.({'|'.join(map(re.escape, endings))})")
+    for key, tensor in flat.items():
+        match = pattern.fullmatch(key)
+        own = tensors.setdefault(match[1] or "", {}) if match else {}
+        if match is None or endings[match[2]] in own:  # of two that mean the same, readers take different ones
+            strangers.append(key)
+            continue
+        own[endings[match[2]]] = tensor
+        if match[2] in lookups:
+            embeddings.add(match[1] or "")
+    return Adapter(config, tensors, frozenset(embeddings)), strangers
+
+
+def _succession(folder: Path, text: str) -> dict[str, str]:
+    """What weights say about themselves: the config that comes with them, if it takes the place of another one.
+
+    The two files are put in place one after the other. Whoever is killed in between leaves the old config beside the
+    new weights, which name it by its hash and so are known for what they are. A config that was edited by hand is not
+    the old one, and is read.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return LoraConfig.from_dict(values, where=str(path))
+        old = read_bytes(folder / CONFIG)
+    except AdapterError:
+        return {}
+    return {} if old == text.encode() else {_OWN: text, _REPLACED: hashlib.sha256(old).hexdigest()}
+
+
+def _current(folder: Path, about: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """The values of the config that belongs to the weights that say `about`, and where they stand."""
+    path = existing(folder, CONFIG)
+    text = read_bytes(path)
+    if isinstance(about.get(_OWN), str) and hashlib.sha256(text).hexdigest() == about.get(_REPLACED):
+        where = f"{folder / WEIGHTS}, its own config"
+        warnings.warn(f"saving to {folder} was cut short: the weights' own config is read; save it again", stacklevel=4)
+        return parsed(about[_OWN].encode("utf-8", "replace"), where), where
+    return parsed(text, str(path)), str(path)
 
 
 def _prefix(path: str) -> str:
@@ -112,19 +168,3 @@ def _prefix(path: str) -> str:
 
 def _ending(ending: str, of_embedding: bool) -> str:
     return _ON_EMBEDDINGS.get(ending, ending) if of_embedding else ending
-
-
-def _existing(folder: Path, name: str) -> Path:
-    if not folder.is_dir():
-        siblings = [str(sibling) for sibling in folder.parent.glob("*")] if folder.parent.is_dir() else []
-        raise AdapterError(f"adapter folder {folder} does not exist{nearest(str(folder), siblings)}")
-    if not (folder / name).is_file():
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise AdapterError(f"{folder} is not an adapter folder: no {name}; it holds {there}")
-    return folder / name
-
-
-def collapsed(names: Iterable[str]) -> str:
-    """Every name, with runs that differ only in numbers told once: `layers.*.q_proj.A (30)`."""
-    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
-    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())

@@ -1,16 +1,13 @@
 """`LoraConfig`: which layers, which method, which numbers. Field names and defaults are PEFT's."""
 
 import math
-import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from veneer.core.errors import AdapterError, listed, nearest
-
-if TYPE_CHECKING:
-    from veneer.core.update import Update
+from veneer.core.errors import AdapterError, named, nearest, shown
+from veneer.core.ranges import method_of, problems
 
 # What PEFT's configs may also say, and the values at which it changes nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -36,6 +33,7 @@ _SILENT = {
 # What PEFT's readers of the file need to be told.
 _FOR_PEFT = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
 
+_NUMBERS = {"r", "lora_alpha", "lora_dropout"}
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
 
 
@@ -83,9 +81,9 @@ class LoraConfig:
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
         if self.target_parameters and self.target_modules == []:
             self.target_modules = None  # PEFT's way to say: the parameters alone
-        if problems := list(_problems(self)):
-            raise AdapterError("LoraConfig: " + "; ".join(problems))
-        if made_by := _method(self.peft_type):
+        if found := problems(self):
+            raise AdapterError("LoraConfig: " + "; ".join(found))
+        if made_by := method_of(self.peft_type):
             self.options = {name: option.default for name, option in made_by.options.items()} | self.options
 
     @classmethod
@@ -95,44 +93,17 @@ class LoraConfig:
         Keys that would change the outputs in a way that is not built are refused; keys that nobody here knows
         are named in a warning. Raises `AdapterError` with all that is wrong.
         """
-        made_by = _method(values.get("peft_type", cls.peft_type))
-        options = made_by.options if made_by else {}
-        own_names = {theirs: own for own, theirs in made_by.peft_names.items() if theirs} if made_by else {}
-        known = {f.name for f in fields(cls)} | set(options)
-        problems, strangers = [], []
-        given = {own_names.get(key, key): value for key, value in values.items()}
-        for key, value in given.items():
-            if key == "init_lora_weights" and str(value).lower().startswith(_MOVE_THE_BASE):
-                problems.append(f"{key}={value!r} is an adapter for a base that was changed; save it as a plain LoRA")
-            if key in known or key in _SILENT:
-                continue
-            if key in _NEUTRAL:
-                if value not in _NEUTRAL[key]:
-                    problems.append(f"{key}={value!r} is not supported (expected {_NEUTRAL[key][0]!r})")
-            elif value not in (None, False, [], {}, ""):
-                strangers.append(f"{key}={value!r}{nearest(key, known)}")
-        if problems:
-            raise AdapterError(f"{where}: " + "; ".join(problems))
-        if strangers:
-            warnings.warn(f"{where}: unknown keys are ignored: {', '.join(strangers)}", stacklevel=3)
-        given = {key: value for key, value in given.items() if key in known and value is not None}
-        if not given.get("target_parameters", True):
-            del given["target_parameters"]  # an empty list says nothing
-        given.pop("init_lora_weights", None)  # how a finished adapter once started says nothing about it now
-        chosen = {key: given.pop(key) for key in options if key in given}
-        if chosen:
-            given["options"] = {**given.get("options", {}), **chosen}
-        try:
-            return cls(**given)
-        except AdapterError as error:
-            raise AdapterError(f"{where}: {error}") from None
+        config, faults = judged(values, where)
+        if config is None or faults:
+            raise AdapterError(f"{where}: " + "; ".join(faults))
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `adapter_config.json`, under the names that PEFT gives them for this method.
 
         What PEFT's config of the method has not is written only where it is not the default.
         """
-        made_by = _method(self.peft_type)
+        made_by = method_of(self.peft_type)
         names = made_by.peft_names if made_by else {}
         values = {**_FOR_PEFT, **asdict(self), **self.options}
         del values["options"]
@@ -142,93 +113,53 @@ class LoraConfig:
         return {named[key] or key: value for key, value in values.items() if named[key] or value != usual[key]}
 
 
+def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, list[str]]:
+    """The config that `from_dict` gives, where there is one, and all that is wrong with the values."""
+    made_by = method_of(values.get("peft_type", LoraConfig.peft_type))
+    options = made_by.options if made_by else {}
+    own_names = {theirs: own for own, theirs in made_by.peft_names.items() if theirs} if made_by else {}
+    known = {f.name for f in fields(LoraConfig)} | set(options)
+    faults = [f"{key} and {own} are the same: give one" for key, own in own_names.items() if {key, own} <= set(values)]
+    strangers = []
+    values = {own_names.get(key, key): value for key, value in values.items()}
+    for key, value in values.items():
+        if key == "init_lora_weights" and isinstance(value, str) and value.lower().startswith(_MOVE_THE_BASE):
+            faults.append(f"{key}={shown(value)} is an adapter for a base that was changed; save it as a plain LoRA")
+        elif key in _NEUTRAL and value not in _NEUTRAL[key]:
+            faults.append(f"{key}={shown(value)} is not supported (expected {_NEUTRAL[key][0]!r})")
+        elif key not in known and key not in _SILENT and key not in _NEUTRAL and value not in (None, False, [], {}, ""):
+            strangers.append(key)
+    config = None
+    try:
+        config = LoraConfig(**_given(values, known, options))
+    except AdapterError as error:
+        faults.append(str(error))
+    if strangers:
+        named_keys = [f"{named(key)}={shown(values[key])}{nearest(key, known)}" for key in strangers[:20]]
+        named_keys += [f"{len(strangers) - 20} more"] if len(strangers) > 20 else []
+        said = f"unknown keys are ignored: {', '.join(named_keys)}"
+        if faults:
+            faults.append(said)
+        else:
+            warnings.warn(f"{where}: {said}", stacklevel=3)
+    return config, faults
+
+
+def _given(values: Mapping[str, Any], known: set[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a file gives; null says nothing, but where a number must be."""
+    given = {key: value for key, value in values.items() if key in known and (value is not None or key in _NUMBERS)}
+    if given.get("target_parameters") == []:
+        del given["target_parameters"]  # an empty list says nothing
+    given.pop("init_lora_weights", None)  # how a finished adapter once started says nothing about it now
+    chosen = {key: given.pop(key) for key in options if key in given}
+    if chosen and isinstance(given.setdefault("options", {}), dict):
+        given["options"] = {**given["options"], **chosen}
+    return given
+
+
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """α / r, or α / √r with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def start_of(config: LoraConfig) -> bool | str:
-    """`init_lora_weights` without its number: "pissa_niter_4" is "pissa_niter_N"."""
-    how = config.init_lora_weights
-    return re.sub(r"(?<=^pissa_niter_)\d{1,3}$", "N", how) if isinstance(how, str) else how
-
-
-def _problems(config: LoraConfig) -> list[str]:
-    """What is out of range, a sentence each."""
-    found = []
-
-    def expect(holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            found.append(f"{name} should be {expected}, found {getattr(config, name)!r}")
-
-    expect(isinstance(config.peft_type, str), "peft_type", "the name of a method")
-    expect(isinstance(config.use_rslora, bool), "use_rslora", "true or false")
-    expect(isinstance(config.use_dora, bool), "use_dora", "true or false")
-    expect(_is_rank(config.r), "r", "a whole number of at least 1")
-    expect(is_finite(config.lora_alpha), "lora_alpha", "a finite number")
-    expect(is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
-    for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
-    names = config.target_parameters
-    expect(names is None or (isinstance(names, list) and _is_names(names)), "target_parameters", "a list of names")
-    both = bool(names) and config.layers_to_transform is not None
-    expect(not both, "layers_to_transform", "not given with target_parameters: name the parameters' paths")
-    ranks, alphas = config.rank_pattern, config.alpha_pattern
-    expect(isinstance(ranks, dict) and all(map(_is_rank, ranks.values())), "rank_pattern", "{name: whole number ≥ 1}")
-    expect(isinstance(alphas, dict) and all(map(is_finite, alphas.values())), "alpha_pattern", "{name: number}")
-    for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
-        expect(_is_expressions(getattr(config, name)), name, "made of valid regular expressions")
-    layers = config.layers_to_transform
-    layers = [layers] if isinstance(layers, int) else layers
-    good = layers is None or (isinstance(layers, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in layers))
-    expect(good, "layers_to_transform", "layer numbers counted from 0")
-    expect(layers is not None or config.layers_pattern is None, "layers_pattern", "given with layers_to_transform")
-    expect(isinstance(config.options, dict), "options", "{name: value}")
-    expect(isinstance(config.init_lora_weights, (bool, str)), "init_lora_weights", "true, false or a word")
-    if not found and (made_by := _method(config.peft_type)):
-        starts = made_by.starts
-        expect(start_of(config) in starts, "init_lora_weights", f"one of {listed(starts)}")
-        found += _option_problems(config, made_by)
-    return found
-
-
-def _option_problems(config: LoraConfig, made_by: "type[Update]") -> Iterator[str]:
-    known = made_by.options
-    for name, value in config.options.items():
-        if name not in known:
-            yield f"options: {config.peft_type} has {listed(known)}, not {name!r}{nearest(name, known)}"
-        elif not known[name].holds(value):
-            yield f"{name} should be {known[name].expected}, found {value!r}"
-
-
-def _method(peft_type: object) -> "type[Update] | None":
-    from veneer.core.methods import method  # asked late: a method is made from a config, and knows it
-
-    return method(peft_type) if isinstance(peft_type, str) else None
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_finite(value: object) -> bool:
-    """A number that is one."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_names(value: object) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(name, str) and name for name in value)
-    return value is None or (isinstance(value, str) and bool(value))
-
-
-def _is_expressions(value: object) -> bool:
-    try:
-        for text in [value] if isinstance(value, str) else value or ():  # type: ignore[attr-defined]
-            re.compile(text)
-    except (re.error, TypeError):
-        return False
-    return True
 
 
 # What each field means, for whoever lists them.

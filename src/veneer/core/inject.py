@@ -1,22 +1,25 @@
 """Adapters onto layers and off again: all of them, or none."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, collapsed
+from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, collapsed, named
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.methods import maker, method
 from veneer.core.plan import Plan
 from veneer.core.reclass import mixin_of, reclass, restore
+from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
 from veneer.core.update import Update
+
+_Layer = tuple[type[AdaptedLayer], nn.Module, Any]  # its kind, itself, its update
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
@@ -26,21 +29,51 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
             yield path, module
 
 
-def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: Adapter | None = None) -> LoraConfig:
+def inject(
+    model: nn.Module,
+    plan: Plan,
+    name: str,
+    config: LoraConfig,
+    values: Adapter | None = None,
+    faults: Iterable[str] = (),
+) -> LoraConfig:
     """Give the layers that `config` means an update called `name`, with the tensors of `values` or fresh ones.
 
-    Returns the config with its targets spelled out. Raises `AdapterError` before anything is changed.
+    Returns the config with its targets spelled out. Raises one `AdapterError` with `faults` (those that `values` had
+    of its own) and all that does not fit, before anything is changed.
     """
     _refuse_name(name)
-    targets, resolved = select(model, config)
-    weights = ((matrix, target.config) for target in targets.values() for matrix in target.matrices().values())
-    make = maker(resolved, weights)
-    updates = {path: target.kind.build(make, target.layer, target.configs) for path, target in targets.items()}
+    faults = list(faults)
+    try:
+        targets, resolved = select(model, config)
+        updates = _built(targets, resolved, sketched=values is not None)
+    except AdapterError as error:
+        raise AdapterError("\n".join([*faults, str(error)])) from None
+    layers = {path: (target.kind, target.layer, updates[path]) for path, target in targets.items()}
     if values is not None:
-        _fill(model, {path: (targets[path].kind, targets[path].layer, own) for path, own in updates.items()}, values)
+        faults += _misfits(model, layers, values)
+    if faults:
+        raise AdapterError("\n".join(faults))
+    if values is not None:
+        _fill(targets, layers, values)
     for path, update in updates.items():
         _attach(targets[path], plan, name, update)
     return resolved
+
+
+def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) -> dict[str, Update]:
+    """The updates of the targets; a sketch takes no memory, whatever the config claims, and draws no values."""
+
+    def on(weight: Tensor) -> Tensor:
+        return weight.to("meta") if sketched else weight
+
+    weights = ((on(matrix), target.config) for target in targets.values() for matrix in target.matrices().values())
+    made = maker(config, weights)
+
+    def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
+        return made(on(weight), own, start)
+
+    return {path: target.kind.build(make, target.layer, target.configs) for path, target in targets.items()}
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
@@ -92,7 +125,7 @@ class _Entry(NamedTuple):
     kind: type[AdaptedLayer]
 
 
-def _entries(layers: Mapping[str, tuple[type[AdaptedLayer], nn.Module, Any]]) -> dict[tuple[str, str], _Entry]:
+def _entries(layers: Mapping[str, _Layer]) -> dict[tuple[str, str], _Entry]:
     """(path, name) → what a file says there; what all layers share stands under the path of the model itself."""
     entries = {}
     for path, (kind, layer, update) in layers.items():
@@ -110,25 +143,33 @@ def _kind(layer: AdaptedLayer) -> Any:
     return mixin_of(layer)
 
 
-@torch.no_grad()
-def _fill(
-    model: nn.Module, layers: Mapping[str, tuple[type[AdaptedLayer], nn.Module, Update]], values: Adapter
-) -> None:
-    """Copy the file's tensors in, or say everything that does not fit and change nothing."""
-    entries = _entries(layers)
-    wanted = {place: entry.filed for place, entry in entries.items()}
+def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) -> list[str]:
+    """All in the file that does not fit the model."""
+    wanted = {place: entry.filed.shape for place, entry in _entries(layers).items()}
     found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
     missing = [".".join(filter(None, key)) for key in wanted if key not in found]
     strangers = [".".join(filter(None, key)) for key in found if key not in wanted]
     misshaped = [
-        f"{'.'.join(key)} expected {tuple(wanted[key].shape)} found {tuple(found[key].shape)}"
-        for key in wanted
-        if key in found and wanted[key].shape != found[key].shape
+        f"{'.'.join(filter(None, key))} expected {tuple(shape)} found {tuple(found[key].shape)}"
+        for key, shape in wanted.items()
+        if key in found and shape != found[key].shape
     ]
+    fitting = [key for key, shape in wanted.items() if key in found and shape == found[key].shape]
+    broken = [".".join(filter(None, key)) for key in fitting if not is_finite(found[key])]
     said = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
-    if problems := [f"{what}: {collapsed(names)}" for what, names in said if names]:
+    problems = [f"{what}: {collapsed(names)}" for what, names in said if names]
+    if problems:
         made_for = values.config.base_model_name_or_path
-        origin = f" (it was made for {made_for})" if made_for else ""
-        raise AdapterError(f"the adapter does not fit this {type(model).__name__}{origin}:\n" + "\n".join(problems))
-    for place, (tensor, _, ending, kind) in entries.items():
-        tensor.copy_(kind.unfiled(ending, found[place], tensor.shape))
+        origin = f" (it was made for {named(made_for)})" if made_for else ""
+        problems.insert(0, f"the adapter does not fit this {type(model).__name__}{origin}:")
+    return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
+
+
+@torch.no_grad()
+def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: Adapter) -> None:
+    for path, (_, _, update) in layers.items():
+        matrices = targets[path].matrices()
+        for part, own in update.parts().items():
+            own.materialise(matrices[part].device)
+    for (path, key), (tensor, _, ending, kind) in _entries(layers).items():
+        tensor.copy_(kind.unfiled(ending, values.tensors[path][key], tensor.shape))

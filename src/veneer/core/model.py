@@ -1,7 +1,7 @@
 """`PeftModel`: the model itself, once it carries adapters."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.core.adapter import Adapter
+from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.inject import adapted_layers, detach, extract, inject
@@ -41,13 +41,13 @@ class PeftModel(Reclassed):
 
         Raises `AdapterError` that lists all that does not fit; the model is then as it was.
         """
-        adapter = Adapter.load(folder)
-        return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable)
+        adapter, faults = examine(folder)
+        return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable, faults)
 
     def load_adapter(self, folder: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False) -> None:
         """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
-        adapter = Adapter.load(folder)
-        self._add(adapter_name, adapter.config, adapter, is_trainable)
+        adapter, faults = examine(folder)
+        self._add(adapter_name, adapter.config, adapter, is_trainable, faults)
 
     def save_pretrained(self, folder: str | os.PathLike[str], adapter_name: str | None = None, **_: Any) -> Path:
         """Write one adapter as a PEFT folder: `adapter_name`, or the only one, or the only one that acts.
@@ -179,11 +179,13 @@ class PeftModel(Reclassed):
         trains, every = self.get_nb_trainable_parameters()
         print(f"trainable params: {trains:,} || all params: {every:,} || trainable%: {100 * trains / every:.4f}")
 
-    def _add(self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool) -> None:
+    def _add(
+        self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool, faults: Iterable[str] = ()
+    ) -> None:
         if name in self.peft_config:
             raise AdapterError(f"the model already carries an adapter named {name!r}; delete it or take another name")
         self._refuse_merged("adding an adapter")
-        resolved = inject(self, self.adapter_plan, name, config, values)
+        resolved = inject(self, self.adapter_plan, name, config, values, faults)
         if not is_trainable:
             for _, layer in adapted_layers(self):
                 if name in layer.adapters:
@@ -236,7 +238,12 @@ def get_peft_model(model: nn.Module, config: LoraConfig, adapter_name: str = "de
 
 
 def _first_adapter(
-    model: nn.Module, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    values: Adapter | None,
+    is_trainable: bool,
+    faults: Iterable[str] = (),
 ) -> PeftModel:
     if isinstance(model, PeftModel):
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
@@ -246,7 +253,7 @@ def _first_adapter(
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}
     try:
-        model._add(name, config, values, is_trainable)
+        model._add(name, config, values, is_trainable, faults)
     except BaseException:
         model._strip()
         raise

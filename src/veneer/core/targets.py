@@ -1,18 +1,17 @@
 """Which layers a config means: names to layers, and nothing silently missed."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.errors import AdapterError, listed, nearest, shown
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.roles import ROLES
+from veneer.core.search import Place, Search, ending_with, last_parts
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
@@ -55,63 +54,66 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     kind can adapt.
     """
     modules = base_modules(model)
+    search = Search(modules)
     if config.target_parameters and config.target_modules is None:
         chosen: list[str] = []
         resolved = config
     else:
-        chosen, resolved = _select_modules(model, modules, config)
-    _refuse_unadaptable(modules, chosen, config)
-    parameters = _matching_parameters(modules, config, chosen)
-    configs = _with_patterns([*((path, "") for path in chosen), *parameters], resolved)
+        chosen, resolved = _select_modules(model, search, config)
+    _find_unadaptable(modules, chosen, config, search.faults)
+    places = [*((path, "") for path in chosen), *_matching_parameters(search, config, chosen)]
+    # a pattern for a layer whose name is misspelt is not wrong itself
+    own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
+    if search.faults:
+        raise AdapterError("\n".join(search.faults))
     targets: dict[str, Target] = {}
-    for (path, part), own in configs.items():
+    for path, part in places:
         kind = AdaptedParameters if part else kind_of(modules[path])
         assert kind is not None
-        targets.setdefault(path, Target(modules[path], kind, {})).configs[part] = own
+        numbers = own[path, part]
+        target = targets.setdefault(path, Target(modules[path], kind, {}))
+        target.configs[part] = replace(resolved, **numbers) if numbers else resolved
     return targets, resolved
 
 
-def _select_modules(
-    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
-) -> tuple[list[str], LoraConfig]:
+def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tuple[list[str], LoraConfig]:
+    modules = search.modules
     names = config.target_modules if config.target_modules is not None else _usual(model, modules)
     role = ROLES.get(names) if isinstance(names, str) else None
     if role:
         heads = _heads(model)
-        chosen = [path for path, module in modules.items() if module not in heads and role(path, modules)]
-    elif isinstance(names, str):
-        chosen = _matching_expression(modules, names)
+        named = [path for path, module in modules.items() if module not in heads and role(path, modules)]
     else:
-        chosen = _matching_names(modules, names)
-    excluded = _excluded(modules, config)
-    chosen = _in_layers([path for path in chosen if path not in excluded], config)
-    if not chosen:
-        raise AdapterError(
-            f"target_modules={names!r} leaves no layer of {type(model).__name__} to adapt; "
-            f'its linear layers end with {listed(_last_parts(modules))}, or say "all-linear"'
+        named = search.matching(names, "target_modules")
+    excluded = set(search.matching(config.exclude_modules or [], "exclude_modules"))
+    chosen = search.in_layers([path for path in named if path not in excluded], config)
+    if not chosen and not search.faults:
+        search.faults.append(
+            f"target_modules={shown(names)} leaves no layer of {type(model).__name__} to adapt; "
+            f'its linear layers end with {listed(last_parts(modules))}, or say "all-linear"'
         )
     # PEFT does not read an expression together with layer numbers, nor roles
     spell = role is not None or (isinstance(names, str) and config.layers_to_transform is not None)
-    return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell else names)
+    return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell and chosen else names)
 
 
-def _matching_parameters(
-    modules: dict[str, nn.Module], config: LoraConfig, chosen: Iterable[str]
-) -> list[tuple[str, str]]:
-    """(path of the layer, name of the parameter) for each that `target_parameters` names."""
+def _matching_parameters(search: Search, config: LoraConfig, chosen: Iterable[str]) -> list[Place]:
+    """Those that `target_parameters` names."""
+    modules = search.modules
     known = {
         f"{path}.{name}": (path, name)
         for path, module in modules.items()
         for name, parameter in module.named_parameters(recurse=False)
         if 1 <= parameter.ndim <= 3
     }
-    found, problems = set(), []
-    for wanted in config.target_parameters or ():
-        matches = [full for full in known if full == wanted or full.endswith(f".{wanted}")]
-        if not matches:
-            ends = (".".join(full.rsplit(".", 2)[-2:]) for full in known)
-            problems.append(f"{wanted!r} matches no parameter of one to three dimensions{nearest(wanted, ends)}")
-        found.update(matches)
+    ends = [".".join(full.rsplit(".", 2)[-2:]) for full in known]
+    matches = ending_with(config.target_parameters or (), known)
+    problems = [
+        f"{shown(wanted)} matches no parameter of one to three dimensions{nearest(wanted, ends)}"
+        for wanted, paths in matches.items()
+        if not paths
+    ]
+    found = {full for paths in matches.values() for full in paths}
     places = [place for full, place in known.items() if full in found]
     for path in dict.fromkeys(path for path, _ in places):
         layer = modules[path]
@@ -120,7 +122,7 @@ def _matching_parameters(
         elif reason := AdaptedParameters.refusal(layer, config) or _not_free(layer):
             problems.append(f"{path} is a {type(layer).__name__} {reason}")
     if problems:
-        raise AdapterError("target_parameters: " + "\n".join(problems))
+        search.faults.append("target_parameters: " + _told(problems))
     return places
 
 
@@ -128,11 +130,6 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by path, leaving out what adapters added."""
     added = {inner for module in model.modules() if isinstance(module, Adapters) for inner in module.modules()}
     return {path: module for path, module in model.named_modules() if path and module not in added}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    kind = kind_of(module)
-    return kind is not None and kind.linear
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
@@ -152,73 +149,11 @@ def _usual(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         return DEFAULT_TARGETS[family]
     raise AdapterError(
         f"target_modules is not given and no usual choice is known for {family or type(model).__name__!r}; "
-        f'say "all-linear" or name some of {listed(_last_parts(modules))}'
+        f'say "all-linear" or name some of {listed(last_parts(modules))}'
     )
 
 
-def _last_parts(modules: dict[str, nn.Module]) -> list[str]:
-    """The last parts of the linear layers' paths, each once, in the model's order."""
-    return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module)))
-
-
-def _matching_names(modules: dict[str, nn.Module], names: Iterable[str], what: str = "target_modules") -> list[str]:
-    names = list(names)
-    found = {name: [path for path in modules if path == name or path.endswith(f".{name}")] for name in names}
-    if missing := [name for name in names if not found[name]]:
-        known = [*_last_parts(modules), *modules]
-        hints = "; ".join(f"{name!r} matches no module{nearest(name, known)}" for name in missing)
-        raise AdapterError(f"{what}: {hints}; the linear layers end with {listed(_last_parts(modules))}")
-    wanted = {path for paths in found.values() for path in paths}
-    return [path for path in modules if path in wanted]
-
-
-def _matching_expression(modules: dict[str, nn.Module], text: str, what: str = "target_modules") -> list[str]:
-    """The paths that the expression matches whole; containers and layers without parameters are passed over."""
-    try:
-        expression = re.compile(text)
-    except re.error as error:
-        raise AdapterError(f"{what}={text!r} is not a regular expression: {error}") from None
-    matches = [path for path in modules if expression.fullmatch(path)]
-    if not matches:
-        suffix = any(path.endswith(f".{text}") for path in modules)
-        hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
-        hint = hint or nearest(text, [*ROLES, *_last_parts(modules)])
-        raise AdapterError(f"{what}={text!r} is a regular expression for the whole path and matches none{hint}")
-    return [path for path in matches if kind_of(modules[path]) or _is_bare_layer(modules[path])]
-
-
-def _is_bare_layer(module: nn.Module) -> bool:
-    return next(module.children(), None) is None and next(module.parameters(), None) is not None
-
-
-def _excluded(modules: dict[str, nn.Module], config: LoraConfig) -> set[str]:
-    names = config.exclude_modules
-    if names is None:
-        return set()
-    if isinstance(names, str):
-        return set(_matching_expression(modules, names, "exclude_modules"))
-    return set(_matching_names(modules, names, "exclude_modules"))
-
-
-def _in_layers(paths: list[str], config: LoraConfig) -> list[str]:
-    """Those paths that stand in one of `layers_to_transform`, numbered under `layers_pattern` (or any list)."""
-    wanted = config.layers_to_transform
-    if wanted is None:
-        return paths
-    wanted = [wanted] if isinstance(wanted, int) else wanted
-    patterns = config.layers_pattern or r"[^.]+"
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    # the first number in the path, as PEFT reads it
-    expressions = [re.compile(rf"(?:.*?\.)?(?:{pattern})\.(?P<layer>\d+)(?:\.|$)") for pattern in patterns]
-    number = {path: int(m["layer"]) for path in paths for e in expressions if (m := e.match(path))}
-    if missing := sorted(set(wanted) - set(number.values())):
-        there = sorted(set(number.values()))
-        span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {patterns}"
-        raise AdapterError(f"layers_to_transform: no targeted layer is in {missing}; there are {span}")
-    return [path for path in paths if number.get(path) in wanted]
-
-
-def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config: LoraConfig) -> None:
+def _find_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config: LoraConfig, faults: list[str]) -> None:
     problems = []
     for path in chosen:
         layer = modules[path]
@@ -230,8 +165,11 @@ def _refuse_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config
         elif reason := kind.refusal(layer, config) or _not_free(layer):
             problems.append(f"{path} is a {type(layer).__name__} {reason}")
     if problems:
-        more = f"\nand {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise AdapterError("target_modules: " + "\n".join(problems[:8]) + more)
+        faults.append("target_modules: " + _told(problems))
+
+
+def _told(problems: list[str]) -> str:
+    return "\n".join(problems[:8]) + (f"\nand {len(problems) - 8} more" if len(problems) > 8 else "")
 
 
 def _not_free(layer: nn.Module) -> str | None:
@@ -245,25 +183,5 @@ def _not_free(layer: nn.Module) -> str | None:
 def _shortest(modules: dict[str, nn.Module], chosen: list[str]) -> list[str]:
     """The last parts of the chosen paths, where they mean just these layers; else the whole paths."""
     ends = list(dict.fromkeys(path.rpartition(".")[2] for path in chosen))
-    return ends if set(_matching_names(modules, ends)) == set(chosen) else chosen
-
-
-def _with_patterns(places: Iterable[tuple[str, str]], config: LoraConfig) -> dict[tuple[str, str], LoraConfig]:
-    """For each (path, part), the config with the `r` and `lora_alpha` that the first matching pattern gives it."""
-    configs = {}
-    used: set[str] = set()
-    patterns: dict[str, dict[str, Any]] = {"r": config.rank_pattern, "lora_alpha": config.alpha_pattern}
-    for path, part in places:
-        own: dict[str, Any] = {}
-        names = [f"{path}.{part}", path] if part else [path]
-        for name, pattern in patterns.items():
-            keys = [key for key in pattern if any(re.match(rf"(.*\.)?({key})$", each) for each in names)]
-            used.update(keys)
-            if keys:
-                own[name] = pattern[keys[0]]
-        configs[path, part] = replace(config, **own) if own else config
-    if missing := [key for pattern in patterns.values() for key in pattern if key not in used]:
-        ends = [path.rpartition(".")[2] for path, _ in configs]
-        hints = "; ".join(f"{key!r} matches no adapted layer{nearest(key, ends)}" for key in dict.fromkeys(missing))
-        raise AdapterError(f"rank_pattern, alpha_pattern: {hints}")
-    return configs
+    meant = {path for paths in ending_with(ends, modules).values() for path in paths}
+    return ends if meant == set(chosen) else chosen

@@ -93,6 +93,10 @@ class Update(nn.Module, ABC):
         """What a file holds once for all layers of the adapter."""
         return {}
 
+    def materialise(self, device: torch.device) -> None:
+        """Memory on `device` for what was built on "meta", to be filled from a file."""
+        self.to_empty(device=device)
+
     @classmethod
     def saved_config(cls, config: "LoraConfig") -> "LoraConfig":
         """The config under which `tensors` are read back."""

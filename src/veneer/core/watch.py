@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from veneer.core.adapter import collapsed
+from veneer.core.errors import collapsed
 from veneer.core.inject import adapted_layers
 from veneer.core.plan import Plan
 

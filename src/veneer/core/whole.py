@@ -3,13 +3,15 @@
 import os
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 Write = Callable[[Path], object]
 
 
 def write_whole(files: Mapping[Path, Write]) -> None:
-    """Let every writer fill a temporary file beside its path, flush them all to the disk, then put them in place.
+    """Let every writer fill a temporary file beside its path, flush them all to the disk, then put them in place, one
+    after the other and in their order, on the disk too.
 
     What fails before the last step leaves the old files as they were, all of them.
     """
@@ -25,13 +27,15 @@ def write_whole(files: Mapping[Path, Write]) -> None:
             _to_disk(temporary)
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
+            with suppress(OSError):  # not every system flushes folders
+                _to_disk(path.parent, os.O_RDONLY)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
+def _to_disk(path: Path, flags: int = os.O_RDWR) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

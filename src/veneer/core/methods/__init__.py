@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.errors import AdapterError, listed, nearest, shown
 from veneer.core.methods.dora import Dora
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
@@ -21,7 +21,7 @@ def method(peft_type: str) -> type[Update]:
     """The method of that name. Raises `AdapterError` when there is none."""
     if peft_type not in METHODS:
         hint = nearest(peft_type, METHODS)
-        raise AdapterError(f"peft_type {peft_type!r} is not a method of veneer: it has {listed(METHODS)}{hint}")
+        raise AdapterError(f"peft_type {shown(peft_type)} is not a method of veneer: it has {listed(METHODS)}{hint}")
     return METHODS[peft_type]
 
 

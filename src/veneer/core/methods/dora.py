@@ -23,7 +23,8 @@ class Dora(Update):
         self.inner = inner
         self.file_names = {**inner.file_names, **Dora.file_names}  # type: ignore[misc]
         self.dropout = inner.dropout
-        self.magnitude = nn.Parameter(row_norms(weight, inner))
+        unknown = weight.new_empty(len(weight), dtype=own_precision(weight))
+        self.magnitude = nn.Parameter(unknown if weight.is_meta else row_norms(weight, inner))
 
     def delta(self, weight: Tensor) -> Tensor:
         return self._gain(weight)[:, None] * (weight + self.inner.delta(weight)) - weight
@@ -37,6 +38,10 @@ class Dora(Update):
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.inner.tensors(), "magnitude": self.magnitude.detach()}
+
+    def materialise(self, device: torch.device) -> None:
+        self.to_empty(device=device, recurse=False)
+        self.inner.materialise(device)
 
     def shared_tensors(self) -> dict[str, Tensor]:
         return self.inner.shared_tensors()

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig, scaling, start_of
+from veneer.core.config import LoraConfig, scaling
+from veneer.core.ranges import start_of
 from veneer.core.start import FROM_WEIGHT, PLAIN, start, start_from_weight
 from veneer.core.update import Factors, Option, Update, own_precision
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig, is_finite
+from veneer.core.config import LoraConfig
+from veneer.core.ranges import is_finite
 from veneer.core.update import Factors, Option, Update, own_precision
 
 _UNKNOWN_TO_PEFT = (
@@ -30,11 +31,19 @@ class Projection(nn.Module):
         weight, config = layers[0]
         r = max(own.r for _, own in layers)
         rows, columns = (max(weight.shape[side] for weight, _ in layers) for side in (0, 1))
-        generator = torch.Generator().manual_seed(config.options["projection_prng_key"])
+        self.key = config.options["projection_prng_key"]
         for name, shape in (("A", (r, columns)), ("B", (rows, r))):
-            bound = math.sqrt(6 / shape[1])
-            value = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
-            self.register_buffer(name, value.to(weight.device, own_precision(weight)), persistent=False)
+            value = torch.empty(shape, dtype=own_precision(weight), device="meta")
+            self.register_buffer(name, value, persistent=False)
+        self.draw(weight.device)
+
+    def draw(self, device: torch.device) -> None:
+        """Give both memory on `device`, and their entries."""
+        if device.type != "meta":
+            generator = torch.Generator().manual_seed(self.key)
+            for name, old in list(self.named_buffers()):
+                value, bound = torch.empty(old.shape, dtype=torch.float32, device="cpu"), math.sqrt(6 / old.shape[1])
+                self._buffers[name] = value.uniform_(-bound, bound, generator=generator).to(device, old.dtype)
 
 
 class Vera(Update):
@@ -50,7 +59,9 @@ class Vera(Update):
         **dict.fromkeys(_UNKNOWN_TO_PEFT),
     }
     options: ClassVar = {
-        "projection_prng_key": Option(0, lambda value: type(value) is int and value >= 0, "a whole number"),
+        "projection_prng_key": Option(
+            0, lambda value: type(value) is int and 0 <= value < 2**63, "a whole number below 2^63"
+        ),
         "save_projection": Option(True, lambda value: isinstance(value, bool), "true or false"),
         "d_initial": Option(0.1, is_finite, "a finite number"),
     }
@@ -73,6 +84,11 @@ class Vera(Update):
         A = self.shared.A[: len(self.d), : self.columns].to(self.d.device)
         B = self.shared.B[: len(self.b), : len(self.d)].to(self.b.device)
         return Factors(self.d[:, None] * A, self.b[:, None] * B, 1.0)
+
+    def materialise(self, device: torch.device) -> None:
+        self.to_empty(device=device, recurse=False)
+        if self.shared.A.is_meta:
+            self.shared.draw(device)
 
     def shared_tensors(self) -> dict[str, Tensor]:
         return dict(self.shared.named_buffers()) if self.saved else {}

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from veneer.core.adapter import collapsed
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, collapsed
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # a base brings no programs
 DTYPES = ("auto", "bfloat16", "float16", "float32")

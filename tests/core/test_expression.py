@@ -1,0 +1,102 @@
+"""`Expression`: says what `re` says, and cannot hang."""
+
+import re
+import time
+import warnings
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veneer import AdapterError
+from veneer.core.expression import LONGEST, Expression, Path, faulty
+
+ATOMS = [
+    "a", "b", ".", r"\.", "[ab]", "[^a.]", "[a-c]", r"[\d.]", r"\w", r"\W", r"\d", r"\D", r"\s", "^", "$", r"\A", r"\Z",
+    r"\b", r"\B", "(?=a)", "(?!b)", "(?!)", "(?<=a)", "(?<!ab)", "a.b", r"a\.b", "^a", "",
+]  # fmt: skip
+QUANTIFIERS = ["*", "+", "?", "*?", "+?", "{2}", "{1,2}", "{2,}", "{0}"]
+
+
+def _larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map(lambda two: f"(?:{two[0]}|{two[1]})"),
+        st.tuples(inner, st.sampled_from(QUANTIFIERS)).map(lambda two: f"({two[0]}){two[1]}"),
+        st.tuples(st.sampled_from(ATOMS[:12]), st.sampled_from(QUANTIFIERS)).map("".join),
+    )
+
+
+@settings(max_examples=1500, deadline=None, database=None, derandomize=True)
+@given(st.recursive(st.sampled_from(ATOMS), _larger, max_leaves=6), st.text("ab.1_\n", min_size=1, max_size=6))
+def test_says_what_re_says(text, path):
+    with warnings.catch_warnings(action="ignore"):
+        theirs, tail = re.compile(text), re.compile(rf"(.*\.)?({text})$", re.DOTALL)
+    assert Expression(text).whole(Path(path)) == bool(theirs.fullmatch(path))
+    if "\n" not in path:
+        assert Expression(text).tail(Path(path)) == bool(tail.match(path))
+
+
+MODULES = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(300) for name in "qkvo"]
+IN_THE_WILD = {
+    r".*\.(q_proj|v_proj)": 600,
+    r"^(?!.*\.1\d\d\.).*(?:q|k)_proj$": 400,
+    r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|mlp)\.(?:(?:q_proj|k_proj|v_proj)))": 900,
+}
+HOSTILE = [
+    "(a|a)*b",
+    "((.*)*)*!",
+    ".*" * 40 + "!",
+    "(.?){1000000}!",
+    "((((.?l?)*m?)*)*)*(?=(((.?.?)*)*)*)!",
+    "(l|el|.)*" * 50,
+]
+
+
+@pytest.mark.parametrize(("text", "count"), IN_THE_WILD.items())
+def test_expressions_of_the_wild_match_and_are_quick(text, count):
+    start = time.perf_counter()
+    expression = Expression(text)
+    assert sum(expression.whole(Path(path)) for path in MODULES) == count
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=str)
+def test_no_expression_hangs(text):
+    start = time.perf_counter()
+    expression, path = Expression(text), Path(MODULES[0] * 2)
+    for match in (expression.whole, expression.tail):
+        with suppress(AdapterError):
+            match(path)
+    assert time.perf_counter() - start < 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("(", "is not a regular expression"),
+        ("a{99999999999}", "is not a regular expression"),
+        ("(" * 5000, "is not a regular expression"),
+        (r"(a)\1", "not supported: it has a groupref"),
+        (r"(a)?(?(1)b|c)", "not supported: it has a groupref exists"),
+        ("(?i)a", "sets flags"),
+        ("(?i:a)", "not supported: it has a flag"),
+        ("(?>a*)", "not supported: it has a atomic group"),
+        ("a*+", "not supported: it has a possessive repeat"),
+        ("(?<=a*)b", "not supported: it has a look-behind of no fixed width"),
+        ("(a)" * LONGEST, "is too long"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_is_not_supported_is_said(text, said):
+    with pytest.raises(AdapterError, match=said):
+        Expression(text).whole(Path("a"))
+    assert faulty([text])
+
+
+def test_classes_cost_what_is_in_the_path_and_not_what_is_in_the_class():
+    start = time.perf_counter()
+    assert Expression("[\0-\U0010ffff]*" * 500).whole(Path("a.b"))
+    assert time.perf_counter() - start < 0.2
