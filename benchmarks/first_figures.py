@@ -8,6 +8,7 @@ Prints medians, and the median of the ratios round by round.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -35,7 +36,8 @@ SIDES = {"veneer": (veneer.get_peft_model, veneer.LoraConfig), "peft": (peft.get
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """How long one call takes, begun without garbage of the calls before."""
+    gc.collect()
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -25,13 +25,19 @@ def start(A: Tensor, B: Tensor, how: bool | str) -> None:
     elif how == "orthogonal":
         nn.init.normal_(A, std=0.1)[A.shape[0] - A.shape[0] // 2 :] = 0
     else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        _uniform(A)
     if how == "orthogonal":
         nn.init.normal_(B, std=0.1)[:, : B.shape[1] - B.shape[1] // 2] = 0
     elif how is False:
-        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        _uniform(B)
     else:
-        nn.init.zeros_(B)
+        B.zero_()
+
+
+def _uniform(factor: Tensor) -> None:
+    """In ±1/√columns, which is `nn.init.kaiming_uniform_` with a=√5 without its bookkeeping."""
+    bound = 1 / math.sqrt(factor.shape[1])
+    factor.uniform_(-bound, bound)
 
 
 @torch.no_grad()

@@ -99,6 +99,8 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
 
 def _matching_parameters(search: Search, config: LoraConfig, chosen: Iterable[str]) -> list[Place]:
     """Those that `target_parameters` names."""
+    if not config.target_parameters:
+        return []
     modules = search.modules
     known = {
         f"{path}.{name}": (path, name)
@@ -107,7 +109,7 @@ def _matching_parameters(search: Search, config: LoraConfig, chosen: Iterable[st
         if 1 <= parameter.ndim <= 3
     }
     ends = [".".join(full.rsplit(".", 2)[-2:]) for full in known]
-    matches = ending_with(config.target_parameters or (), known)
+    matches = ending_with(config.target_parameters, known)
     problems = [
         f"{shown(wanted)} matches no parameter of one to three dimensions{nearest(wanted, ends)}"
         for wanted, paths in matches.items()

@@ -30,8 +30,9 @@ class AdaptedNorm(AdaptedDense):
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
         named = isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm) or type(layer).__name__.endswith("Norm")
-        own = {name for name, _ in layer.named_parameters()}
-        return named and isinstance(getattr(layer, "weight", None), Tensor) and own <= {"weight", "bias"}
+        if not named or not isinstance(getattr(layer, "weight", None), Tensor):
+            return False
+        return {name for name, _ in layer.named_parameters()} <= {"weight", "bias"}
 
     @classmethod
     def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
