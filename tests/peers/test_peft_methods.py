@@ -20,6 +20,12 @@ TOKENS = torch.arange(3, 15).view(2, 6)
 LYCORIS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"]}
 LINEAR = {**LYCORIS, "gpt2": ["c_attn", "c_proj"]}
 
+IA3 = {
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "bert": ["key", "value", "output.dense"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+}
+
 
 class Peer:
     """A config here, the same one there, and the layers by family."""
@@ -45,7 +51,14 @@ def vera(**options: Any) -> Peer:
     return Peer(ours, lambda **targets: peft.VeraConfig(r=6, d_initial=0.2, **options, **targets), LINEAR)
 
 
+def ia3() -> Peer:
+    inputs = {"feedforward_modules": r".*(down_proj|output\.dense|mlp\.c_proj)"}
+    ours = {"peft_type": "IA3", "options": inputs}
+    return Peer(ours, lambda **targets: peft.IA3Config(**inputs, **targets), IA3)
+
+
 PEERS = {
+    "ia3": ia3(),
     "vera": vera(),
     "vera-key": vera(save_projection=False, projection_prng_key=5),
     "dora": lora(use_dora=True),

@@ -64,6 +64,7 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     places = [*((path, "") for path in chosen), *_matching_parameters(search, config, chosen)]
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
+    named = search.named_layers(chosen, config)
     if search.faults:
         raise AdapterError("\n".join(search.faults))
     targets: dict[str, Target] = {}
@@ -72,7 +73,9 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         assert kind is not None
         numbers = own[path, part]
         target = targets.setdefault(path, Target(modules[path], kind, {}))
-        target.configs[part] = replace(resolved, **numbers) if numbers else resolved
+        target.configs[part] = replace(resolved, **numbers) if numbers or named else resolved
+        for option, paths in named.items():
+            target.configs[part].options[option] = path in paths
     return targets, resolved
 
 
