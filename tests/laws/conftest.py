@@ -131,7 +131,7 @@ VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
     "LORA": {
         f"LORA-{start}": {"init_lora_weights": start} for start in ("orthogonal", "pissa", "pissa_niter_2", "olora")
     }
-    | {"LORA-FA": {"options": {"freeze_A": True}}}
+    | {"LORA-FA": {"options": {"freeze_A": True}}, "LORA-bias": {"options": {"lora_bias": True}}}
     | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
     "VERA": {"VERA-key": {"options": {"save_projection": False, "projection_prng_key": 7}}},
     "LOHA": {"LOHA-dense": {"r": 3}},
@@ -168,7 +168,7 @@ def refused(name: str) -> str | None:
     method, settings, kind, example = _COMBINATIONS[name]
     if method == "VERA" and not kind.linear:
         return "VERA adapts linear layers alone"
-    if METHODS.get(method, Hadamard).shifts(LoraConfig()) and not kind.biased:
+    if method in METHODS and METHODS[method].shifts(LoraConfig(peft_type=method, **settings)) and not kind.biased:
         return "this adapter changes biases too"
     trained_alone = not settings.get("use_dora") and not _from_weight(settings)
     if example and "stack" in example.parameters and not trained_alone:
