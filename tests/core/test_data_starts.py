@@ -216,3 +216,37 @@ def test_a_layer_that_never_runs_is_named(how):
         more = {"loss": lambda model, x: model(x).square().mean()}
     with pytest.raises(AdapterError, match=r"^rests "):
         STARTS[how](model, [torch.randn(9, 6)], **more)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank_pattern": {"k_proj": 2}}], ids=str)
+def test_ranks_are_dealt_out_by_explained_variance(tiny, tmp_path, settings):
+    base = tiny("llama")
+    model = adapted(base, "eva", alpha_pattern={"o_proj": 9}, **settings)
+    before = {path: (len(update.A), update.scale) for path, update in updates(model).items()}
+    wanted = model(**BATCHES[0]).logits
+    initialize_lora_eva_weights(model, BATCHES, rho=2)
+    assert torch.equal(model(**BATCHES[0]).logits, wanted)
+    after = {path: len(update.A) for path, update in updates(model).items()}
+    assert sum(after.values()) == sum(r for r, _ in before.values())
+    assert all(1 <= r <= 2 * before[path][0] for path, r in after.items())
+    assert any(r != before[path][0] for path, r in after.items())
+    for path, update in updates(model).items():
+        assert update.scale == before[path][1]
+        assert update.B.shape == (len(model.get_submodule(path).weight), after[path])
+        nn.init.normal_(update.B)
+    wanted = model(**BATCHES[0]).logits
+    model.save_pretrained(tmp_path)
+    again = veneer.PeftModel.from_pretrained(model.unload(), tmp_path)
+    torch.testing.assert_close(again(**BATCHES[0]).logits, wanted)
+
+
+def test_the_largest_shares_are_dealt_to():
+    shares = {"a": torch.tensor([0.5, 0.3, 0.1]), "b": torch.tensor([0.05, 0.04]), "c": torch.tensor([0.6, 0.2])}
+    assert data_starts._dealt(shares, 6) == {"a": 3, "b": 1, "c": 2}
+    assert data_starts._dealt(shares, 4) == {"a": 2, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("rho", [0.5, float("nan"), "2", None])
+def test_a_wrong_rho_is_refused(tiny, rho):
+    with pytest.raises(AdapterError, match="rho should be a number of at least 1"):
+        initialize_lora_eva_weights(adapted(tiny("llama"), "eva"), BATCHES, rho=rho)

@@ -52,3 +52,20 @@ def test_lora_ga_starts_along_the_vectors_of_there(tiny, batch):
         for here, there in ((update.A, A), (update.B.T, B.T)):
             directions = [torch.nn.functional.normalize(rows, dim=1) for rows in (here, there)]
             assert (directions[0] * directions[1]).sum(1).abs().min() > 0.999
+
+
+@pytest.mark.parametrize("how", ["eva", "lora_ga"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_starts_here_is_read_there(tiny, batch, how, rslora, tmp_path):
+    base = tiny("llama")
+    config = veneer.LoraConfig(init_lora_weights=how, use_rslora=rslora, **SETTINGS)
+    ours = veneer.get_peft_model(copy.deepcopy(base), config)
+    if how == "eva":
+        veneer.initialize_lora_eva_weights(ours, [batch], rho=2)
+    else:
+        veneer.initialize_lora_ga_weights(ours, [batch])
+    for _, layer in veneer.core.inject.adapted_layers(ours):
+        torch.nn.init.normal_(layer.adapters["default"].B)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-5, atol=1e-5)

@@ -1,18 +1,22 @@
 """Starting values of a fresh LoRA from a few batches: EVA and LoRA-GA. The base is not moved, and is left as it was."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, collapsed, shown
 from veneer.core.inject import adapted_layers
 from veneer.core.methods import Lora
 from veneer.core.model import PeftModel
 from veneer.core.plan import terms_of
+from veneer.core.ranges import is_finite
 
 MEMORY = 2 << 30  # bytes of sums that are held at once; what is more takes another pass over the batches
 
@@ -36,6 +40,7 @@ def initialize_lora_eva_weights(
     model: PeftModel,
     batches: Iterable[Any],
     adapter_name: str = "default",
+    rho: float = 1.0,
     counts: Callable[[Any], Tensor | None] = tokens_that_count,
     memory: int = MEMORY,
 ) -> None:
@@ -43,10 +48,17 @@ def initialize_lora_eva_weights(
 
     X `(tokens, in)` are the layer's inputs in all the batches, μ their mean. The vectors are exact: they come from
     Σ x xᵀ in fp64, which is made once for layers that share their inputs. `counts(batch)` says which tokens count; an
-    input of another shape counts whole. Raises `AdapterError`, with nothing changed.
+    input of another shape counts whole.
+
+    With `rho` above 1, the sum of all ranks is dealt out anew, to the vectors that explain the largest shares of their
+    layers' variance: a layer gets from 1 to rho · r of them, and `lora_alpha` such that its scale stays as it was.
+    Raises `AdapterError`, with nothing changed.
     """
     batches, layers, loras = _fresh(model, adapter_name, "eva", batches)
-    found: dict[str, Tensor] = {}
+    if not is_finite(rho) or rho < 1:
+        raise AdapterError(f"rho should be a number of at least 1, found {shown(rho)}")
+    most = {path: min(round(rho * len(lora.A)), *lora.A.shape[1:]) for path, lora in loras.items()}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     mask: Tensor | None = None
 
     def add(sums: Tensor, x: Tensor) -> None:
@@ -56,19 +68,21 @@ def initialize_lora_eva_weights(
 
     with _base_alone(model):
         firsts = _shared(model, layers, batches[0])
-        ranks: dict[str, int] = {}
-        for path, first in firsts.items():
-            ranks[first] = max(ranks.get(first, 0), len(loras[path].A))
-        widths = {path: loras[path].A.shape[1] + 1 for path in ranks}
+        widths = {path: loras[path].A.shape[1] + 1 for path in firsts.values()}
         for group in _groups({path: 8 * width**2 for path, width in widths.items()}, memory):
             sums = {path: loras[path].A.new_zeros(widths[path], widths[path], dtype=torch.float64) for path in group}
             with _seeing({path: layers[path] for path in group}, lambda path, x: add(sums[path], x)):  # noqa: B023
                 for batch in batches:
                     mask = counts(batch)
                     outputs_of(model, batch)
-            found |= {path: _directions(own, ranks[path], path) for path, own in sums.items()}
+            for path, own in sums.items():
+                found[path] = _directions(own, max(most[other] for other in firsts if firsts[other] == path), path)
+    ranks = {path: len(lora.A) for path, lora in loras.items()}
+    if rho > 1:
+        ranks = _dealt({path: found[firsts[path]][1][: most[path]] for path in firsts}, sum(ranks.values()))
+        model.peft_config[adapter_name] = _with_ranks(model.peft_config[adapter_name], ranks, loras)
     for path, lora in loras.items():
-        lora.start_at(found[firsts[path]][: len(lora.A)], torch.zeros_like(lora.B))
+        lora.start_at(found[firsts[path]][0][: ranks[path]], lora.B.new_zeros(len(lora.B), ranks[path]))
 
 
 @torch.no_grad()
@@ -120,13 +134,30 @@ def initialize_lora_ga_weights(
         lora.start_at(*found[path])
 
 
-def _directions(sums: Tensor, r: int, path: str) -> Tensor:
-    """`(r, in)`, those of the largest variance first; the inputs' last number is 1 in `sums`."""
+def _directions(sums: Tensor, r: int, path: str) -> tuple[Tensor, Tensor]:
+    """Those of the largest variance first `(r, in)`, and their shares of it `(r)`; the inputs' last number is 1."""
     tokens = int(sums[-1, -1])
     if tokens <= r or not sums.isfinite().all():
         raise AdapterError(f"{path} should see more than r={r} tokens, all finite, found {tokens} in these batches")
     covariance = sums[:-1, :-1] - torch.outer(sums[-1, :-1], sums[-1, :-1]) / tokens
-    return torch.linalg.eigh(covariance).eigenvectors[:, -r:].flip(1).t()
+    variances, vectors = torch.linalg.eigh(covariance)
+    return vectors[:, -r:].flip(1).t(), variances[-r:].flip(0) / variances.sum()
+
+
+def _dealt(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """How many of each layer's shares are among the largest; the first of each is."""
+    others = [(-share, path) for path, own in shares.items() for share in own[1:].tolist()]
+    return Counter([*shares, *(path for _, path in sorted(others)[: budget - len(shares)])])
+
+
+def _with_ranks(config: LoraConfig, ranks: Mapping[str, int], loras: Mapping[str, Lora]) -> LoraConfig:
+    """The config as it reads when these layers have these ranks, and the scales that they had."""
+    alphas = {path: loras[path].scale / scaling(r, 1.0, config.use_rslora) for path, r in ranks.items()}
+    return replace(
+        config,
+        rank_pattern={f"^{path}": r for path, r in ranks.items()},
+        alpha_pattern={f"^{path}": alpha for path, alpha in alphas.items()},
+    )
 
 
 def _fresh(

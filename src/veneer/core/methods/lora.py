@@ -76,8 +76,7 @@ class Lora(Update):
     @torch.no_grad()
     def start_at(self, A: Tensor, B: Tensor) -> None:
         """Start again, from these; the change is zero to the bit if B is, or if it is counted from the start."""
-        self.A.copy_(A)
-        self.B.copy_(B)
+        self.A.data, self.B.data = (new.to(self.A.dtype, copy=True).contiguous() for new in (A, B))  # of any rank
         if self.A0 is not None and self.B0 is not None:
             self.A0.copy_(self.A)
             self.B0.copy_(self.B)
