@@ -10,6 +10,7 @@ from veneer.core.errors import AdapterError, listed, nearest, shown
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.methods import method
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
 
@@ -64,6 +65,7 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     places = [*((path, "") for path in chosen), *_matching_parameters(search, config, chosen)]
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
+    named = search.named_layers(chosen, config)
     if search.faults:
         raise AdapterError("\n".join(search.faults))
     targets: dict[str, Target] = {}
@@ -72,7 +74,9 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         assert kind is not None
         numbers = own[path, part]
         target = targets.setdefault(path, Target(modules[path], kind, {}))
-        target.configs[part] = replace(resolved, **numbers) if numbers else resolved
+        target.configs[part] = replace(resolved, **numbers) if numbers or named else resolved
+        for option, paths in named.items():
+            target.configs[part].options[option] = path in paths
     return targets, resolved
 
 
@@ -92,8 +96,9 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
             f"target_modules={shown(names)} leaves no layer of {type(model).__name__} to adapt; "
             f'its linear layers end with {listed(last_parts(modules))}, or say "all-linear"'
         )
-    # PEFT does not read an expression together with layer numbers, nor roles
-    spell = role is not None or (isinstance(names, str) and config.layers_to_transform is not None)
+    # PEFT does not read an expression together with layer numbers, and for some methods not these either, nor roles
+    numbered = method(config.peft_type).peft_names.get("layers_to_transform", "") is not None
+    spell = role is not None or (config.layers_to_transform is not None and (isinstance(names, str) or not numbered))
     return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell and chosen else names)
 
 
