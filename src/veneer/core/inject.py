@@ -51,6 +51,8 @@ def inject(
         raise AdapterError("\n".join([*faults, str(error)])) from None
     layers = {path: (target.kind, target.layer, updates[path]) for path, target in targets.items()}
     if values is not None:
+        if method(config.peft_type).saved_config(config) != config:
+            faults.append("the config says how an adapter is trained, which its tensors are not read under")
         faults += _misfits(model, layers, values)
     if faults:
         raise AdapterError("\n".join(faults))

@@ -11,6 +11,7 @@ from veneer.core.errors import AdapterError, listed, shown
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.methods import method
 from veneer.core.reclass import mixin_of
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts, unmatched
@@ -66,6 +67,8 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     places = [(path, "") for path in chosen] + parts
     kinds = {place: AdaptedParameters if place[1] else kind_of(modules[place[0]]) for place in places}
     _find_unadaptable(search, config, kinds)
+    options, wrong = method(config.peft_type).placed(config, modules, chosen)
+    search.faults += wrong
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
     if search.faults:
@@ -76,7 +79,8 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         assert kind is not None
         target = targets.setdefault(path, Target(modules[path], kind, {}))
         target.configs[part] = copy(resolved)
-        vars(target.configs[part]).update(own[path, part])  # checked with the patterns, for all layers at once
+        numbers = {**own[path, part], "options": options.get(path, resolved.options)}
+        vars(target.configs[part]).update(numbers)  # checked with the patterns, for all layers at once
     return targets, resolved
 
 

@@ -1,7 +1,7 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -63,6 +63,18 @@ class Update(nn.Module, ABC):
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
     dropout: float = 0.0  # probability that an input of the change is dropped in training
+
+    @classmethod
+    def fresh(cls, *given: Any) -> "Update":
+        """The update for a weight, its config and, where the method shares something, that."""
+        return cls(*given)
+
+    @classmethod
+    def placed(
+        cls, config: "LoraConfig", modules: Mapping[str, nn.Module], paths: list[str]
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """The `options` of layers that have their own, by path, and what is wrong with those of `config`."""
+        return {}, []
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685), with rsLoRA's scale."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
+from veneer.core.methods.parted import PartedLora, is_fused, ordinary, placed
 from veneer.core.ranges import start_of
 from veneer.core.start import FROM_WEIGHT, PLAIN, start, start_from_weight
 from veneer.core.update import Factors, Option, Update, own_precision
@@ -20,12 +22,16 @@ class Lora(Update):
     never touched: its trajectory is that of B A on the base W - scale · B₀ A₀. It is a LoRA of rank 2r,
     [B - B₀, B₀] [A; A - A₀], which is zero to the bit at the start, and is computed and saved as such.
 
-    With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+    With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). The layers that `fused` names are
+    changed in their parts, each with a rank of its own (`PartedLora`).
     """
 
     file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}
-    options: ClassVar = {"freeze_A": Option(False, lambda value: isinstance(value, bool), "true or false")}
-    peft_names: ClassVar = {"freeze_A": None}
+    options: ClassVar = {
+        "freeze_A": Option(False, lambda value: isinstance(value, bool), "true or false"),
+        "fused": Option({}, is_fused, '{name: ranks of its parts}, as {"c_attn": [8, 0, 4]}'),
+    }
+    peft_names: ClassVar = {"freeze_A": None, "fused": None}
     faster: ClassVar = ("B",)
     starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT)
     A0: Tensor | None
@@ -64,9 +70,19 @@ class Lora(Update):
         return {"A": A.detach(), "B": B.detach()}
 
     @classmethod
+    def fresh(cls, weight: Tensor, config: LoraConfig) -> Update:
+        return PartedLora(weight, config) if config.options["fused"] else cls(weight, config)
+
+    @classmethod
+    def placed(
+        cls, config: LoraConfig, modules: Mapping[str, nn.Module], paths: list[str]
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        return placed(config, modules, paths) if config.options["fused"] else ({}, [])
+
+    @classmethod
     def saved_config(cls, config: LoraConfig) -> LoraConfig:
         if not _from_weight(config):
-            return config
+            return ordinary(config)
         more = math.sqrt(2) if config.use_rslora else 2  # that the scale is the same at twice the rank
         return replace(
             config,
