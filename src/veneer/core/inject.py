@@ -43,6 +43,19 @@ def inject(
     of its own) and all that does not fit, before anything is changed.
     """
     _refuse_name(name)
+    targets, updates, resolved = prepared(model, config, values, faults)
+    for path, update in updates.items():
+        _attach(targets[path], plan, name, update)
+    return resolved
+
+
+def prepared(
+    model: nn.Module, config: LoraConfig, values: Adapter | None, faults: Iterable[str] = ()
+) -> tuple[dict[str, Target], dict[str, Update], LoraConfig]:
+    """The layers that `config` means and their updates, not attached yet, and the config with its targets spelled out.
+
+    Raises as `inject` does.
+    """
     faults = list(faults)
     try:
         targets, resolved = select(model, config)
@@ -58,9 +71,7 @@ def inject(
         raise AdapterError("\n".join(faults))
     if values is not None:
         _fill(targets, layers, values)
-    for path, update in updates.items():
-        _attach(targets[path], plan, name, update)
-    return resolved
+    return targets, updates, resolved
 
 
 def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) -> dict[str, Update]:

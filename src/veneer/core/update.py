@@ -63,6 +63,7 @@ class Update(nn.Module, ABC):
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
     dropout: float = 0.0  # probability that an input of the change is dropped in training
+    scale: float = 1.0  # what a product of its parameters is multiplied by
 
     @classmethod
     def fresh(cls, *given: Any) -> "Update":
@@ -139,7 +140,7 @@ class Stack(Update):
                 "without use_dora, and without a start from the weight"
             )
         self.file_names, self.faster = each[0].file_names, each[0].faster  # type: ignore[misc]
-        self.dropout = each[0].dropout
+        self.dropout, self.scale = each[0].dropout, each[0].scale
         for name, first in each[0].named_parameters():
             stacked = torch.stack([update.get_parameter(name) for update in each])
             self.register_parameter(name, nn.Parameter(stacked, requires_grad=first.requires_grad))

@@ -22,7 +22,7 @@ class Dora(Update):
         super().__init__()
         self.inner = inner
         self.file_names = {**inner.file_names, **Dora.file_names}  # type: ignore[misc]
-        self.dropout = inner.dropout
+        self.dropout, self.scale = inner.dropout, inner.scale
         unknown = weight.new_empty(len(weight), dtype=own_precision(weight))
         self.magnitude = nn.Parameter(unknown if weight.is_meta else row_norms(weight, inner))
 
