@@ -103,6 +103,8 @@ FAULTS = [
     ({"c_attn": {"r": [1], "size": [1]}}, "fused should be"),
     ({"c_attn": {"r": [1], "sizes": [0]}}, "fused should be"),
     ({"": [1]}, "fused should be"),
+    ({f"c_{i}": [1] for i in range(900)}, r"'c_0' matches no adapted layer.*; nor do 892 more"),
+    ({f"c_{i}": [1] for i in range(9000)}, "fused should be"),
     (["c_attn"], "fused should be"),
 ]
 
@@ -119,6 +121,12 @@ def test_parts_do_not_start_from_the_weight_and_are_lora_alone():
         get_peft_model(_gpt2(), LoraConfig(init_lora_weights="pissa", **fused))
     with pytest.raises(AdapterError, match="LOHA has nothing, not 'fused'"):
         LoraConfig(peft_type="LOHA", **fused)
+
+
+def test_parts_stand_beside_parameters_by_name_that_have_none():
+    more = {"target_modules": ["c_attn"], "options": {"fused": {"c_attn": [1, 0, 1]}}}
+    model = get_peft_model(_gpt2(), LoraConfig(r=2, target_parameters=["wte.weight"], **more))
+    assert model.transformer.wte.adapters["default"]["weight"].A.shape == (2, 16)
 
 
 def test_the_file_is_an_ordinary_lora_and_so_is_what_is_read(tmp_path):

@@ -157,7 +157,7 @@ def refused(name: str) -> str | None:
     if example and "stack" in example.parameters and not trained_alone:
         return "a stack of matrices .* is adapted by trained factors alone"
     if "fused" in settings.get("options", {}) and not kind.linear and "Embedding" not in kind.__name__:
-        return "fused: .* (do not fill it|matches no adapted layer)"  # the examples of other kinds have other sizes
+        return "do not fill it|a stack of matrices"  # the examples of other kinds have other sizes
     if _from_weight(settings) and example and example.vectors:
         return "needs r of at most 1"
     return None

@@ -43,8 +43,8 @@ class Expression:
     def __init__(self, text: str) -> None:
         self.text = text
         self._plain = re.findall(r"\\?.", text.removeprefix("^")) if _PLAIN.fullmatch(text) else None
-        self._walk = None if self._plain else _parsed(text)
         self._last = text.rpartition(".")[2].removeprefix("^")
+        self._walk = None if self._plain else _parsed(text)
 
     def whole(self, path: Path) -> bool:
         """Whether it matches the whole path."""
@@ -57,8 +57,7 @@ class Expression:
         start = len(path.text) - len(self._plain)
         if start < 0 or not path.text.endswith(self._last) or (start and self.text[0] == "^"):
             return False
-        there = zip(self._plain, path.text[start:], strict=True)
-        return bool(path.names >> start & 1) and all(own == "." or own[-1] == letter for own, letter in there)
+        return bool(path.names >> start & 1) and all(map(_stands_for, self._plain, path.text[start:]))
 
     def ends(self, path: Path, starts: int) -> int:
         """The places where a match that begins at one of `starts` can end."""
@@ -67,6 +66,10 @@ class Expression:
             return self._walk(path, starts)
         except (TimeoutError, RecursionError):
             raise AdapterError(f"{shown(self.text)} takes too long on {path.text}: simplify it") from None
+
+
+def _stands_for(written: str, letter: str) -> bool:
+    return written in (letter, ".") or written == "\\" + letter
 
 
 def faulty(texts: Iterable[str]) -> bool:

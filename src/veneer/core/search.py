@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest, shown
+from veneer.core.errors import AdapterError, listed, nearest, shown, unmatched
 from veneer.core.expression import Expression, Path
 from veneer.core.kinds import kind_of
 from veneer.core.roles import ROLES
@@ -98,13 +98,6 @@ class Search:
     def _ends_with(self, expression: Expression, path: str, part: str) -> bool:
         names = [f"{path}.{part}", path] if part else [path]
         return any(expression.tail(self.path(name)) for name in names)
-
-
-def unmatched(names: Iterable[str], what: str, known: Iterable[str]) -> str:
-    """What is said of names that match nothing; `known` would."""
-    names, known = list(names), list(known)
-    said = [f"{shown(name)} matches no {what}{nearest(name, known)}" for name in names[:8]]
-    return "; ".join(said + ([f"nor do {len(names) - 8} more"] if len(names) > 8 else []))
 
 
 def ending_with(names: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:

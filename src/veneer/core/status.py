@@ -1,6 +1,5 @@
 """What a model carries, layer by layer and as a whole: PEFT's names for it, and nothing but reading."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,8 +11,6 @@ from veneer.core.reclass import mixin_of
 if TYPE_CHECKING:
     from veneer.core.model import PeftModel
 
-Trains = bool | Literal["irregular"]  # all of an adapter's parameters train, none, or some
-
 
 @dataclass(kw_only=True)
 class _Status:
@@ -22,7 +19,7 @@ class _Status:
     peft_types: dict[str, str]  # adapter → its method; all the adapters that are here
     active_adapters: list[str]  # those that act, live or merged
     merged_adapters: list[str]
-    requires_grad: dict[str, Trains]
+    requires_grad: dict[str, bool | Literal["irregular"]]  # all of the adapter's parameters train, none, or some
     devices: dict[str, list[str]]
     dtypes: dict[str, list[str]]
 
@@ -91,23 +88,14 @@ def get_model_status(model: "PeftModel") -> ModelStatus:
 
 
 def _carried(model: "PeftModel", updates: dict[str, list[nn.Module]]) -> dict[str, Any]:
-    plan, parameters = model.adapter_plan, {name: [*_parameters(own)] for name, own in updates.items()}
     configs = {name: model.peft_config[name] for name in updates}
+    parameters = {name: [p for update in own for p in update.parameters()] for name, own in updates.items()}
+    trains = {name: {p.requires_grad for p in own} for name, own in parameters.items()}
     return {
-        "peft_types": {name: own.peft_type + ("-DORA" if own.use_dora else "") for name, own in configs.items()},
+        "peft_types": {name: own.peft_type + "-DORA" * own.use_dora for name, own in configs.items()},
         "active_adapters": [name for name in model.active_adapters if name in updates],
-        "merged_adapters": [term.adapter for term in plan.merged if term.adapter in updates],
-        "requires_grad": {name: _agreed({p.requires_grad for p in own}) for name, own in parameters.items()},
+        "merged_adapters": [term.adapter for term in model.adapter_plan.merged if term.adapter in updates],
+        "requires_grad": {name: found.pop() if len(found) == 1 else "irregular" for name, found in trains.items()},
         "devices": {name: sorted({str(p.device) for p in own}) for name, own in parameters.items()},
-        "dtypes": {
-            name: sorted({str(p.dtype).removeprefix("torch.") for p in own}) for name, own in parameters.items()
-        },
+        "dtypes": {name: sorted({str(p.dtype)[len("torch.") :] for p in own}) for name, own in parameters.items()},
     }
-
-
-def _parameters(updates: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    return (parameter for update in updates for parameter in update.parameters())
-
-
-def _agreed(found: set[bool]) -> Trains:
-    return found.pop() if len(found) == 1 else "irregular"

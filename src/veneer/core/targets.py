@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, shown
+from veneer.core.errors import AdapterError, listed, shown, unmatched
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.methods import method
 from veneer.core.reclass import mixin_of
 from veneer.core.roles import ROLES
-from veneer.core.search import Place, Search, ending_with, last_parts, unmatched
+from veneer.core.search import Place, Search, ending_with, last_parts
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
@@ -67,7 +67,7 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     places = [(path, "") for path in chosen] + parts
     kinds = {place: AdaptedParameters if place[1] else kind_of(modules[place[0]]) for place in places}
     _find_unadaptable(search, config, kinds)
-    options, wrong = method(config.peft_type).placed(config, modules, chosen)
+    options, wrong = method(config.peft_type).placed(config, modules, list({path: None for path, _ in places}))
     search.faults += wrong
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)

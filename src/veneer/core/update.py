@@ -134,7 +134,8 @@ class Stack(Update):
     def __init__(self, build: Callable[[Tensor, Any], Update], weight: Tensor, config: Any) -> None:
         super().__init__()
         each = [build(matrix, config) for matrix in weight]
-        if [*each[0].children(), *each[0].buffers()]:
+        filed = each[0].tensors().keys()
+        if [*each[0].children(), *each[0].buffers()] or filed != each[0]._parameters.keys():
             raise AdapterError(
                 f"a stack of matrices {tuple(weight.shape)} is adapted by trained factors alone: "
                 "without use_dora, and without a start from the weight"

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
-from veneer.core.errors import AdapterError, nearest, shown
+from veneer.core.errors import AdapterError, shown, unmatched
 from veneer.core.ranges import start_of
 from veneer.core.start import FROM_WEIGHT, start
 from veneer.core.update import Factors, Update, own_precision
+
+_MOST = 1_000  # names of fused layers
 
 # How transformers splits its projections: the rows of the parts, which repeat where the heads are interleaved.
 _KNOWN: dict[str, Callable[[Any], list[int]]] = {
@@ -83,9 +85,9 @@ class PartedLora(Update):
 
 def is_fused(value: object) -> bool:
     """Whether it is `{name: ranks}`, or `{name: {"r": ranks, "sizes": rows}}`."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and name and _is_split(**_spelt(split)) for name, split in value.items()
-    )
+    if not isinstance(value, dict) or len(value) > _MOST:
+        return False
+    return all(isinstance(name, str) and name and _is_split(**_spelt(split)) for name, split in value.items())
 
 
 def _is_split(r: Any = None, sizes: Any = (1,), **more: Any) -> bool:
@@ -102,13 +104,13 @@ def placed(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The options of each layer, whose `fused` is `{path: {"r": …, "sizes": …}}` or nothing; and what is wrong."""
     fused: dict[str, Any] = {path: {} for path in paths}
+    matches = {name: [path for path in paths if f".{path}".endswith(f".{name}")] for name in config.options["fused"]}
     faults = []
+    if missing := [name for name in matches if not matches[name]]:
+        ends = [path.rpartition(".")[2] for path in paths]
+        faults.append(f"fused: {unmatched(missing, 'adapted layer', [*ends, *paths])}")
     for name, given in config.options["fused"].items():
-        matches = [path for path in paths if f".{path}".endswith(f".{name}")]
-        if not matches:
-            ends = [path.rpartition(".")[2] for path in paths]
-            faults.append(f"fused: {shown(name)} matches no adapted layer{nearest(name, [*ends, *paths])}")
-        for path in matches:
+        for path in matches[name]:
             known = _known(modules, path)
             split = {"sizes": known, **_spelt(given)}
             fused[path] = fused[path] or {path: split}
@@ -121,7 +123,7 @@ def placed(
             if known and split["sizes"] != known:
                 faults.append(f"fused: {path} is split into parts of {known} rows, not of {shown(split['sizes'])}")
                 break
-    if config.options["fused"] and start_of(config) in FROM_WEIGHT:
+    if start_of(config) in FROM_WEIGHT:
         faults.append(
             f"fused: parts cannot start from the weight, as init_lora_weights={config.init_lora_weights!r} asks"
         )
