@@ -62,6 +62,7 @@ class Update(nn.Module, ABC):
     starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
+    simple: bool = False  # whether `factors` are its parameters A and B with `scale`, as they are
     dropout: float = 0.0  # probability that an input of the change is dropped in training
     scale: float = 1.0  # what a product of its parameters is multiplied by
 
@@ -85,6 +86,13 @@ class Update(nn.Module, ABC):
         """`delta` in that precision under autocast too: a change of weights is no activation."""
         with torch.autocast(weight.device.type, enabled=False):
             return self.delta(weight)
+
+    def added(self, total: Tensor, weight: Tensor, share: float) -> Tensor:
+        """total + share · ΔW, in the precision of `total`."""
+        if (factors := self.factors()) is None:
+            return total + share * self(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(total, factors.B.to(total.dtype), factors.A.to(total.dtype), alpha=share * factors.scale)
 
     def factors(self) -> Factors | None:
         """The same change as two thin matrices, where it is one."""
