@@ -162,3 +162,18 @@ def test_a_spoilt_folder_is_refused_as_it_is_when_loading(tmp_path, bits):
     with pytest.raises(AdapterError, match=r"bias='all'(.|\n)*of another shape: 0.A expected \(1, 6\) found \(2, 6\)"):
         model.hotswap_adapter(tmp_path)
     assert bits(model) == before
+
+
+def test_mixed_rows_see_the_new_values(tmp_path):
+    base = nn.Sequential(nn.Linear(6, 6))
+    other = get_peft_model(deepcopy(base), _config(1, lora_alpha=5, target_modules=["0"]))
+    other.save_pretrained(tmp_path)
+    model = get_peft_model(base, _config(3, target_modules=["0"]))
+    model.add_adapter("b", _config(2, target_modules=["0"]))
+    x, rows = torch.randn(3, 6), ["default", "b", "default"]
+    with torch.no_grad():
+        before = model(x, adapter_names=rows)
+        model.hotswap_adapter(tmp_path)
+        after = model(x, adapter_names=rows)
+    torch.testing.assert_close(after[[0, 2]], other(x)[[0, 2]].detach())
+    assert torch.equal(after[1], before[1])
