@@ -74,7 +74,6 @@ def test_to_dict_and_from_dict_are_inverse_and_json():
     "values",
     [
         {"bias": "all"},
-        {"lora_bias": True},
         {"modules_to_save": ["head"]},
         {"trainable_token_indices": [1]},
         {"layer_replication": [[0, 2]]},

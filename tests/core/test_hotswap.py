@@ -119,7 +119,7 @@ FAULTS = [
     ({"r": 3}, r"cannot be hot-swapped: of a larger rank than the live one: table.A, table.B, conv.A"),
     (
         {"target_modules": TARGETS[:3]},
-        "other layers are adapted in the file: layers.norm.A, layers.norm.B, layers.head.A",
+        "only in one of the two: layers.norm.A, layers.norm.B, layers.head.A",
     ),
     ({"use_dora": True}, "'default' is LORA and the other is LORA with use_dora: one LORA is hot-swapped with another"),
     ({"peft_type": "LOHA"}, "'default' is LORA and the other is LOHA: one LORA"),
@@ -177,3 +177,13 @@ def test_mixed_rows_see_the_new_values(tmp_path):
         after = model(x, adapter_names=rows)
     torch.testing.assert_close(after[[0, 2]], other(x)[[0, 2]].detach())
     assert torch.equal(after[1], before[1])
+
+
+def test_a_bias_of_b_takes_the_ratio_too(tmp_path):
+    base, more = nn.Sequential(nn.Linear(6, 6)), {"target_modules": ["0"], "options": {"lora_bias": True}}
+    other = get_peft_model(deepcopy(base), _config(1, lora_alpha=5, **more))
+    nn.init.normal_(other[0].adapters["default"].b)
+    other.save_pretrained(tmp_path)
+    model, x = get_peft_model(base, _config(3, **more)), torch.randn(3, 6)
+    model.hotswap_adapter(tmp_path)
+    torch.testing.assert_close(model(x), other(x))

@@ -117,7 +117,9 @@ def test_what_is_wrong_with_the_parts_is_said(fused, said):
 
 def test_parts_do_not_start_from_the_weight_and_are_lora_alone():
     fused = {"options": {"fused": {"c_attn": [1, 0, 1]}}, "target_modules": ["c_attn"]}
-    with pytest.raises(AdapterError, match="parts cannot start from the weight, as init_lora_weights='pissa' asks"):
+    with pytest.raises(
+        AdapterError, match="parts cannot start from the weight or from data, as init_lora_weights='pissa' asks"
+    ):
         get_peft_model(_gpt2(), LoraConfig(init_lora_weights="pissa", **fused))
     with pytest.raises(AdapterError, match="LOHA has nothing, not 'fused'"):
         LoraConfig(peft_type="LOHA", **fused)

@@ -9,18 +9,22 @@ from veneer import LoraConfig, get_peft_model
 peft = pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_peft_reads_the_parts(tmp_path, conv1d, settings):
+    settings = dict(settings)
     from transformers.pytorch_utils import Conv1D
 
     base = nn.Sequential(nn.Linear(6, 6), Conv1D(12, 6) if conv1d else nn.Linear(6, 12))
     fused = {"1": {"r": [4, 0, 1], "sizes": [2, 1, 3]}}  # twice, as interleaved heads are
+    options = {"fused": fused, "lora_bias": settings.pop("lora_bias", False)}
     config = LoraConfig(
-        r=2, lora_alpha=3, target_modules=["0", "1"], init_lora_weights=False, options={"fused": fused}, **settings
+        r=2, lora_alpha=3, target_modules=["0", "1"], init_lora_weights=False, options=options, **settings
     )
     model = get_peft_model(base, config)
+    if options["lora_bias"]:
+        nn.init.normal_(model[1].adapters["default"].b)
     x = torch.randn(4, 6, requires_grad=True)
     y = model(x)
     update = model[1].adapters["default"]

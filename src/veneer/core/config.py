@@ -14,7 +14,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None,),
     "bias": ("none",),
     "layer_replication": (None,),
-    "lora_bias": (False,),
     "module_dropout": (0.0,),
     "modules_to_save": (None, []),
     "rank_dropout": (0.0,),

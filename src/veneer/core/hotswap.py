@@ -1,6 +1,7 @@
 """Hot swap: a live LoRA takes the values of another one, and every tensor stays where it is."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter, fa
         faults.append(
             f"{name!r} is {one} and the other is {other}: one LORA is hot-swapped with another, use_dora alike"
         )
-    elif method("LORA").saved_config(config) != config:
+    elif replace(method("LORA").saved_config(config), init_lora_weights=config.init_lora_weights) != config:
         faults.append(
             f"{name!r} did not start as the LoRA that its file holds, and cannot be hot-swapped: load it again"
         )
@@ -38,10 +39,12 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter, fa
     new = _held(updates)
     common = [key for key in live if key in new]
     scaled = {
-        key: _fitted(live[key], new[key], key.endswith(".B")) for key in common if not _is_larger(new[key], live[key])
+        key: _fitted(live[key], new[key], key.endswith((".B", ".b")))
+        for key in common
+        if not _is_larger(new[key], live[key])
     }
     said = {
-        "other layers are adapted in the file": [key for key in [*live, *new] if key not in common],
+        "only in one of the two": [key for key in [*live, *new] if key not in common],
         "of a larger rank than the live one": [key for key in common if key not in scaled],
         "cannot be told at the live scale": [key for key, value in scaled.items() if not value.isfinite().all()],
     }
@@ -64,9 +67,9 @@ def _is_larger(new: tuple[Tensor, float], live: tuple[Tensor, float]) -> bool:
     return any(found > room for found, room in zip(new[0].shape, live[0].shape, strict=True))
 
 
-def _fitted(live: tuple[Tensor, float], new: tuple[Tensor, float], is_B: bool) -> Tensor:
+def _fitted(live: tuple[Tensor, float], new: tuple[Tensor, float], is_scaled: bool) -> Tensor:
     """The new values in the live shape, with zeros for the rest of its rank."""
     (own, scale), (value, its_scale) = live, new
     full = torch.zeros_like(own, dtype=value.dtype)
-    full[tuple(map(slice, value.shape))] = value * (its_scale / scale if scale else torch.nan) if is_B else value
+    full[tuple(map(slice, value.shape))] = value * (its_scale / scale if scale else torch.nan) if is_scaled else value
     return full

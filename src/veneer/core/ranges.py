@@ -37,9 +37,9 @@ def problems(config: "LoraConfig") -> list[str]:
     expect(is_finite(config.lora_alpha), "lora_alpha", "a finite number")
     expect(is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
+        expect(is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
     names = config.target_parameters
-    expect(names is None or (isinstance(names, list) and _is_names(names)), "target_parameters", "a list of names")
+    expect(names is None or (isinstance(names, list) and is_names(names)), "target_parameters", "a list of names")
     both = bool(names) and config.layers_to_transform is not None
     expect(not both, "layers_to_transform", "not given with target_parameters: name the parameters' paths")
     ranks, alphas = config.rank_pattern, config.alpha_pattern
@@ -103,7 +103,7 @@ def _is_layers(value: object) -> bool:
     return value is None or _is_whole(value, 0)
 
 
-def _is_names(value: object) -> bool:
+def is_names(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(name, str) and name for name in value)
     return value is None or (isinstance(value, str) and bool(value))

@@ -71,6 +71,7 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     search.faults += wrong
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
+    named = search.named_layers(chosen, config)
     if search.faults:
         raise AdapterError("\n".join(search.faults))
     targets: dict[str, Target] = {}
@@ -78,9 +79,11 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         kind = kinds[path, part]
         assert kind is not None
         target = targets.setdefault(path, Target(modules[path], kind, {}))
+        # checked before, for all layers at once
+        meant = {name: path in paths for name, paths in named.items()}
         target.configs[part] = copy(resolved)
-        numbers = {**own[path, part], "options": options.get(path, resolved.options)}
-        vars(target.configs[part]).update(numbers)  # checked with the patterns, for all layers at once
+        options_here = {**options.get(path, resolved.options), **meant}
+        vars(target.configs[part]).update({**own[path, part], "options": options_here})
     return targets, resolved
 
 
@@ -100,8 +103,9 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
             f"target_modules={shown(names)} leaves no layer of {type(model).__name__} to adapt; "
             f'its linear layers end with {listed(last_parts(modules))}, or say "all-linear"'
         )
-    # PEFT does not read an expression together with layer numbers, nor roles
-    spell = role is not None or (isinstance(names, str) and config.layers_to_transform is not None)
+    # PEFT does not read an expression together with layer numbers, and for some methods not these either, nor roles
+    numbered = method(config.peft_type).peft_names.get("layers_to_transform", "") is not None
+    spell = role is not None or (config.layers_to_transform is not None and (isinstance(names, str) or not numbered))
     return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell and chosen else names)
 
 

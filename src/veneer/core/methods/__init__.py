@@ -8,13 +8,14 @@ from torch import Tensor
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown
 from veneer.core.methods.dora import Dora
+from veneer.core.methods.ia3 import Ia3
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora
 from veneer.core.methods.vera import Vera
 from veneer.core.update import Make, Update
 
-METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera}
+METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3}
 
 
 def method(peft_type: str) -> type[Update]:

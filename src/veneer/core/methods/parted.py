@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, shown, unmatched
 from veneer.core.ranges import start_of
-from veneer.core.start import FROM_WEIGHT, start
+from veneer.core.start import FROM_DATA, FROM_WEIGHT, start
 from veneer.core.update import Factors, Update, own_precision
 
 _MOST = 1_000  # names of fused layers
@@ -41,7 +41,8 @@ class PartedLora(Update):
     Read back it is one, and all of B trains. Raises `AdapterError` when the parts do not fill W's rows.
     """
 
-    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias"}
+    forms: ClassVar = {"A": "A", "B": "B"}
 
     def __init__(self, weight: Tensor, config: LoraConfig) -> None:
         super().__init__()
@@ -56,6 +57,7 @@ class PartedLora(Update):
         self.repeats, self.dropout = rows // sum(self.sizes), config.lora_dropout
         self.scale = scaling(total, config.lora_alpha, config.use_rslora)
         self.A = nn.Parameter(weight.new_empty(total, columns, dtype=dtype))
+        self.b = nn.Parameter(weight.new_zeros(rows, dtype=dtype)) if config.options["lora_bias"] else None
         self.shares = {}  # scaleₚ / scale
         for part, (r, size) in enumerate(zip(self.ranks, self.sizes, strict=True)):
             if r:
@@ -78,9 +80,12 @@ class PartedLora(Update):
             before += r
         return Factors(self.A, torch.cat(blocks, 1).flatten(0, 1), self.scale)
 
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        return None if self.b is None else self.scale * self.b
+
     def tensors(self) -> dict[str, Tensor]:
         A, B, _ = self.factors()
-        return {"A": A.detach(), "B": B.detach()}
+        return {"A": A.detach(), "B": B.detach(), **({} if self.b is None else {"b": self.b.detach()})}
 
 
 def is_fused(value: object) -> bool:
@@ -123,10 +128,9 @@ def placed(
             if known and split["sizes"] != known:
                 faults.append(f"fused: {path} is split into parts of {known} rows, not of {shown(split['sizes'])}")
                 break
-    if start_of(config) in FROM_WEIGHT:
-        faults.append(
-            f"fused: parts cannot start from the weight, as init_lora_weights={config.init_lora_weights!r} asks"
-        )
+    if start_of(config) in (*FROM_WEIGHT, *FROM_DATA):
+        how = config.init_lora_weights
+        faults.append(f"fused: parts cannot start from the weight or from data, as init_lora_weights={how!r} asks")
     return {path: {**config.options, "fused": split} for path, split in fused.items()}, faults
 
 
