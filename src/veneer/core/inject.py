@@ -118,7 +118,8 @@ def _attach(target: Target, plan: Plan, name: str, update: Update) -> None:
         layer.adapters = Adapters(plan)
         reclass(layer, target.kind)
     assert isinstance(layer, AdaptedLayer)
-    update.train(layer.training)
+    if not layer.training:
+        update.eval()
     layer.adapters[name] = update
 
 

@@ -22,13 +22,12 @@ def _never_called(module: nn.Module, inputs: object) -> None:
 class Adapters(nn.ModuleDict):
     """The one child that an adapted layer has more than its base: an `Update` for each adapter name."""
 
-    original: dict[str, Tensor] | None  # the layer's parameters as they were, while adapters are merged into them
-    joint: Joint | None  # the memory that the factors of several adapters share, once rows were mixed
+    original: dict[str, Tensor] | None = None  # the layer's own parameters, while adapters are merged
+    joint: Joint | None = None  # the memory that the factors of several adapters share, once rows were mixed
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.original = self.joint = None
         # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
         self.register_forward_pre_hook(_never_called)
 
