@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from veneer import AdapterError, LoraConfig
-from veneer.core.config import MEANINGS, scaling
+from veneer.core.config import scaling
 
 NAN, INFINITY = math.nan, math.inf
 OUT_OF_RANGE = {
@@ -137,7 +137,3 @@ def test_the_options_of_a_method_stand_beside_the_rest_in_a_file():
     written = json.loads(json.dumps(config.to_dict()))
     assert (written["alpha"], written["decompose_factor"], written["decompose_both"]) == (3, 4, False)
     assert LoraConfig.from_dict(written) == config
-
-
-def test_every_field_has_a_meaning():
-    assert {field.name for field in fields(LoraConfig)} == set(MEANINGS)

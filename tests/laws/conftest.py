@@ -58,6 +58,8 @@ class Case:
     def config(self, targets: str | list[str] = "layer", **settings: Any) -> LoraConfig:
         if settings.get("lora_dropout") and not self.kind.drops:
             pytest.skip("this kind has no dropout and refuses it")
+        if "layer" not in targets and "fused" in self.settings.get("options", {}):
+            settings["options"] = {}  # which names the layer
         if self.example.parameters and "layer" in targets:
             settings["target_parameters"] = [f"layer.{name}" for name in self.example.parameters]
             targets = [] if targets == "layer" else [target for target in targets if target != "layer"]
@@ -133,6 +135,7 @@ VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
         for start in ("orthogonal", "pissa", "pissa_niter_2", "olora", "lora_ga")
     }
     | {"LORA-FA": {"options": {"freeze_A": True}}, "LORA-bias": {"options": {"lora_bias": True}}}
+    | {"LORA-fused": {"options": {"fused": {"layer": {"r": [2, 0, 3], "sizes": [1, 2, 2]}}}}}
     | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
     "VERA": {"VERA-key": {"options": {"save_projection": False, "projection_prng_key": 7}}},
     "LOHA": {"LOHA-dense": {"r": 3}},
@@ -183,6 +186,8 @@ def refused(name: str) -> str | None:
     trained_alone = not settings.get("use_dora") and not counted
     if example and "stack" in example.parameters and not trained_alone:
         return "a stack of matrices .* is adapted by trained factors alone"
+    if "fused" in settings.get("options", {}) and not kind.linear and "Embedding" not in kind.__name__:
+        return "do not fill it|a stack of matrices"  # the examples of other kinds have other sizes
     if _from_weight(settings) and example and example.vectors:
         return "needs r of at most 1"
     return None

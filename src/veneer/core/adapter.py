@@ -51,7 +51,7 @@ class Adapter:
             for path, tensors in self.tensors.items()
             for name, tensor in tensors.items()
         }
-        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(dict(sorted(self.config.to_dict().items())), indent=2) + "\n"
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)

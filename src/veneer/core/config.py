@@ -159,27 +159,3 @@ def _given(values: Mapping[str, Any], known: set[str], options: Mapping[str, Any
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """α / r, or α / √r with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-# What each field means, for whoever lists them.
-MEANINGS = {
-    "r": "The rank: how many columns A and B share.",
-    "lora_alpha": "The change is scaled by lora_alpha / r (lora_alpha / √r with use_rslora).",
-    "target_modules": "Which layers: names or last parts of names, a regular expression for whole names, all-linear.",
-    "exclude_modules": "Layers that are left out, named in the same way.",
-    "lora_dropout": "The share of the change's inputs that is dropped in training.",
-    "use_rslora": "Scale by lora_alpha / √r, which keeps large ranks learning.",
-    "rank_pattern": "Other ranks for layers whose names end with a key: {q_proj: 8}.",
-    "alpha_pattern": "Other values of lora_alpha, in the same way.",
-    "layers_to_transform": "Only in these layers, counted from 0.",
-    "layers_pattern": "What the list of layers is called, where it is not plain.",
-    "init_lora_weights": "How A and B start.",
-    "peft_type": "The method: LORA, LOHA, LOKR, VERA or IA3.",
-    "use_dora": "Learn the length of each row of W + ΔW apart from its direction (DoRA), over any method.",
-    "options": "What only one method knows.",
-    "task_type": "What PEFT should load the base as; found by itself.",
-    "base_model_name_or_path": "The base that the adapter is for; found by itself.",
-    "revision": "The revision of the base on the hub.",
-    "inference_mode": "Kept for PEFT; says nothing here.",
-    "target_parameters": "Parameters that are adapted by name, stacked experts included.",
-}

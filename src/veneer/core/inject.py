@@ -43,6 +43,19 @@ def inject(
     of its own) and all that does not fit, before anything is changed.
     """
     _refuse_name(name)
+    targets, updates, resolved = prepared(model, config, values, faults)
+    for path, update in updates.items():
+        _attach(targets[path], plan, name, update)
+    return resolved
+
+
+def prepared(
+    model: nn.Module, config: LoraConfig, values: Adapter | None, faults: Iterable[str] = ()
+) -> tuple[dict[str, Target], dict[str, Update], LoraConfig]:
+    """The layers that `config` means and their updates, not attached yet, and the config with its targets spelled out.
+
+    Raises as `inject` does.
+    """
     faults = list(faults)
     try:
         targets, resolved = select(model, config)
@@ -51,14 +64,14 @@ def inject(
         raise AdapterError("\n".join([*faults, str(error)])) from None
     layers = {path: (target.kind, target.layer, updates[path]) for path, target in targets.items()}
     if values is not None:
+        if method(config.peft_type).saved_config(config) != config:
+            faults.append("the config says how an adapter is trained, which its tensors are not read under")
         faults += _misfits(model, layers, values)
     if faults:
         raise AdapterError("\n".join(faults))
     if values is not None:
         _fill(targets, layers, values)
-    for path, update in updates.items():
-        _attach(targets[path], plan, name, update)
-    return resolved
+    return targets, updates, resolved
 
 
 def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) -> dict[str, Update]:

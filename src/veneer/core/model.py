@@ -12,10 +12,12 @@ from torch import nn
 from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.hotswap import hotswap
 from veneer.core.inject import adapted_layers, detach, extract, inject
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, reclass, restore
+from veneer.core.status import get_layer_status, get_model_status
 from veneer.core.watch import watching
 
 
@@ -178,6 +180,17 @@ class PeftModel(Reclassed):
         """Print how many parameters train, of how many, and the share."""
         trains, every = self.get_nb_trainable_parameters()
         print(f"trainable params: {trains:,} || all params: {every:,} || trainable%: {100 * trains / every:.4f}")
+
+    get_layer_status, get_model_status = get_layer_status, get_model_status
+
+    def hotswap_adapter(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Read a PEFT folder into a live adapter of the same layers: only the values of its tensors change.
+
+        Raises `AdapterError`, with nothing changed, when it holds a larger rank, other layers or another method.
+        """
+        config = self._config(adapter_name)
+        self._refuse_merged("a hot swap")
+        hotswap(self, adapter_name, config, *examine(folder))
 
     def _add(
         self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool, faults: Iterable[str] = ()

@@ -57,9 +57,14 @@ def problems(config: "LoraConfig") -> list[str]:
 
 def _method_problems(config: "LoraConfig") -> list[str]:
     """What the method has to say, where there is one."""
-    made_by = method_of(config.peft_type)
-    if made_by is None:
-        return [_refusal(config.peft_type)] if isinstance(config.peft_type, str) else []
+    from veneer.core.methods import method  # asked late: a method is made from a config, and knows it
+
+    if not isinstance(config.peft_type, str):
+        return []
+    try:
+        made_by = method(config.peft_type)
+    except AdapterError as error:
+        return [str(error)]
     found = []
     how, known = config.init_lora_weights, made_by.options
     if isinstance(how, (bool, str)) and start_of(config) not in made_by.starts:
@@ -74,19 +79,9 @@ def _method_problems(config: "LoraConfig") -> list[str]:
 
 def method_of(peft_type: object) -> "type[Update] | None":
     """The method of that name, if there is one."""
-    from veneer.core.methods import METHODS  # asked late: a method is made from a config, and knows it
+    from veneer.core.methods import METHODS
 
     return METHODS.get(peft_type) if isinstance(peft_type, str) else None
-
-
-def _refusal(peft_type: str) -> str:
-    from veneer.core.methods import method
-
-    try:
-        method(peft_type)
-    except AdapterError as error:
-        return str(error)
-    return ""
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -1,16 +1,18 @@
 """Which layers a config means: names to layers, and nothing silently missed."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest, shown
+from veneer.core.errors import AdapterError, listed, shown, unmatched
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.methods import method
+from veneer.core.reclass import mixin_of
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
 
@@ -61,8 +63,12 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         resolved = config
     else:
         chosen, resolved = _select_modules(model, search, config)
-    _find_unadaptable(modules, chosen, config, search.faults)
-    places = [*((path, "") for path in chosen), *_matching_parameters(search, config, chosen)]
+    parts = _matching_parameters(search, config)
+    places = [(path, "") for path in chosen] + parts
+    kinds = {place: AdaptedParameters if place[1] else kind_of(modules[place[0]]) for place in places}
+    _find_unadaptable(search, config, kinds)
+    options, wrong = method(config.peft_type).placed(config, modules, list({path: None for path, _ in places}))
+    search.faults += wrong
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
     named = search.named_layers(chosen, config)
@@ -70,13 +76,14 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         raise AdapterError("\n".join(search.faults))
     targets: dict[str, Target] = {}
     for path, part in places:
-        kind = AdaptedParameters if part else kind_of(modules[path])
+        kind = kinds[path, part]
         assert kind is not None
-        numbers = own[path, part]
         target = targets.setdefault(path, Target(modules[path], kind, {}))
-        target.configs[part] = replace(resolved, **numbers) if numbers or named else resolved
-        for option, paths in named.items():
-            target.configs[part].options[option] = path in paths
+        # checked before, for all layers at once
+        meant = {name: path in paths for name, paths in named.items()}
+        target.configs[part] = copy(resolved)
+        options_here = {**options.get(path, resolved.options), **meant}
+        vars(target.configs[part]).update({**own[path, part], "options": options_here})
     return targets, resolved
 
 
@@ -102,35 +109,21 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
     return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell and chosen else names)
 
 
-def _matching_parameters(search: Search, config: LoraConfig, chosen: Iterable[str]) -> list[Place]:
+def _matching_parameters(search: Search, config: LoraConfig) -> list[Place]:
     """Those that `target_parameters` names."""
-    if not config.target_parameters:
-        return []
-    modules = search.modules
     known = {
         f"{path}.{name}": (path, name)
-        for path, module in modules.items()
+        for path, module in (search.modules.items() if config.target_parameters else ())
         for name, parameter in module.named_parameters(recurse=False)
         if 1 <= parameter.ndim <= 3
     }
-    ends = [".".join(full.rsplit(".", 2)[-2:]) for full in known]
-    matches = ending_with(config.target_parameters, known)
-    problems = [
-        f"{shown(wanted)} matches no parameter of one to three dimensions{nearest(wanted, ends)}"
-        for wanted, paths in matches.items()
-        if not paths
-    ]
+    matches = ending_with(config.target_parameters or [], known)
+    if missing := [name for name in matches if not matches[name]]:
+        ends = [".".join(full.rsplit(".", 2)[-2:]) for full in known]
+        said = unmatched(missing, "parameter of one to three dimensions", ends)
+        search.faults.append(f"target_parameters: {said}")
     found = {full for paths in matches.values() for full in paths}
-    places = [place for full, place in known.items() if full in found]
-    for path in dict.fromkeys(path for path, _ in places):
-        layer = modules[path]
-        if path in chosen or (isinstance(layer, AdaptedLayer) and not isinstance(layer, AdaptedParameters)):
-            problems.append(f"{path} is adapted as a layer: target it in one way only")
-        elif reason := AdaptedParameters.refusal(layer, config) or _not_free(layer):
-            problems.append(f"{path} is a {type(layer).__name__} {reason}")
-    if problems:
-        search.faults.append("target_parameters: " + _told(problems))
-    return places
+    return [place for full, place in known.items() if full in found]
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -160,23 +153,28 @@ def _usual(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     )
 
 
-def _find_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config: LoraConfig, faults: list[str]) -> None:
-    problems = []
-    for path in chosen:
-        layer = modules[path]
-        kind = kind_of(layer)
+def _find_unadaptable(search: Search, config: LoraConfig, kinds: Mapping[Place, type[AdaptedLayer] | None]) -> None:
+    problems: dict[str, dict[str, None]] = {"target_modules": {}, "target_parameters": {}}
+    for (path, part), kind in kinds.items():
+        layer = search.modules[path]
+        name = type(layer).__name__
         if kind is None:
             inner = [name for name, child in layer.named_modules() if kind_of(child)]
-            hint = f"; it holds {listed(inner)}: name those" if inner else ""
-            problems.append(f"{path} is a {type(layer).__name__}, which cannot be adapted{hint}")
-        elif reason := kind.refusal(layer, config) or _not_free(layer):
-            problems.append(f"{path} is a {type(layer).__name__} {reason}")
-    if problems:
-        faults.append("target_modules: " + _told(problems))
-
-
-def _told(problems: list[str]) -> str:
-    return "\n".join(problems[:8]) + (f"\nand {len(problems) - 8} more" if len(problems) > 8 else "")
+            name += ","
+            reason: str | None = "which cannot be adapted" + (
+                f"; it holds {listed(inner)}: name those" if inner else ""
+            )
+        elif part and ((path, "") in kinds or (isinstance(layer, AdaptedLayer) and mixin_of(layer) is not kind)):
+            reason = "that is adapted as a layer too: target it in one way only"
+        else:
+            reason = kind.refusal(layer, config) or _not_free(layer)
+        if reason:
+            what = "target_parameters" if part else "target_modules"
+            problems[what][f"{path} is a {name} {reason}"] = None
+    for what, said in problems.items():
+        if said:
+            more = f"\nand {len(said) - 8} more" if len(said) > 8 else ""
+            search.faults.append(f"{what}: " + "\n".join(list(said)[:8]) + more)
 
 
 def _not_free(layer: nn.Module) -> str | None:

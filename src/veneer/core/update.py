@@ -1,7 +1,7 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -68,6 +68,19 @@ class Update(nn.Module, ABC):
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
     simple: bool = False  # whether `factors` are its parameters A and B with `scale`, as they are
     dropout: float = 0.0  # probability that an input of the change is dropped in training
+    scale: float = 1.0  # what a product of its parameters is multiplied by
+
+    @classmethod
+    def fresh(cls, *given: Any) -> "Update":
+        """The update for a weight, its config and, where the method shares something, that."""
+        return cls(*given)
+
+    @classmethod
+    def placed(
+        cls, config: "LoraConfig", modules: Mapping[str, nn.Module], paths: list[str]
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """The `options` of layers that have their own, by path, and what is wrong with those of `config`."""
+        return {}, []
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
@@ -146,13 +159,14 @@ class Stack(Update):
     def __init__(self, build: Callable[[Tensor, Any], Update], weight: Tensor, config: Any) -> None:
         super().__init__()
         each = [build(matrix, config) for matrix in weight]
-        if [*each[0].children(), *each[0].buffers()]:
+        filed = each[0].tensors().keys()
+        if [*each[0].children(), *each[0].buffers()] or filed != each[0]._parameters.keys():
             raise AdapterError(
                 f"a stack of matrices {tuple(weight.shape)} is adapted by trained factors alone: "
                 "without use_dora, and without a start from the weight"
             )
         self.file_names, self.forms, self.faster = each[0].file_names, each[0].forms, each[0].faster  # type: ignore[misc]
-        self.dropout = each[0].dropout
+        self.dropout, self.scale = each[0].dropout, each[0].scale
         for name, first in each[0].named_parameters():
             stacked = torch.stack([update.get_parameter(name) for update in each])
             self.register_parameter(name, nn.Parameter(stacked, requires_grad=first.requires_grad))

@@ -32,7 +32,7 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ma
     common = [made_by.share(list(layers))] if made_by.share else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
-        update = made_by(weight, own, *common)
+        update = made_by.fresh(weight, own, *common)
         start(update, own.init_lora_weights)
         return Dora(weight, update) if own.use_dora else update
 

@@ -25,7 +25,7 @@ class Dora(Update):
         self.inner = inner
         self.file_names = {**inner.file_names, **Dora.file_names}  # type: ignore[misc]
         self.forms = {**inner.forms, **Dora.forms}  # type: ignore[misc]
-        self.dropout = inner.dropout
+        self.dropout, self.scale = inner.dropout, inner.scale
         unknown = weight.new_empty(len(weight), dtype=own_precision(weight))
         self.magnitude = nn.Parameter(unknown if weight.is_meta else row_norms(weight, inner))
 

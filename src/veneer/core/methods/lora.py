@@ -1,13 +1,15 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685), with rsLoRA's scale."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
+from veneer.core.methods.parted import PartedLora, is_fused, ordinary, placed
 from veneer.core.ranges import start_of
 from veneer.core.start import FROM_DATA, FROM_THE_START, FROM_WEIGHT, PLAIN, start, start_from_weight
 from veneer.core.update import Factors, Option, Update, own_precision
@@ -21,15 +23,19 @@ class Lora(Update):
     rank 2r, [B - B₀, B₀] [A; A - A₀], which is zero to the bit at the start, and is computed and saved as such.
 
     With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). With `lora_bias`, B has a bias b
-    `(out)`, which starts at 0: Δb = scale · b.
+    `(out)`, which starts at 0: Δb = scale · b. The layers that `fused` names are changed in their parts, each with a
+    rank of its own (`PartedLora`).
     """
 
     file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias"}
     forms: ClassVar = {"A": "A", "B": "B"}
-    options: ClassVar = dict.fromkeys(
-        ("freeze_A", "lora_bias"), Option(False, lambda value: isinstance(value, bool), "true or false")
-    )
-    peft_names: ClassVar = {"freeze_A": None}
+    options: ClassVar = {
+        **dict.fromkeys(
+            ("freeze_A", "lora_bias"), Option(False, lambda value: isinstance(value, bool), "true or false")
+        ),
+        "fused": Option({}, is_fused, '{name: ranks of its parts}, as {"c_attn": [8, 0, 4]}'),
+    }
+    peft_names: ClassVar = {"freeze_A": None, "fused": None}
     faster: ClassVar = ("B",)
     starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT, *FROM_DATA)
     A0: Tensor  # only where the change is counted from the start
@@ -93,10 +99,20 @@ class Lora(Update):
         return {**super().tensors(), "A": A.detach(), "B": B.detach()}
 
     @classmethod
+    def fresh(cls, weight: Tensor, config: LoraConfig) -> Update:
+        return PartedLora(weight, config) if config.options["fused"] else cls(weight, config)
+
+    @classmethod
+    def placed(
+        cls, config: LoraConfig, modules: Mapping[str, nn.Module], paths: list[str]
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        return placed(config, modules, paths) if config.options["fused"] else ({}, [])
+
+    @classmethod
     def saved_config(cls, config: LoraConfig) -> LoraConfig:
         how = start_of(config)
         if how not in FROM_THE_START:
-            return replace(config, init_lora_weights=True) if how in FROM_DATA else config
+            return ordinary(replace(config, init_lora_weights=True) if how in FROM_DATA else config)
         more = math.sqrt(2) if config.use_rslora else 2  # that the scale is the same at twice the rank
         return replace(
             config,
