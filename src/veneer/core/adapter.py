@@ -47,7 +47,9 @@ class Adapter:
         """
         names = file_names(self.config)
         flat = {
-            f"{_prefix(path)}.{_ending(names[name], path in self.embeddings)}": tensor.detach().contiguous().cpu()
+            f"{_prefix(path)}.{_ending(names[name], path in self.embeddings)}".rstrip("."): tensor.detach()
+            .contiguous()
+            .cpu()
             for path, tensors in self.tensors.items()
             for name, tensor in tensors.items()
         }
@@ -117,7 +119,7 @@ def read_config(folder: Path) -> LoraConfig:
 
 def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, list[str]]:
     """The tensors by layer and by the method's own names, and the names that are none of a method's."""
-    endings = {ending: name for name, ending in file_names(config).items()}
+    endings = {ending: name for name, ending in file_names(config).items() if ending}
     lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
     endings |= lookups
     if config.use_dora:
@@ -127,6 +129,9 @@ def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, 
     pattern = re.compile(rf"{_MODEL}(?:\.model\.(.+))?\.({'|'.join(map(re.escape, endings))})")
     for key, tensor in flat.items():
         match = pattern.fullmatch(key)
+        if match is None and (path := _trained_path(key, config)):
+            tensors.setdefault(path, {})["value"] = tensor
+            continue
         own = tensors.setdefault(match[1] or "", {}) if match else {}
         if match is None or endings[match[2]] in own:  # of two that mean the same, readers take different ones
             strangers.append(key)
@@ -135,6 +140,12 @@ def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, 
         if match[2] in lookups:
             embeddings.add(match[1] or "")
     return Adapter(config, tensors, frozenset(embeddings)), strangers
+
+
+def _trained_path(key: str, config: LoraConfig) -> str | None:
+    """The path of the parameter whose value a tensor is, where the config has its module trained whole."""
+    path = key.removeprefix(f"{_MODEL}.model.")
+    return path if path != key and any(f"{name}." in path for name in config.modules_to_save or []) else None
 
 
 def _succession(folder: Path, text: str) -> dict[str, str]:

@@ -16,7 +16,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "layer_replication": (None,),
     "lora_bias": (False,),
     "module_dropout": (0.0,),
-    "modules_to_save": (None, []),
     "rank_dropout": (0.0,),
     "trainable_token_indices": (None,),
     "use_bdlora": (None,),
@@ -31,7 +30,7 @@ _SILENT = {
 }  # fmt: skip
 
 # What PEFT's readers of the file need to be told.
-_FOR_PEFT = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
+_FOR_PEFT = {"bias": "none", "fan_in_fan_out": False}
 
 _NUMBERS = {"r", "lora_alpha", "lora_dropout"}
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
@@ -45,9 +44,11 @@ class LoraConfig:
     expression for the whole path, a role in a transformer, or None for the usual choice of the architecture. The
     roles are `"all-linear"`, `"attention"`, `"feed-forward"` and `"norm"`, and leave the output head out.
     `target_parameters`: parameters that are changed by their names (`["experts.down_proj"]`), whatever they
-    belong to; a stack of matrices, matrix by matrix. `rank_pattern` and `alpha_pattern` give layers whose path
-    ends with a key (a regular expression) another `r` or `lora_alpha`. `options` are those that the method
-    `peft_type` declares for itself; in a file they stand beside the rest, under PEFT's names.
+    belong to; a stack of matrices, matrix by matrix. `modules_to_save`: modules that are trained whole, as copies that
+    belong to the adapter; a fresh adapter adds the head that `task_type` SEQ_CLS, TOKEN_CLS or QUESTION_ANS means.
+    `rank_pattern` and `alpha_pattern` give layers whose path ends with a key (a regular expression) another `r` or
+    `lora_alpha`. `options` are those that the method `peft_type` declares for itself; in a file they stand beside the
+    rest, under PEFT's names.
 
     Raises `AdapterError` that lists every value that is out of range.
     """
@@ -57,6 +58,7 @@ class LoraConfig:
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
@@ -75,7 +77,8 @@ class LoraConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
+        self.modules_to_save = self.modules_to_save or None  # PEFT may say []
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
@@ -182,5 +185,6 @@ MEANINGS = {
     "base_model_name_or_path": "The base that the adapter is for; found by itself.",
     "revision": "The revision of the base on the hub.",
     "inference_mode": "Kept for PEFT; says nothing here.",
+    "modules_to_save": "Modules that are trained whole, as copies that the adapter holds: a new head, say.",
     "target_parameters": "Parameters that are adapted by name, stacked experts included.",
 }

@@ -17,6 +17,7 @@ from veneer.core.plan import Plan
 from veneer.core.reclass import mixin_of, reclass, restore
 from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
+from veneer.core.trained import with_heads
 from veneer.core.update import Update
 
 _Layer = tuple[type[AdaptedLayer], nn.Module, Any]  # its kind, itself, its update
@@ -45,7 +46,7 @@ def inject(
     _refuse_name(name)
     faults = list(faults)
     try:
-        targets, resolved = select(model, config)
+        targets, resolved = select(model, config if values is not None else with_heads(config))
         updates = _built(targets, resolved, sketched=values is not None)
     except AdapterError as error:
         raise AdapterError("\n".join([*faults, str(error)])) from None
@@ -67,13 +68,16 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
     def on(weight: Tensor) -> Tensor:
         return weight.to("meta") if sketched else weight
 
-    weights = ((on(matrix), target.config) for target in targets.values() for matrix in target.matrices().values())
-    made = maker(config, weights)
+    by_method = [target for target in targets.values() if target.own is None]
+    made = maker(config, ((on(matrix), each.config) for each in by_method for matrix in each.matrices().values()))
 
-    def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
-        return made(on(weight), own, start)
+    def built(target: Target) -> Update:
+        def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
+            return target.own(on(weight)) if target.own else made(on(weight), own, start)
 
-    return {path: target.kind.build(make, target.layer, target.configs) for path, target in targets.items()}
+        return target.kind.build(make, target.layer, target.configs)
+
+    return {path: built(target) for path, target in targets.items()}
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:

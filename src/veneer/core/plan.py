@@ -43,11 +43,15 @@ class Plan:
         """Let these terms act from now on."""
         self.terms, self.tables = terms, {}
 
-    def row_weights(self, terms: Sequence[Term], widths: tuple[int, ...], like: Tensor) -> Tensor:
-        """`(rows, Σ widths)`: the row weights of `terms[j]` in its `widths[j]` columns, of the dtype of `like`."""
+    def check_rows(self, terms: Sequence[Term], like: Tensor) -> None:
+        """Raise `AdapterError` unless `like` has the rows that the terms speak of."""
         rows = len(terms[0].rows or ())
         if len(like) != rows and (not self.repeats or len(like) % rows):
             raise AdapterError(f"adapter_names has {rows} entries, the input of an adapted layer {len(like)} rows")
+
+    def row_weights(self, terms: Sequence[Term], widths: tuple[int, ...], like: Tensor) -> Tensor:
+        """`(rows, Σ widths)`: the row weights of `terms[j]` in its `widths[j]` columns, of the dtype of `like`."""
+        self.check_rows(terms, like)
         key = (tuple(term.adapter for term in terms), widths, like.dtype, like.device)
         if key not in self.tables:
             table = torch.tensor([term.rows for term in terms], dtype=like.dtype, device=like.device).t()

@@ -38,9 +38,10 @@ def problems(config: "LoraConfig") -> list[str]:
     expect(is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
-    names = config.target_parameters
-    expect(names is None or (isinstance(names, list) and _is_names(names)), "target_parameters", "a list of names")
-    both = bool(names) and config.layers_to_transform is not None
+    for name in ("target_parameters", "modules_to_save"):
+        names = getattr(config, name)
+        expect(names is None or (isinstance(names, list) and _is_names(names)), name, "a list of names")
+    both = bool(config.target_parameters) and config.layers_to_transform is not None
     expect(not both, "layers_to_transform", "not given with target_parameters: name the parameters' paths")
     ranks, alphas = config.rank_pattern, config.alpha_pattern
     expect(isinstance(ranks, dict) and all(map(_is_rank, ranks.values())), "rank_pattern", "{name: whole number ≥ 1}")

@@ -1,6 +1,6 @@
 """Which layers a config means: names to layers, and nothing silently missed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -10,8 +10,12 @@ from veneer.core.errors import AdapterError, listed, nearest, shown
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.kinds.module import AdaptedModule
+from veneer.core.methods.copy import Copy
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
+from veneer.core.trained import clashes, inside, saved_modules
+from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
@@ -37,6 +41,7 @@ class Target:
     layer: nn.Module
     kind: type[AdaptedLayer]
     configs: dict[str, LoraConfig]
+    own: Callable[[Tensor], Update] | None = None  # makes what is trained here, where it is not the config's method
 
     def matrices(self) -> dict[str, Tensor]:
         """What of the layer changes, by part."""
@@ -55,12 +60,16 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     """
     modules = base_modules(model)
     search = Search(modules)
+    saved, config = saved_modules(modules, config, search.faults)
     if config.target_parameters and config.target_modules is None:
         chosen: list[str] = []
         resolved = config
     else:
         chosen, resolved = _select_modules(model, search, config)
+    chosen = [path for path in chosen if path not in saved and not inside(path, saved)]
     _find_unadaptable(modules, chosen, config, search.faults)
+    if problems := _refusals(saved, modules, AdaptedModule, config):
+        search.faults.append("modules_to_save: " + _told(problems))
     places = [*((path, "") for path in chosen), *_matching_parameters(search, config, chosen)]
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
@@ -73,6 +82,9 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         numbers = own[path, part]
         target = targets.setdefault(path, Target(modules[path], kind, {}))
         target.configs[part] = replace(resolved, **numbers) if numbers else resolved
+    targets |= {path: Target(modules[path], AdaptedModule, {"": resolved}, Copy) for path in saved}
+    if problems := clashes(modules, {path: target.kind for path, target in targets.items()}):
+        raise AdapterError(_told(problems))
     return targets, resolved
 
 
@@ -121,8 +133,8 @@ def _matching_parameters(search: Search, config: LoraConfig, chosen: Iterable[st
         layer = modules[path]
         if path in chosen or (isinstance(layer, AdaptedLayer) and not isinstance(layer, AdaptedParameters)):
             problems.append(f"{path} is adapted as a layer: target it in one way only")
-        elif reason := AdaptedParameters.refusal(layer, config) or _not_free(layer):
-            problems.append(f"{path} is a {type(layer).__name__} {reason}")
+        else:
+            problems += _refusals([path], modules, AdaptedParameters, config)
     if problems:
         search.faults.append("target_parameters: " + _told(problems))
     return places
@@ -164,10 +176,17 @@ def _find_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config: 
             inner = [name for name, child in layer.named_modules() if kind_of(child)]
             hint = f"; it holds {listed(inner)}: name those" if inner else ""
             problems.append(f"{path} is a {type(layer).__name__}, which cannot be adapted{hint}")
-        elif reason := kind.refusal(layer, config) or _not_free(layer):
-            problems.append(f"{path} is a {type(layer).__name__} {reason}")
+        else:
+            problems += _refusals([path], modules, kind, config)
     if problems:
         faults.append("target_modules: " + _told(problems))
+
+
+def _refusals(
+    paths: Iterable[str], modules: dict[str, nn.Module], kind: type[AdaptedLayer], config: LoraConfig
+) -> list[str]:
+    reasons = {path: kind.refusal(modules[path], config) or _not_free(modules[path]) for path in paths}
+    return [f"{path} is a {type(modules[path]).__name__} {reason}" for path, reason in reasons.items() if reason]
 
 
 def _told(problems: list[str]) -> str:

@@ -73,6 +73,10 @@ class Update(nn.Module, ABC):
         with torch.autocast(weight.device.type, enabled=False):
             return self.delta(weight)
 
+    def onto(self, weight: Tensor) -> Tensor:
+        """W + ΔW, in that precision; a method may know it without the sum."""
+        return weight.to(own_precision(weight)) + self(weight)
+
     def factors(self) -> Factors | None:
         """The same change as two thin matrices, where it is one."""
         return None

@@ -11,7 +11,7 @@ from veneer.core.errors import AdapterError
 from veneer.core.methods import method
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed, base_of
-from veneer.core.update import Make, Update
+from veneer.core.update import Make, Update, own_precision
 
 
 def _never_called(module: nn.Module, inputs: object) -> None:
@@ -45,6 +45,10 @@ class Adapters(nn.ModuleDict):
                         "a kind of layer that runs on changed weights cannot be mixed by rows: run them apart"
                     )
                 yield self._modules[term.adapter], term.weight  # type: ignore[misc]
+
+    def by_row(self) -> tuple[Term, ...]:
+        """In a mixed batch, the terms that act on this layer."""
+        return tuple(term for term in self.plan.terms if term.rows is not None and term.adapter in self._modules)
 
     def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
         """The same for an input or output x `(rows, …)`, and in a mixed batch the weight `(rows)` of each row."""
@@ -125,12 +129,16 @@ class AdaptedLayer(Reclassed):
         Summed in fp32 (fp64 for an fp64 base), rounded once to the base's dtype.
         """
         originals = self.matrices(self)
-        totals: dict[str, Tensor] = {}
+        acting: dict[str, list[tuple[Update, float]]] = {}
         for update, weight in self.adapters.acting(terms):
             for part, own in update.parts().items():
-                original = originals[part]
-                total = totals.get(part, original.to(torch.promote_types(original.dtype, torch.float32)))
-                totals[part] = total + weight * own(original)
+                acting.setdefault(part, []).append((own, weight))
+        totals = {}
+        for part, changes in acting.items():
+            original, (first, weight) = originals[part], changes[0]
+            alone = len(changes) == 1 and weight == 1
+            own_sum = original.to(own_precision(original))
+            totals[part] = first.onto(original) if alone else sum((w * u(original) for u, w in changes), own_sum)
         return self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
 
     def changing(self, terms: tuple[Term, ...]) -> list[str]:

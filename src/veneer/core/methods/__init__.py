@@ -7,6 +7,7 @@ from torch import Tensor
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown
+from veneer.core.methods.copy import Copy
 from veneer.core.methods.dora import Dora
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
@@ -40,4 +41,4 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ma
 
 def file_names(config: LoraConfig) -> dict[str, str]:
     """Name of a tensor of such an update → its name in a PEFT file."""
-    return {**method(config.peft_type).file_names, **(Dora.file_names if config.use_dora else {})}
+    return {**Copy.file_names, **method(config.peft_type).file_names, **(Dora.file_names if config.use_dora else {})}

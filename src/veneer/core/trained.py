@@ -1,0 +1,55 @@
+"""What an adapter trains beside its method: whole modules."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from veneer.core.config import LoraConfig
+from veneer.core.errors import nearest, shown
+from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.kinds.module import AdaptedModule
+from veneer.core.reclass import mixin_of
+
+# the heads of transformers' models for a task: they start at random, so PEFT trains them without being asked
+_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+def with_heads(config: LoraConfig) -> LoraConfig:
+    """The config with the heads of its task among `modules_to_save`, as PEFT has it."""
+    named = [*(config.modules_to_save or []), *_HEADS.get(config.task_type or "", [])]
+    return replace(config, modules_to_save=named or None)
+
+
+def saved_modules(
+    modules: Mapping[str, nn.Module], config: LoraConfig, faults: list[str]
+) -> tuple[list[str], LoraConfig]:
+    """The paths that `modules_to_save` means: as in PEFT, all that end with a name, also in the middle of a word
+    (DistilBERT's `pre_classifier` for `classifier`); and the config without the heads that the model has not.
+    """
+    names = list(dict.fromkeys(config.modules_to_save or []))
+    found = {name: [path for path in modules if path.endswith(name)] for name in names}
+    names = [name for name in names if found[name] or name not in _HEADS.get(config.task_type or "", [])]
+    if missing := [name for name in names if not found[name]]:
+        choices = list(dict.fromkeys(path.rpartition(".")[2] for path in modules))
+        hints = [f"{shown(name)} matches no module{nearest(name, [*choices, *modules])}" for name in missing[:8]]
+        hints += [f"nor do {len(missing) - 8} more"] if len(missing) > 8 else []
+        faults.append(f"modules_to_save: {'; '.join(hints)}")
+    meant = {path for paths in found.values() for path in paths}
+    paths = [path for path in modules if path in meant and not inside(path, meant)]
+    return paths, replace(config, modules_to_save=names or None)
+
+
+def inside(path: str, others: Iterable[str]) -> bool:
+    """Whether a path stands below one of the others."""
+    return any(path.startswith(f"{other}.") for other in others)
+
+
+def clashes(modules: Mapping[str, nn.Module], targets: Mapping[str, type[AdaptedLayer]]) -> list[str]:
+    """What would be changed in two ways, by this adapter or by it and those on the model."""
+    carried = {path: mixin_of(module) for path, module in modules.items() if isinstance(module, AdaptedLayer)}
+    kinds: dict[str, object] = {**carried, **targets}
+    whole = {path for path, kind in kinds.items() if kind is AdaptedModule}
+    twice = [path for path, kind in targets.items() if carried.get(path, kind) is not kind]
+    twice += [path for path in kinds if whole and path not in twice and inside(path, whole)]
+    return [f"{path} is adapted otherwise, or stands in a module that is: target it in one way only" for path in twice]

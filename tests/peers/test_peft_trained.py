@@ -1,0 +1,78 @@
+"""PEFT: what an adapter trains beside its method is the same there and here, both ways through files."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import veneer
+from veneer.core.inject import adapted_layers
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings", "ignore:.*save_embedding_layers")
+
+TOKENS = torch.arange(3, 15).view(2, 6)
+CHOICES = {
+    "a head": ("roberta", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    "a head and its layers": ("roberta", {"target_modules": ["dense"], "modules_to_save": ["classifier"]}),
+    "a task": ("roberta", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "a task of two heads": ("distilbert", {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
+    "tables": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "a norm, with LoHa": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"], "peft_type": "LOHA"}),
+}
+
+
+@pytest.fixture(params=CHOICES)
+def choice(request, tiny):
+    family, settings = CHOICES[request.param]
+    return tiny(family, *(["SequenceClassification"] if family == "distilbert" else [])), settings
+
+
+def _moved(model: nn.Module) -> nn.Module:
+    """Trained: no longer what it was."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def _theirs(settings: dict[str, object]):
+    own = dict(settings)
+    kind = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig}[own.pop("peft_type", "LORA")]
+    return kind(**own)
+
+
+def _run(model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    logits = model(TOKENS).logits
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return logits, sorted(gradients, key=lambda own: (len(own), own.norm().item()))
+
+
+def _agree(ours: nn.Module, theirs: nn.Module) -> None:
+    (logits, gradients), (their_logits, their_gradients) = _run(ours), _run(theirs.eval())
+    torch.testing.assert_close(logits, their_logits, rtol=1e-5, atol=1e-5)
+    assert len(gradients) == len(their_gradients)
+    for gradient, wanted in zip(gradients, their_gradients, strict=True):
+        assert (gradient - wanted).norm() <= 1e-5 * max(wanted.norm(), 1)
+
+
+def test_what_veneer_saves_peft_reads(choice, tmp_path):
+    base, settings = choice
+    ours = _moved(veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(**settings)))
+    ours.save_pretrained(tmp_path)
+    _agree(ours, peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True))
+
+
+def test_what_peft_saves_veneer_reads(choice, tmp_path):
+    base, settings = choice
+    ours = copy.deepcopy(base)
+    theirs = _moved(peft.get_peft_model(base, _theirs(settings)))
+    theirs.save_pretrained(tmp_path)
+    read = veneer.PeftModel.from_pretrained(ours, tmp_path, is_trainable=True)
+    _agree(read, theirs)
+    logits = read(TOKENS).logits
+    assert not list(adapted_layers(merged := read.merge_and_unload()))
+    torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)
