@@ -163,7 +163,7 @@ DAMAGE = {
         lambda f: _config(f, bias="all", use_qalora=True),
         "bias='all' is not supported.*; use_qalora=True is",
     ),
-    "saved modules": (lambda f: _config(f, modules_to_save=["head"]), "modules_to_save=.* is not supported"),
+    "no such modules": (lambda f: _config(f, modules_to_save=["heat"]), "modules_to_save: 'heat' .* mean 'head'"),
     "other targets": (lambda f: _config(f, target_modules=["heat"]), "'heat' matches no module; did you mean 'head'"),
 }
 

@@ -19,7 +19,10 @@ CHOICES = {
     "a task": ("roberta", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
     "a task of two heads": ("distilbert", {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
     "tables": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
-    "a norm, with LoHa": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"], "peft_type": "LOHA"}),
+    "a norm, with LoHa": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"], "peft_type": "LOHA"},
+    ),
 }
 
 
@@ -74,5 +77,6 @@ def test_what_peft_saves_veneer_reads(choice, tmp_path):
     read = veneer.PeftModel.from_pretrained(ours, tmp_path, is_trainable=True)
     _agree(read, theirs)
     logits = read(TOKENS).logits
-    assert not list(adapted_layers(merged := read.merge_and_unload()))
+    merged = read.merge_and_unload()
+    assert not list(adapted_layers(merged))
     torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)

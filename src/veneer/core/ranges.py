@@ -37,6 +37,8 @@ def problems(config: "LoraConfig") -> list[str]:
     expect(is_finite(config.lora_alpha), "lora_alpha", "a finite number")
     expect(is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        if name == "target_modules" and config.target_modules == [] and config.modules_to_save:
+            continue  # these alone
         expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
     for name in ("target_parameters", "modules_to_save"):
         names = getattr(config, name)

@@ -61,7 +61,7 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
     modules = base_modules(model)
     search = Search(modules)
     saved, config = saved_modules(modules, config, search.faults)
-    if config.target_parameters and config.target_modules is None:
+    if config.target_modules == [] or (config.target_parameters and config.target_modules is None):
         chosen: list[str] = []
         resolved = config
     else:

@@ -49,3 +49,11 @@ class AdaptedModule(AdaptedParts):
     @classmethod
     def places(cls, update: Any) -> dict[str, str]:
         return {part: "." + part.replace("/", ".") for part in update.parts()}
+
+    def own_forward(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The base class's own forward; it may run all that it holds (`nn.Sequential`), so it does not see adapters."""
+        adapters = self._modules.pop("adapters")
+        try:
+            return super().own_forward(values, *args, **kwargs)
+        finally:
+            self._modules["adapters"] = adapters

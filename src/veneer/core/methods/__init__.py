@@ -29,7 +29,8 @@ def method(peft_type: str) -> type[Update]:
 def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Make:
     """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config."""
     made_by: Any = method(config.peft_type)
-    common = [made_by.share(list(layers))] if made_by.share else []
+    layers = list(layers)
+    common = [made_by.share(layers)] if made_by.share and layers else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
         update = made_by(weight, own, *common)
