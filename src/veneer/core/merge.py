@@ -1,6 +1,7 @@
 """Changes into the weights and out again: exact, and the whole model or nothing."""
 
 from collections import defaultdict
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -13,13 +14,15 @@ from veneer.core.plan import Plan, Term
 
 @torch.no_grad()
 def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
-    """W ← W + Σ weight · ΔW in every adapted layer, from the original weight, summed in fp32, rounded once.
+    """W ← W + Σ weight · ΔW, and so for b, in every adapted layer: from the original, summed in fp32, rounded once.
 
     The original is kept for `unmerge`. Raises `AdapterError`, with nothing changed, when a weight is shared with
-    a layer that the change is not meant for, is computed from others (`weight_norm`), or would not be finite.
+    a layer that the change is not meant for, is computed from others (`weight_norm`), or would not be finite; or when
+    a bias is changed that is not there.
     """
     layers = [(path, layer) for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))]
     changing = {f"{path}.{name}": (layer, name) for path, layer in layers for name in layer.changing(terms)}
+    _refuse_absent(changing)
     _refuse_computed(changing)
     _refuse_tied(model, changing)
     done: list[AdaptedLayer] = []
@@ -54,6 +57,14 @@ def _put_back(layer: AdaptedLayer) -> None:
     for name, value in layer.adapters.original.items():
         layer.get_parameter(name).data = value
     layer.adapters.original = None
+
+
+def _refuse_absent(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
+    absent = [path for path, (layer, name) in changing.items() if attrgetter(name)(layer) is None]
+    if absent:
+        raise AdapterError(
+            f"cannot merge a change of the bias into layers that have none: {listed(absent)}; let it act live"
+        )
 
 
 def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:

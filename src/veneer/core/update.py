@@ -81,6 +81,15 @@ class Update(nn.Module, ABC):
         """The same change as two thin matrices, where it is one."""
         return None
 
+    @classmethod
+    def shifts(cls, config: "LoraConfig") -> bool:
+        """Whether such updates change the layer's bias too; only kinds that are `biased` take them."""
+        return False
+
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        """Δb `(out)` for the layer's `bias`, or None where it stays as it is."""
+        return None
+
     def parts(self) -> dict[str, "Update"]:
         """The updates of the layer's matrices, by part; most layers are one matrix, called ""."""
         return {"": self}

@@ -63,9 +63,11 @@ class AdaptedLayer(Reclassed):
 
     adapters: Adapters
     weight: Tensor
+    bias: Tensor | None
     linear: ClassVar[bool] = False  # belongs to "all-linear"
     norm: ClassVar[bool] = False  # belongs to "norm"
     drops: ClassVar[bool] = True  # its change has an input of its own, which dropout can drop
+    biased: ClassVar[bool] = False  # y = W x + b, where b, called `bias`, may be None and may change
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
@@ -79,6 +81,8 @@ class AdaptedLayer(Reclassed):
             return f"whose change has no input that lora_dropout={config.lora_dropout} could drop: set it to 0"
         if method(config.peft_type).share and not cls.linear:
             return f"and {config.peft_type} adapts linear layers alone: its projections are shared among these"
+        if method(config.peft_type).shifts(config) and not cls.biased:
+            return "and this adapter changes biases too, which it does for linear layers and convolutions alone"
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and not weight.is_floating_point():
             return f"whose weight is of {weight.dtype}: quantised layers are not adapted yet"
@@ -124,7 +128,7 @@ class AdaptedLayer(Reclassed):
         """Starting values that this kind wants in the place of the method's own."""
 
     def changed(self, terms: tuple[Term, ...] | None = None) -> dict[str, Tensor]:
-        """W + Σ weight · ΔW by parameter name, over `terms` or those of the plan.
+        """W + Σ weight · ΔW, and b + Σ weight · Δb, by parameter name, over `terms` or those of the plan.
 
         Summed in fp32 (fp64 for an fp64 base), rounded once to the base's dtype.
         """
@@ -139,12 +143,25 @@ class AdaptedLayer(Reclassed):
             alone = len(changes) == 1 and weight == 1
             own_sum = original.to(own_precision(original))
             totals[part] = first.onto(original) if alone else sum((w * u(original) for u, w in changes), own_sum)
-        return self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
+        values = self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
+        return {**values, **self.shifted(terms)}
+
+    def shifted(self, terms: tuple[Term, ...] | None = None) -> dict[str, Tensor]:
+        """b + Σ weight · Δb, likewise, where a change has one; a layer that has no b gets one."""
+        shifts = []
+        if self.biased:
+            own = ((weight, update.shift(self.bias)) for update, weight in self.adapters.acting(terms))
+            shifts = [weight * shift for weight, shift in own if shift is not None]
+        if not shifts:
+            return {}
+        bias = self.weight.new_zeros(len(shifts[0])) if self.bias is None else self.bias
+        return {"bias": sum(shifts, bias.to(own_precision(bias))).to(bias.dtype)}
 
     def changing(self, terms: tuple[Term, ...]) -> list[str]:
         """The names of the parameters that `changed` would give."""
         parts = {part for update, _ in self.adapters.acting(terms) for part in update.parts()}
-        return list(self.values(self, {part: m for part, m in self.matrices(self).items() if part in parts}))
+        values = self.values(self, {part: m for part, m in self.matrices(self).items() if part in parts})
+        return [*values, *self.shifted(terms)]
 
     def own_forward(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base class's own forward, with these parameters in the place of the layer's."""

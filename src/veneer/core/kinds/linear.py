@@ -22,10 +22,9 @@ class Dense(NamedTuple):
 
 
 class AdaptedLinear(AdaptedLayer):
-    """y = W x + b + Σ weight · ΔW · drop(x), weight `(out, in)`."""
+    """y = W x + b + Σ weight · (ΔW · drop(x) + Δb), weight `(out, in)`."""
 
-    linear = True
-    bias: Tensor | None
+    linear = biased = True
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
@@ -36,31 +35,35 @@ class AdaptedLinear(AdaptedLayer):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        matrix = self.matrix(self.weight)
-        thin, dense, gains = self._changes(x, matrix)
+        matrix, bias = self.matrix(self.weight), self.bias
+        thin, dense, gains, shifts = self._changes(x, matrix, bias)
         if not thin and not dense:
             return super().forward(x)
-        y = fused_linear(x, matrix, self.bias, thin, sum(gains[1:], gains[0]) if gains else None)
+        y = fused_linear(x, matrix, bias, thin, sum(gains[1:], gains[0]) if gains else None)
+        for shift in shifts:
+            y = (y.reshape(len(shift), -1, len(matrix)) + shift.unsqueeze(1).to(y.dtype)).view(y.shape)
         return self._with_dense(y, x, dense)
 
-    def _changes(self, x: Tensor, matrix: Tensor | None) -> tuple[list[Change], list[Dense], list[Tensor]]:
-        """What acts: products of thin matrices, the rest, and, where the base's `matrix` is given, by how much more
-        its rows count: `(1, out)`, in a mixed batch `(rows, out)`.
+    def _changes(
+        self, x: Tensor, matrix: Tensor | None, bias: Tensor | None
+    ) -> tuple[list[Change], list[Dense], list[Tensor], list[Tensor]]:
+        """What acts: products of thin matrices; the rest; where the base's `matrix` is given, by how much more its
+        rows count; what is added to the `bias`. The last two are `(1, out)`, in a mixed batch `(rows, out)`.
         """
-        thin, dense, gains = [], [], []
+        thin, dense, gains, shifts = [], [], [], []
         for update, weight, rows in self.adapters.acting_on(x):
             dropout = update.dropout if self.training else 0.0
             factors = update.factors()
             if matrix is not None and (rescaled := update.by_rows(matrix)):
-                gains.append(
-                    weight * (rescaled.gain if rows is None else rows[:, None] * rescaled.gain).view(-1, len(matrix))
-                )
+                gains.append(_weighted(rescaled.gain, weight, rows))
                 factors = rescaled.factors
+            if (shift := update.shift(bias)) is not None:
+                shifts.append(_weighted(shift, weight, rows))
             if factors:
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout, rows))
             else:
                 dense.append(Dense(update, weight, dropout, rows))
-        return thin, dense, gains
+        return thin, dense, gains, shifts
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
         for update, weight, dropout, rows in dense:
@@ -78,8 +81,10 @@ class AdaptedOwnLinear(AdaptedLinear):
         return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and _is_called(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense, _ = self._changes(x, None)  # its own forward tells nothing about the rows of W x
-        y = super(AdaptedLinear, self).forward(x)
+        thin, dense, _, shifts = self._changes(
+            x, None, self.bias
+        )  # its own forward tells nothing about the rows of W x
+        y = self.own_forward(self.shifted() if shifts else {}, x)  # nor about what it does with b
         for change in thin:
             y = y + thin_linear(x, change).to(y.dtype)
         return self._with_dense(y, x, dense)
@@ -95,6 +100,11 @@ class AdaptedConv1D(AdaptedLinear):
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
         return weight.t()
+
+
+def _weighted(value: Tensor, weight: float, rows: Tensor | None) -> Tensor:
+    """`(1, out)`, or in a mixed batch `(rows, out)`, for a value `(out)`."""
+    return weight * (value.unsqueeze(0) if rows is None else rows[:, None] * value)
 
 
 def _is_called(layer: nn.Linear) -> bool:

@@ -10,6 +10,7 @@ from veneer.core.update import Rows, Update, own_precision
 
 class Dora(Update):
     """W + ΔW = g ⊙ (W + ΔV) with g = m / ‖W + ΔV‖, row by row: ΔV is the change of `inner`, the magnitude m is learned.
+    What ΔV's method does to a bias stays as it is.
 
     m `(out)` starts as ‖W + ΔV‖, by the same sums as later, so that g is 1 to the bit. The norm counts as a
     constant in the gradient (§4.3). A row that is all zero has g = 1. Dropout acts on ΔV alone where the layer
@@ -35,6 +36,9 @@ class Dora(Update):
             return None
         gain = self._gain(weight)
         return Rows(gain - 1, factors._replace(B=gain[:, None] * factors.B))
+
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        return self.inner.shift(bias)
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.inner.tensors(), "magnitude": self.magnitude.detach()}
