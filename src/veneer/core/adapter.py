@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from veneer.core.whole import write_whole
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ON_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # PEFT's names there
 _MODEL = "base_model"
+_BASE = ".base_layer.weight"
 _OWN, _REPLACED = "adapter_config", "replaces"  # what weights may say about themselves, beside PEFT's "format"
 
 
@@ -31,12 +32,14 @@ class Adapter:
     """What a file holds, and what combining and analysing work on.
 
     `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`; what all layers
-    share stands under "". `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise.
+    share stands under "". `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise;
+    `bases` are tables of the base that PEFT's files repeat.
     """
 
     config: LoraConfig
     tensors: dict[str, dict[str, Tensor]]
     embeddings: frozenset[str] = frozenset()
+    bases: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; both whole or not at all.
@@ -52,6 +55,11 @@ class Adapter:
             .cpu()
             for path, tensors in self.tensors.items()
             for name, tensor in tensors.items()
+        }
+        homes: dict[int, str] = {}  # a file has no two tensors of one memory
+        flat = {
+            name: tensor if homes.setdefault(tensor.data_ptr(), name) == name else tensor.clone()
+            for name, tensor in flat.items()
         }
         text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
         folder = Path(folder)
@@ -125,10 +133,13 @@ def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, 
     if config.use_dora:
         endings["lora_magnitude_vector.weight"] = "magnitude"  # as PEFT's readers take it too
     tensors: dict[str, dict[str, Tensor]] = {}
-    strangers, embeddings = [], set()
+    strangers, embeddings, bases = [], set(), {}
     pattern = re.compile(rf"{_MODEL}(?:\.model\.(.+))?\.({'|'.join(map(re.escape, endings))})")
     for key, tensor in flat.items():
         match = pattern.fullmatch(key)
+        if key.endswith(_BASE):
+            bases[key.removeprefix(f"{_MODEL}.model.").removesuffix(_BASE)] = tensor
+            continue
         if match is None and (path := _trained_path(key, config)):
             tensors.setdefault(path, {})["value"] = tensor
             continue
@@ -139,13 +150,14 @@ def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, 
         own[endings[match[2]]] = tensor
         if match[2] in lookups:
             embeddings.add(match[1] or "")
-    return Adapter(config, tensors, frozenset(embeddings)), strangers
+    return Adapter(config, tensors, frozenset(embeddings), bases), strangers
 
 
 def _trained_path(key: str, config: LoraConfig) -> str | None:
     """The path of the parameter whose value a tensor is, where the config has its module trained whole."""
-    path = key.removeprefix(f"{_MODEL}.model.")
-    return path if path != key and any(f"{name}." in path for name in config.modules_to_save or []) else None
+    path, names = key.removeprefix(f"{_MODEL}.model."), config.modules_to_save or []
+    meant = any(f"{name}." in path for name in names) or (names and config.ensure_weight_tying)
+    return path if path != key and meant else None
 
 
 def _succession(folder: Path, text: str) -> dict[str, str]:

@@ -17,14 +17,13 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "lora_bias": (False,),
     "module_dropout": (0.0,),
     "rank_dropout": (0.0,),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None,),
     "use_effective_conv2d": (False,),
     "use_qalora": (False,),
 }
 # What says nothing about the numbers in a finished adapter: where it came from, how it started, how it ran.
 _SILENT = {
-    "arrow_config", "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "arrow_config", "auto_mapping", "corda_config", "eva_config", "fan_in_fan_out",
     "kasa_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
     "peft_version", "qalora_group_size", "rank_dropout_scale", "runtime_config", "velora_config",
 }  # fmt: skip
@@ -46,6 +45,9 @@ class LoraConfig:
     `target_parameters`: parameters that are changed by their names (`["experts.down_proj"]`), whatever they
     belong to; a stack of matrices, matrix by matrix. `modules_to_save`: modules that are trained whole, as copies that
     belong to the adapter; a fresh adapter adds the head that `task_type` SEQ_CLS, TOKEN_CLS or QUESTION_ANS means.
+    `trainable_token_indices`: rows of the input embedding, or `{table: rows}`, that are trained by themselves, in all
+    layers that share the table's weight. `ensure_weight_tying`: whatever changes a weight that layers share does so in
+    all of them.
     `rank_pattern` and `alpha_pattern` give layers whose path ends with a key (a regular expression) another `r` or
     `lora_alpha`. `options` are those that the method `peft_type` declares for itself; in a file they stand beside the
     rest, under PEFT's names.
@@ -59,6 +61,8 @@ class LoraConfig:
     exclude_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
@@ -186,5 +190,7 @@ MEANINGS = {
     "revision": "The revision of the base on the hub.",
     "inference_mode": "Kept for PEFT; says nothing here.",
     "modules_to_save": "Modules that are trained whole, as copies that the adapter holds: a new head, say.",
+    "trainable_token_indices": "Tokens whose rows of the embedding are trained by themselves: new ones, say.",
+    "ensure_weight_tying": "What changes a weight that layers share (embedding and head) changes it in all of them.",
     "target_parameters": "Parameters that are adapted by name, stacked experts included.",
 }

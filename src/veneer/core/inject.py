@@ -12,13 +12,14 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, named
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import maker, method
+from veneer.core.methods.tokens import Tied
 from veneer.core.plan import Plan
 from veneer.core.reclass import mixin_of, reclass, restore
 from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
-from veneer.core.trained import with_heads
-from veneer.core.update import Update
+from veneer.core.update import Parts, Update
 
 _Layer = tuple[type[AdaptedLayer], nn.Module, Any]  # its kind, itself, its update
 
@@ -46,7 +47,7 @@ def inject(
     _refuse_name(name)
     faults = list(faults)
     try:
-        targets, resolved = select(model, config if values is not None else with_heads(config))
+        targets, resolved = select(model, config, fresh=values is None)
         updates = _built(targets, resolved, sketched=values is not None)
     except AdapterError as error:
         raise AdapterError("\n".join([*faults, str(error)])) from None
@@ -77,7 +78,19 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
 
         return target.kind.build(make, target.layer, target.configs)
 
-    return {path: built(target) for path, target in targets.items()}
+    updates = {path: built(target) for path, target in targets.items() if target.tied_to is None}
+    for path, target in targets.items():
+        if target.tied_to is not None:
+            updates[path] = _tied(updates[target.tied_to], target, targets[target.tied_to])
+    return updates
+
+
+def _tied(update: Any, target: Target, source: Target) -> Any:
+    """The same change, for another layer with the same weight."""
+    if target.kind is AdaptedModule:
+        return Parts({"weight": update["weight"]})
+    lookups = [issubclass(kind, AdaptedEmbedding) for kind in (target.kind, source.kind)]
+    return Tied(update, turned=lookups[0] != lookups[1])
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
@@ -160,13 +173,31 @@ def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) ->
     ]
     fitting = [key for key, shape in wanted.items() if key in found and shape == found[key].shape]
     broken = [".".join(filter(None, key)) for key in fitting if not is_finite(found[key])]
-    said = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
+    strangers += [f"{path}.base_layer.weight" for path in values.bases if path not in layers]
+    said = (
+        ("missing", missing),
+        ("unexpected", strangers),
+        ("of another shape", misshaped),
+        ("made for another base, whose weights it repeats: those of", _other_bases(layers, values)),
+    )
     problems = [f"{what}: {collapsed(names)}" for what, names in said if names]
     if problems:
         made_for = values.config.base_model_name_or_path
         origin = f" (it was made for {named(made_for)})" if made_for else ""
         problems.insert(0, f"the adapter does not fit this {type(model).__name__}{origin}:")
     return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
+
+
+def _other_bases(layers: Mapping[str, _Layer], values: Adapter) -> list[str]:
+    """The layers whose weight is not what the file says it was."""
+    pairs = {
+        path: (layers[path][1].get_parameter("weight"), base) for path, base in values.bases.items() if path in layers
+    }
+    return [
+        path
+        for path, (own, base) in pairs.items()
+        if own.shape != base.shape or not torch.equal(own.detach().to(base.device, base.dtype), base)
+    ]
 
 
 @torch.no_grad()

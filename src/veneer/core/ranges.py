@@ -29,7 +29,7 @@ def problems(config: "LoraConfig") -> list[str]:
             found.append(f"{name} should be {expected}, found {shown(getattr(config, name))}")
 
     expect(isinstance(config.peft_type, str), "peft_type", "the name of a method")
-    for name in ("use_rslora", "use_dora", "inference_mode"):
+    for name in ("use_rslora", "use_dora", "inference_mode", "ensure_weight_tying"):
         expect(isinstance(getattr(config, name), bool), name, "true or false")
     for name in ("task_type", "base_model_name_or_path", "revision"):
         expect(isinstance(getattr(config, name), (str, type(None))), name, "a string")
@@ -37,12 +37,15 @@ def problems(config: "LoraConfig") -> list[str]:
     expect(is_finite(config.lora_alpha), "lora_alpha", "a finite number")
     expect(is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        if name == "target_modules" and config.target_modules == [] and config.modules_to_save:
-            continue  # these alone
+        if name == "target_modules" and config.target_modules == [] and _trains_more(config):
+            continue
         expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
     for name in ("target_parameters", "modules_to_save"):
         names = getattr(config, name)
         expect(names is None or (isinstance(names, list) and _is_names(names)), name, "a list of names")
+    rows = config.trainable_token_indices
+    tables = rows.values() if isinstance(rows, dict) else [rows]
+    expect(rows is None or all(map(_is_tokens, tables)), "trainable_token_indices", "token ids, each once")
     both = bool(config.target_parameters) and config.layers_to_transform is not None
     expect(not both, "layers_to_transform", "not given with target_parameters: name the parameters' paths")
     ranks, alphas = config.rank_pattern, config.alpha_pattern
@@ -109,6 +112,16 @@ def _is_layers(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_whole(number, 0) for number in value)
     return value is None or _is_whole(value, 0)
+
+
+def _is_tokens(value: object) -> bool:
+    whole = isinstance(value, list) and all(_is_whole(number, 0) for number in value)
+    return whole and 0 < len(set(value)) == len(value)  # type: ignore[call-overload,arg-type]
+
+
+def _trains_more(config: "LoraConfig") -> bool:
+    """Whether there is something to train beside a method's layers."""
+    return bool(config.modules_to_save or config.trainable_token_indices)
 
 
 def _is_names(value: object) -> bool:

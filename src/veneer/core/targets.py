@@ -1,7 +1,9 @@
 """Which layers a config means: names to layers, and nothing silently missed."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -12,9 +14,11 @@ from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods.copy import Copy
+from veneer.core.methods.tokens import Tokens
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
-from veneer.core.trained import clashes, inside, saved_modules
+from veneer.core.tied import tie
+from veneer.core.trained import clashes, inside, saved_modules, token_tables, with_heads
 from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
@@ -42,25 +46,34 @@ class Target:
     kind: type[AdaptedLayer]
     configs: dict[str, LoraConfig]
     own: Callable[[Tensor], Update] | None = None  # makes what is trained here, where it is not the config's method
+    rows: list[int] | None = None  # of a table that are trained by themselves
+    tied_to: str | None = None  # the path of the layer whose change this one has, as it has its weight
 
     def matrices(self) -> dict[str, Tensor]:
         """What of the layer changes, by part."""
         return self.kind.matrices(self.layer)
+
+    def parameters(self) -> set[str]:
+        """The names of what changes."""
+        parts = {part: own for part, own in self.matrices().items() if part in self.configs or "" in self.configs}
+        return set(self.kind.values(self.layer, parts))
 
     @property
     def config(self) -> LoraConfig:
         return next(iter(self.configs.values()))
 
 
-def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], LoraConfig]:
+def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[dict[str, Target], LoraConfig]:
     """The layers that `config` means, by path, and the config with `target_modules` spelled out.
 
-    Raises `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no
-    kind can adapt.
+    A `fresh` adapter has the heads of its task, and is warned of where it changes a shared weight in one layer alone.
+    Raises `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no kind can
+    adapt.
     """
     modules = base_modules(model)
     search = Search(modules)
-    saved, config = saved_modules(modules, config, search.faults)
+    saved, config = saved_modules(modules, with_heads(config) if fresh else config, search.faults)
+    tables = token_tables(model, modules, config, search.faults)
     if config.target_modules == [] or (config.target_parameters and config.target_modules is None):
         chosen: list[str] = []
         resolved = config
@@ -82,9 +95,21 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         numbers = own[path, part]
         target = targets.setdefault(path, Target(modules[path], kind, {}))
         target.configs[part] = replace(resolved, **numbers) if numbers else resolved
+    problems = [
+        f"{path} is changed in two ways: target it in one" for path in tables if path in targets or path in saved
+    ]
     targets |= {path: Target(modules[path], AdaptedModule, {"": resolved}, Copy) for path in saved}
-    if problems := clashes(modules, {path: target.kind for path, target in targets.items()}):
+    for path, ids in tables.items():
+        kind = kind_of(modules[path])
+        assert kind is not None
+        targets[path] = Target(modules[path], kind, {"": resolved}, partial(Tokens, ids=ids), ids)
+    alone, unfollowed = tie(modules, targets, resolved.ensure_weight_tying)
+    problems += [*unfollowed, *clashes(modules, {path: target.kind for path, target in targets.items()})]
+    if problems:
         raise AdapterError(_told(problems))
+    if alone and fresh:
+        advice = "merging will need untie=True; ensure_weight_tying=True changes both"
+        warnings.warn(f"{'; '.join(alone)}: {advice}", stacklevel=6)
     return targets, resolved
 
 

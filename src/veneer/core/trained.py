@@ -1,4 +1,4 @@
-"""What an adapter trains beside its method: whole modules."""
+"""What an adapter trains beside its method: whole modules and rows of tables; and which layers follow others."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -6,7 +6,9 @@ from dataclasses import replace
 from torch import nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import nearest, shown
+from veneer.core.errors import listed, nearest, shown
+from veneer.core.kinds import kind_of
+from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.module import AdaptedModule
 from veneer.core.reclass import mixin_of
@@ -38,6 +40,34 @@ def saved_modules(
     meant = {path for paths in found.values() for path in paths}
     paths = [path for path in modules if path in meant and not inside(path, meant)]
     return paths, replace(config, modules_to_save=names or None)
+
+
+def token_tables(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, faults: list[str]
+) -> dict[str, list[int]]:
+    """The tables that `trainable_token_indices` means, with the rows of each; names as in `modules_to_save`."""
+    wanted = config.trainable_token_indices
+    if isinstance(wanted, list):
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+        known = [path for path, module in modules.items() if module is table or path.endswith("embed_tokens")]
+        wanted = {known[0] if known else "embed_tokens": wanted}
+    found: dict[str, list[int]] = {}
+    problems = []
+    for name, ids in (wanted or {}).items():
+        paths = [path for path in modules if path.endswith(name)]
+        if not paths:
+            tables = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+            problems.append(f"{shown(name)} matches no module; the tables are {listed(tables)}{nearest(name, tables)}")
+        for path in paths:
+            table = modules[path]
+            if not isinstance(table, nn.Embedding) or not issubclass(kind_of(table) or object, AdaptedEmbedding):
+                problems.append(f"{path} is a {type(table).__name__}, which is no table that can be adapted")
+            elif beyond := [token for token in ids if token >= len(table.weight)]:
+                problems.append(f"{path} has {len(table.weight)} rows, and no {listed(beyond)}")
+            found[path] = ids
+    if problems:
+        faults.append("trainable_token_indices: " + "\n".join(problems[:8]))
+    return found
 
 
 def inside(path: str, others: Iterable[str]) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
 LYCORIS_NAMES: dict[str, str | None] = {
     "lora_alpha": "alpha",
     "init_lora_weights": "init_weights",
-    **dict.fromkeys(("bias", "fan_in_fan_out", "lora_dropout", "target_parameters", "use_dora", "use_rslora")),
+    **dict.fromkeys(
+        (
+            "bias",
+            "ensure_weight_tying",
+            "fan_in_fan_out",
+            "lora_dropout",
+            "target_parameters",
+            "trainable_token_indices",
+            "use_dora",
+            "use_rslora",
+        )
+    ),
 }
 
 
@@ -47,6 +59,20 @@ class Rows(NamedTuple):
 
     gain: Tensor  # (out)
     factors: Factors
+
+
+class Few(NamedTuple):
+    """A change of a few rows, or columns, of W: what is added to them."""
+
+    ids: Tensor  # (number)
+    values: Tensor  # (number, width)
+
+    def at(self, x: Tensor) -> Tensor:
+        """What is added to row x, for any x: `(…)` → `(…, width)`."""
+        ids, order = self.ids.sort()
+        place = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
+        found = F.embedding(order[place], self.values)
+        return torch.where((ids[place] == x).unsqueeze(-1), found, found.new_zeros(()))
 
 
 class Update(nn.Module, ABC):
@@ -79,6 +105,14 @@ class Update(nn.Module, ABC):
 
     def factors(self) -> Factors | None:
         """The same change as two thin matrices, where it is one."""
+        return None
+
+    def few_columns(self, weight: Tensor) -> Few | None:
+        """The same change as that of a few columns of W, where it is one."""
+        return None
+
+    def few_rows(self, weight: Tensor) -> Few | None:
+        """Likewise for rows."""
         return None
 
     @classmethod

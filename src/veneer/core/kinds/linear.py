@@ -67,6 +67,10 @@ class AdaptedLinear(AdaptedLayer):
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
         for update, weight, dropout, rows in dense:
+            if few := update.few_rows(self.matrix(self.weight)):
+                change = F.linear(F.dropout(x, dropout), (weight * few.values).to(x.dtype)).to(y.dtype)
+                y = y.index_add(-1, few.ids, change if rows is None else by_row(change, rows))
+                continue
             delta = weight * update(self.matrix(self.weight))
             change = F.linear(F.dropout(x, dropout), delta.to(x.dtype)).to(y.dtype)
             y = y + (change if rows is None else by_row(change, rows))

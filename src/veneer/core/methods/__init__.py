@@ -12,6 +12,7 @@ from veneer.core.methods.dora import Dora
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora
+from veneer.core.methods.tokens import Tokens
 from veneer.core.methods.vera import Vera
 from veneer.core.update import Make, Update
 
@@ -42,4 +43,9 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ma
 
 def file_names(config: LoraConfig) -> dict[str, str]:
     """Name of a tensor of such an update → its name in a PEFT file."""
-    return {**Copy.file_names, **method(config.peft_type).file_names, **(Dora.file_names if config.use_dora else {})}
+    return {
+        **Copy.file_names,
+        **Tokens.file_names,
+        **method(config.peft_type).file_names,
+        **(Dora.file_names if config.use_dora else {}),
+    }
