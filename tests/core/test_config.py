@@ -75,7 +75,6 @@ def test_to_dict_and_from_dict_are_inverse_and_json():
     "values",
     [
         {"bias": "all"},
-        {"lora_bias": True},
         {"layer_replication": [[0, 2]]},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},

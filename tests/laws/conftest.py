@@ -37,6 +37,16 @@ class Hadamard(Update):
         return weight * (self.B @ self.A)
 
 
+class Shifted:
+    """A layer with another bias, for its formula."""
+
+    def __init__(self, layer: nn.Module, bias: Tensor) -> None:
+        self.layer, self.bias = layer, bias
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
 @dataclass(frozen=True)
 class Case:
     """One method on one example of a kind."""
@@ -103,7 +113,14 @@ class Case:
     def dense(self, layer: AdaptedLayer, weights: Mapping[str, float], x: Tensor) -> Tensor:
         """The definition: the base's formula for W + Σ weight · ΔW."""
         changed = self.changed(layer, weights)
-        return self.example.formula(layer, changed.get("", changed), x)
+        shifts = [
+            weight * shift
+            for name, weight in weights.items()
+            for update in layer.adapters[name].parts().values()
+            if self.kind.biased and (shift := update.shift(layer.bias)) is not None
+        ]
+        shifted = Shifted(layer, sum(shifts, 0 if layer.bias is None else layer.bias)) if shifts else layer
+        return self.example.formula(shifted, changed.get("", changed), x)
 
     def changed(self, layer: AdaptedLayer, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """W + Σ weight · ΔW by part, in the precision of the sum."""
@@ -125,10 +142,11 @@ VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
     "LORA": {
         f"LORA-{start}": {"init_lora_weights": start} for start in ("orthogonal", "pissa", "pissa_niter_2", "olora")
     }
-    | {"LORA-FA": {"options": {"freeze_A": True}}}
+    | {"LORA-FA": {"options": {"freeze_A": True}}, "LORA-bias": {"options": {"lora_bias": True}}}
     | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
     "VERA": {"VERA-key": {"options": {"save_projection": False, "projection_prng_key": 7}}},
     "LOHA": {"LOHA-dense": {"r": 3}},
+    "IA3": {"IA3-columns": {"options": {"feedforward_modules": ".*"}}},
     "LOKR": {"LOKR-both": {"r": 1, "options": {"decompose_both": True, "decompose_factor": 5}}, "LOKR-whole": {"r": 4}},
 }
 _COMBINATIONS = {
@@ -144,7 +162,7 @@ _COMBINATIONS = {
 } | {f"COPY-{name}": ("LORA", {}, AdaptedModule, example) for name, example in EXAMPLES["AdaptedModule"].items()}
 # Every law runs over LoRA and the method that only tests know on everything, over DoRA once for each kind, over most
 # that methods can be on a linear layer; test_law_combinations goes quickly through all.
-_LIKE_OTHERS = ("LORA-olora-", "LORA-pissa_niter_2-", "LOHA-DORA-", "LOKR-DORA-", "VERA-DORA-")
+_LIKE_OTHERS = ("LORA-olora-", "LORA-pissa_niter_2-", "LOHA-DORA-", "LOKR-DORA-", "VERA-DORA-", "IA3-DORA-")
 
 
 def _is_run_over(name: str) -> bool:
@@ -161,6 +179,8 @@ def refused(name: str) -> str | None:
     method, settings, kind, example = _COMBINATIONS[name]
     if method == "VERA" and not kind.linear:
         return "VERA adapts linear layers alone"
+    if method in METHODS and METHODS[method].shifts(LoraConfig(peft_type=method, **settings)) and not kind.biased:
+        return "this adapter changes biases too"
     trained_alone = not settings.get("use_dora") and not _from_weight(settings)
     if example and "stack" in example.parameters and not trained_alone:
         return "a stack of matrices .* is adapted by trained factors alone"

@@ -138,7 +138,7 @@ class _Entry(NamedTuple):
 
     tensor: Tensor
     filed: Tensor
-    ending: str
+    form: str
     kind: type[AdaptedLayer]
 
 
@@ -149,10 +149,10 @@ def _entries(layers: Mapping[str, _Layer]) -> dict[tuple[str, str], _Entry]:
         for part, place in kind.places(update).items():
             own = update.parts()[part]
             for name, tensor in own.shared_tensors().items():
-                entries["", name] = _Entry(tensor, tensor, own.file_names[name], kind)
+                entries["", name] = _Entry(tensor, tensor, "", kind)
             for name, tensor in own.tensors().items():
-                filed = kind.filed(layer, own.file_names[name], tensor)
-                entries[path + place, name] = _Entry(tensor, filed, own.file_names[name], kind)
+                form = own.forms.get(name, "")
+                entries[path + place, name] = _Entry(tensor, kind.filed(layer, form, tensor), form, kind)
     return entries
 
 
@@ -206,5 +206,5 @@ def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: A
         matrices = targets[path].matrices()
         for part, own in update.parts().items():
             own.materialise(matrices[part].device)
-    for (path, key), (tensor, _, ending, kind) in _entries(layers).items():
-        tensor.copy_(kind.unfiled(ending, values.tensors[path][key], tensor.shape))
+    for (path, key), (tensor, _, form, kind) in _entries(layers).items():
+        tensor.copy_(kind.unfiled(form, values.tensors[path][key], tensor.shape))

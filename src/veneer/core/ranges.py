@@ -39,10 +39,10 @@ def problems(config: "LoraConfig") -> list[str]:
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         if name == "target_modules" and config.target_modules == [] and _trains_more(config):
             continue
-        expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
+        expect(is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
     for name in ("target_parameters", "modules_to_save"):
         names = getattr(config, name)
-        expect(names is None or (isinstance(names, list) and _is_names(names)), name, "a list of names")
+        expect(names is None or (isinstance(names, list) and is_names(names)), name, "a list of names")
     rows = config.trainable_token_indices
     tables = rows.values() if isinstance(rows, dict) else [rows]
     expect(rows is None or all(map(_is_tokens, tables)), "trainable_token_indices", "token ids, each once")
@@ -124,7 +124,7 @@ def _trains_more(config: "LoraConfig") -> bool:
     return bool(config.modules_to_save or config.trainable_token_indices)
 
 
-def _is_names(value: object) -> bool:
+def is_names(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(name, str) and name for name in value)
     return value is None or (isinstance(value, str) and bool(value))

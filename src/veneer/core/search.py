@@ -11,6 +11,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown
 from veneer.core.expression import Expression, Path
 from veneer.core.kinds import kind_of
+from veneer.core.methods import method
 from veneer.core.roles import ROLES
 
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
@@ -96,6 +97,18 @@ class Search:
             hints += [f"nor do {len(missing) - 8} more"] if len(missing) > 8 else []
             self.faults.append(f"rank_pattern, alpha_pattern: {'; '.join(hints)}")
         return own
+
+    def named_layers(self, chosen: list[str], config: LoraConfig) -> dict[str, list[str]]:
+        """For each of the method's options that name layers, which of the chosen ones it means."""
+        among = Search({path: self.modules[path] for path in chosen})
+        options = method(config.peft_type).options
+        found = {
+            name: among.matching(config.options[name], f"{name} among the adapted layers")
+            for name, option in options.items()
+            if option.layers
+        }
+        self.faults += among.faults if chosen else []
+        return found
 
     def _ends_with(self, expression: Expression, path: str, part: str) -> bool:
         names = [f"{path}.{part}", path] if part else [path]

@@ -86,6 +86,7 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
     places = [*((path, "") for path in chosen), *_matching_parameters(search, config, chosen)]
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
+    named = search.named_layers(chosen, config)
     if search.faults:
         raise AdapterError("\n".join(search.faults))
     targets: dict[str, Target] = {}
@@ -94,7 +95,9 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
         assert kind is not None
         numbers = own[path, part]
         target = targets.setdefault(path, Target(modules[path], kind, {}))
-        target.configs[part] = replace(resolved, **numbers) if numbers else resolved
+        target.configs[part] = replace(resolved, **numbers) if numbers or named else resolved
+        for option, paths in named.items():
+            target.configs[part].options[option] = path in paths
     problems = [
         f"{path} is changed in two ways: target it in one" for path in tables if path in targets or path in saved
     ]

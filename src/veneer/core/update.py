@@ -40,6 +40,7 @@ class Option(NamedTuple):
     default: Any
     holds: Callable[[Any], bool]
     expected: str
+    layers: bool = False  # it names layers; in one layer's config, whether it is one of them
 
 
 # (a weight as `(out, in)`, its config, what the kind of layer does to the starting values) → a fresh update
@@ -55,10 +56,10 @@ class Factors(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rescaled rows and a low-rank change: ΔW = gain ⊙ W + scale · B A."""
+    """Rescaled rows, and perhaps a low-rank change: ΔW = gain ⊙ W + scale · B A."""
 
     gain: Tensor  # (out)
-    factors: Factors
+    factors: Factors | None
 
 
 class Few(NamedTuple):
@@ -83,6 +84,9 @@ class Update(nn.Module, ABC):
     """
 
     file_names: ClassVar[dict[str, str]]  # own parameter name → its name in a PEFT file
+    # own parameter name → "A" `(r, in)`, "B" `(out, r)` or "l", one for each row or column: in PEFT's files these have
+    # other shapes where a layer's weight is no matrix
+    forms: ClassVar[dict[str, str]] = {}
     peft_names: ClassVar[dict[str, str | None]] = {}  # config field → its name in PEFT's config, None where it has none
     options: ClassVar[dict[str, Option]] = {}
     starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
@@ -132,6 +136,10 @@ class Update(nn.Module, ABC):
         """The same change as rescaled rows of `weight` and two thin matrices, where it is one."""
         return None
 
+    def by_columns(self) -> Tensor | None:
+        """The same change as c `(in)` with ΔW = W ⊙ c, where all that it does is to rescale the inputs."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it, by the names in `file_names`; the live tensors, not copies."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
@@ -173,7 +181,7 @@ class Stack(Update):
                 f"a stack of matrices {tuple(weight.shape)} is adapted by trained factors alone: "
                 "without use_dora, and without a start from the weight"
             )
-        self.file_names, self.faster = each[0].file_names, each[0].faster  # type: ignore[misc]
+        self.file_names, self.forms, self.faster = each[0].file_names, each[0].forms, each[0].faster  # type: ignore[misc]
         self.dropout = each[0].dropout
         for name, first in each[0].named_parameters():
             stacked = torch.stack([update.get_parameter(name) for update in each])

@@ -39,15 +39,15 @@ class AdaptedConv(AdaptedLayer):
         return {"weight": matrices[""].view(layer.weight.shape)} if matrices else {}
 
     @classmethod
-    def filed(cls, layer: Any, ending: str, tensor: Tensor) -> Tensor:
-        """PEFT's files hold A as a kernel `(r, in, *kernel)`, B and DoRA's magnitude as those of a single point."""
+    def filed(cls, layer: Any, form: str, tensor: Tensor) -> Tensor:
+        """PEFT's files hold A as a kernel `(r, in, *kernel)`, B and what scales rows as those of a single point."""
         shape = layer.weight.shape
-        if ending == "lora_A.weight":
+        if form == "A" or (form == "l" and tensor.shape[1:].numel() > 1):
             return tensor.view(-1, *shape[1:])
         point = [1 for _ in shape[2:]]
-        if ending == "lora_magnitude_vector":
+        if form == "l":
             return tensor.view(1, -1, *point)
-        return tensor.view(*tensor.shape, *point) if ending == "lora_B.weight" else tensor
+        return tensor.view(*tensor.shape, *point) if form == "B" else tensor
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)

@@ -119,18 +119,18 @@ class AdaptedParameters(AdaptedParts):
         return {part: ".base_layer" * (len(parts) - 1 - i) for i, part in enumerate(parts)}
 
     @classmethod
-    def filed(cls, layer: nn.Module, ending: str, tensor: Tensor) -> Tensor:
+    def filed(cls, layer: nn.Module, form: str, tensor: Tensor) -> Tensor:
         """PEFT's files hold a stack's A as `(number · r, in)` and B as `(out, r · number)`."""
-        if tensor.ndim == 3 and ending == "lora_A.weight":
+        if tensor.ndim == 3 and form == "A":
             return tensor.flatten(0, 1)
-        return tensor.permute(1, 2, 0).flatten(1) if tensor.ndim == 3 and ending == "lora_B.weight" else tensor
+        return tensor.permute(1, 2, 0).flatten(1) if tensor.ndim == 3 and form == "B" else tensor
 
     @classmethod
-    def unfiled(cls, ending: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-        if len(shape) == 3 and ending == "lora_B.weight":
+    def unfiled(cls, form: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+        if len(shape) == 3 and form == "B":
             number, rows, r = shape
             return tensor.reshape(rows, r, number).permute(2, 0, 1)
-        return super().unfiled(ending, tensor, shape)
+        return super().unfiled(form, tensor, shape)
 
 
 def _as_matrix(parameter: Tensor) -> Tensor:

@@ -114,12 +114,12 @@ class AdaptedLayer(Reclassed):
         return {"": ""}
 
     @classmethod
-    def filed(cls, layer: nn.Module, ending: str, tensor: Tensor) -> Tensor:
-        """A method's parameter in the shape that PEFT's files give it on this kind; `ending` is its name there."""
+    def filed(cls, layer: nn.Module, form: str, tensor: Tensor) -> Tensor:
+        """A method's parameter of that form (`Update.forms`) in the shape that PEFT's files give it on this kind."""
         return tensor
 
     @classmethod
-    def unfiled(cls, ending: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    def unfiled(cls, form: str, tensor: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `filed`."""
         return tensor.reshape(shape)
 

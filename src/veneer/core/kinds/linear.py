@@ -13,7 +13,7 @@ from veneer.core.update import Update
 
 
 class Dense(NamedTuple):
-    """weight · ΔW · drop(x), for a method that gives ΔW only."""
+    """weight · ΔW · drop(x), for a method that gives no thin matrices."""
 
     update: Update
     weight: float
@@ -37,7 +37,7 @@ class AdaptedLinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         matrix, bias = self.matrix(self.weight), self.bias
         thin, dense, gains, shifts = self._changes(x, matrix, bias)
-        if not thin and not dense:
+        if not thin and not dense and not gains:
             return super().forward(x)
         y = fused_linear(x, matrix, bias, thin, sum(gains[1:], gains[0]) if gains else None)
         for shift in shifts:
@@ -54,25 +54,29 @@ class AdaptedLinear(AdaptedLayer):
         for update, weight, rows in self.adapters.acting_on(x):
             dropout = update.dropout if self.training else 0.0
             factors = update.factors()
-            if matrix is not None and (rescaled := update.by_rows(matrix)):
+            rescaled = None if matrix is None else update.by_rows(matrix)
+            if rescaled:
                 gains.append(_weighted(rescaled.gain, weight, rows))
                 factors = rescaled.factors
             if (shift := update.shift(bias)) is not None:
                 shifts.append(_weighted(shift, weight, rows))
             if factors:
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout, rows))
-            else:
+            elif not rescaled:
                 dense.append(Dense(update, weight, dropout, rows))
         return thin, dense, gains, shifts
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
         for update, weight, dropout, rows in dense:
-            if few := update.few_rows(self.matrix(self.weight)):
-                change = F.linear(F.dropout(x, dropout), (weight * few.values).to(x.dtype)).to(y.dtype)
+            matrix, columns, dropped = self.matrix(self.weight), update.by_columns(), F.dropout(x, dropout)
+            if few := update.few_rows(matrix):
+                change = F.linear(dropped, (weight * few.values).to(x.dtype)).to(y.dtype)
                 y = y.index_add(-1, few.ids, change if rows is None else by_row(change, rows))
                 continue
-            delta = weight * update(self.matrix(self.weight))
-            change = F.linear(F.dropout(x, dropout), delta.to(x.dtype)).to(y.dtype)
+            if columns is None:
+                change = F.linear(dropped, (weight * update(matrix)).to(x.dtype)).to(y.dtype)
+            else:
+                change = F.linear(dropped * (weight * columns).to(x.dtype), matrix).to(y.dtype)
             y = y + (change if rows is None else by_row(change, rows))
         return y
 

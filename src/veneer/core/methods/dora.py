@@ -18,11 +18,13 @@ class Dora(Update):
     """
 
     file_names: ClassVar = {"magnitude": "lora_magnitude_vector"}
+    forms: ClassVar = {"magnitude": "l"}
 
     def __init__(self, weight: Tensor, inner: Update) -> None:
         super().__init__()
         self.inner = inner
         self.file_names = {**inner.file_names, **Dora.file_names}  # type: ignore[misc]
+        self.forms = {**inner.forms, **Dora.forms}  # type: ignore[misc]
         self.dropout = inner.dropout
         unknown = weight.new_empty(len(weight), dtype=own_precision(weight))
         self.magnitude = nn.Parameter(unknown if weight.is_meta else row_norms(weight, inner))

@@ -20,11 +20,15 @@ class Lora(Update):
     never touched: its trajectory is that of B A on the base W - scale · B₀ A₀. It is a LoRA of rank 2r,
     [B - B₀, B₀] [A; A - A₀], which is zero to the bit at the start, and is computed and saved as such.
 
-    With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+    With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). With `lora_bias`, B has a bias b
+    `(out)`, which starts at 0: Δb = scale · b.
     """
 
-    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}
-    options: ClassVar = {"freeze_A": Option(False, lambda value: isinstance(value, bool), "true or false")}
+    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias"}
+    forms: ClassVar = {"A": "A", "B": "B"}
+    options: ClassVar = dict.fromkeys(
+        ("freeze_A", "lora_bias"), Option(False, lambda value: isinstance(value, bool), "true or false")
+    )
     peft_names: ClassVar = {"freeze_A": None}
     faster: ClassVar = ("B",)
     starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT)
@@ -39,6 +43,7 @@ class Lora(Update):
         saved = self.saved_config(config)
         self.scale = scaling(saved.r, saved.lora_alpha, saved.use_rslora)
         self.dropout = config.lora_dropout
+        self.b = nn.Parameter(weight.new_zeros(rows, dtype=dtype)) if config.options["lora_bias"] else None
         self.A0 = self.B0 = None
         if isinstance(config.init_lora_weights, str) and _from_weight(config):
             start_from_weight(self.A, self.B, config.init_lora_weights, weight, self.scale)
@@ -59,9 +64,16 @@ class Lora(Update):
         A = torch.cat([self.A, self.A - self.A0])
         return Factors(A, torch.cat([self.B - self.B0, self.B0], dim=1), self.scale)
 
+    @classmethod
+    def shifts(cls, config: LoraConfig) -> bool:
+        return config.options["lora_bias"]
+
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        return None if self.b is None else self.scale * self.b
+
     def tensors(self) -> dict[str, Tensor]:
         A, B, _ = self.factors()
-        return {"A": A.detach(), "B": B.detach()}
+        return {**super().tensors(), "A": A.detach(), "B": B.detach()}
 
     @classmethod
     def saved_config(cls, config: LoraConfig) -> LoraConfig:
