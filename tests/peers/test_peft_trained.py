@@ -38,6 +38,12 @@ CHOICES = {
         {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
     ),
     "LoRA of a table": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "all biases": ("bert", {"target_modules": ["query", "intermediate.dense"], "bias": "all"}),
+    "all biases and a head": (
+        "bert",
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"], "use_dora": True},
+    ),
+    "biases of adapted layers": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "bias": "lora_only"}),
     "a norm, with LoHa": (
         "llama",
         {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"], "peft_type": "LOHA"},

@@ -50,9 +50,7 @@ class Adapter:
         """
         names = file_names(self.config)
         flat = {
-            f"{_prefix(path)}.{_ending(names[name], path in self.embeddings)}".rstrip("."): tensor.detach()
-            .contiguous()
-            .cpu()
+            self._key(path, names[name]): tensor.detach().contiguous().cpu()
             for path, tensors in self.tensors.items()
             for name, tensor in tensors.items()
         }
@@ -75,6 +73,15 @@ class Adapter:
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
         return folder
+
+    def _key(self, path: str, ending: str) -> str:
+        """What PEFT's files call it."""
+        if path in self.embeddings:
+            ending = _ON_EMBEDDINGS.get(ending, ending)
+        layer = path.removesuffix(".bias")
+        if not ending and layer != path and layer in self.tensors:
+            path = f"{layer}.base_layer.bias"
+        return ".".join(filter(None, [_MODEL, "model" if path else "", path, ending]))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
@@ -136,28 +143,30 @@ def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, 
     strangers, embeddings, bases = [], set(), {}
     pattern = re.compile(rf"{_MODEL}(?:\.model\.(.+))?\.({'|'.join(map(re.escape, endings))})")
     for key, tensor in flat.items():
+        if config.bias == "all" and key.endswith((".original_module.bias", ".modules_to_save.bias")):
+            continue  # PEFT repeats saved modules' so
         match = pattern.fullmatch(key)
-        if key.endswith(_BASE):
-            bases[key.removeprefix(f"{_MODEL}.model.").removesuffix(_BASE)] = tensor
-            continue
-        if match is None and (path := _trained_path(key, config)):
-            tensors.setdefault(path, {})["value"] = tensor
-            continue
-        own = tensors.setdefault(match[1] or "", {}) if match else {}
-        if match is None or endings[match[2]] in own:  # of two that mean the same, readers take different ones
-            strangers.append(key)
-            continue
-        own[endings[match[2]]] = tensor
-        if match[2] in lookups:
-            embeddings.add(match[1] or "")
+        path = (match[1] or "") if match else _trained_path(key, config)
+        if path and path.endswith(_BASE):
+            bases[path.removesuffix(_BASE)] = tensor
+        elif path is None or (name := endings[match[2]] if match else "value") in tensors.setdefault(path, {}):
+            strangers.append(key)  # of two that mean the same, readers take different ones
+        else:
+            tensors[path][name] = tensor
+            if match and match[2] in lookups:
+                embeddings.add(path)
     return Adapter(config, tensors, frozenset(embeddings), bases), strangers
 
 
 def _trained_path(key: str, config: LoraConfig) -> str | None:
-    """The path of the parameter whose value a tensor is, where the config has its module trained whole."""
+    """The path of the parameter whose value a tensor is, where the config has it trained whole, or the base's."""
     path, names = key.removeprefix(f"{_MODEL}.model."), config.modules_to_save or []
+    if path == key:
+        return None
+    if config.bias != "none" and path.endswith(".bias"):
+        return path.replace(".base_layer.bias", ".bias")
     meant = any(f"{name}." in path for name in names) or (names and config.ensure_weight_tying)
-    return path if path != key and meant else None
+    return path if meant or path.endswith(_BASE) else None
 
 
 def _succession(folder: Path, text: str) -> dict[str, str]:
@@ -183,11 +192,3 @@ def _current(folder: Path, about: Mapping[str, str]) -> tuple[dict[str, Any], st
         warnings.warn(f"saving to {folder} was cut short: the weights' own config is read; save it again", stacklevel=4)
         return parsed(about[_OWN].encode("utf-8", "replace"), where), where
     return parsed(text, str(path)), str(path)
-
-
-def _prefix(path: str) -> str:
-    return f"{_MODEL}.model.{path}" if path else _MODEL
-
-
-def _ending(ending: str, of_embedding: bool) -> str:
-    return _ON_EMBEDDINGS.get(ending, ending) if of_embedding else ending

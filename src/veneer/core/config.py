@@ -12,7 +12,6 @@ from veneer.core.ranges import method_of, problems
 # What PEFT's configs may also say, and the values at which it changes nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None,),
-    "bias": ("none",),
     "layer_replication": (None,),
     "module_dropout": (0.0,),
     "rank_dropout": (0.0,),
@@ -28,7 +27,7 @@ _SILENT = {
 }  # fmt: skip
 
 # What PEFT's readers of the file need to be told.
-_FOR_PEFT = {"bias": "none", "fan_in_fan_out": False}
+_FOR_PEFT = {"fan_in_fan_out": False}
 
 _NUMBERS = {"r", "lora_alpha", "lora_dropout"}
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
@@ -46,7 +45,8 @@ class LoraConfig:
     belong to the adapter; a fresh adapter adds the head that `task_type` SEQ_CLS, TOKEN_CLS or QUESTION_ANS means.
     `trainable_token_indices`: rows of the input embedding, or `{table: rows}`, that are trained by themselves, in all
     layers that share the table's weight. `ensure_weight_tying`: whatever changes a weight that layers share does so in
-    all of them.
+    all of them. `bias`: "lora_only" trains the biases of the adapted linear layers and convolutions too, "all" every
+    bias; they belong to the adapter like the rest.
     `rank_pattern` and `alpha_pattern` give layers whose path ends with a key (a regular expression) another `r` or
     `lora_alpha`. `options` are those that the method `peft_type` declares for itself; in a file they stand beside the
     rest, under PEFT's names.
@@ -62,6 +62,7 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
+    bias: str = "none"
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
@@ -191,5 +192,6 @@ MEANINGS = {
     "modules_to_save": "Modules that are trained whole, as copies that the adapter holds: a new head, say.",
     "trainable_token_indices": "Tokens whose rows of the embedding are trained by themselves: new ones, say.",
     "ensure_weight_tying": "What changes a weight that layers share (embedding and head) changes it in all of them.",
+    "bias": "Which biases are trained too: none, lora_only (those of adapted layers) or all.",
     "target_parameters": "Parameters that are adapted by name, stacked experts included.",
 }

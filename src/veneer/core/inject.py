@@ -19,7 +19,7 @@ from veneer.core.plan import Plan
 from veneer.core.reclass import mixin_of, reclass, restore
 from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
-from veneer.core.update import Parts, Update
+from veneer.core.update import Parts, Update, own_precision
 
 _Layer = tuple[type[AdaptedLayer], nn.Module, Any]  # its kind, itself, its update
 
@@ -76,7 +76,10 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
         def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
             return target.own(on(weight)) if target.own else made(on(weight), own, start)
 
-        return target.kind.build(make, target.layer, target.configs)
+        update = target.kind.build(make, target.layer, target.configs)
+        if (bias := target.bias()) is not None:
+            update.bias = nn.Parameter(on(bias.detach()).to(own_precision(bias), copy=True))
+        return update
 
     updates = {path: built(target) for path, target in targets.items() if target.tied_to is None}
     for path, target in targets.items():
@@ -150,6 +153,8 @@ def _entries(layers: Mapping[str, _Layer]) -> dict[tuple[str, str], _Entry]:
             own = update.parts()[part]
             for name, tensor in own.shared_tensors().items():
                 entries["", name] = _Entry(tensor, tensor, "", kind)
+            if own.bias is not None:
+                entries[f"{path}.bias", "value"] = _Entry(own.bias.detach(), own.bias.detach(), "", kind)
             for name, tensor in own.tensors().items():
                 form = own.forms.get(name, "")
                 entries[path + place, name] = _Entry(tensor, kind.filed(layer, form, tensor), form, kind)
@@ -206,5 +211,7 @@ def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: A
         matrices = targets[path].matrices()
         for part, own in update.parts().items():
             own.materialise(matrices[part].device)
+            if own.bias is not None:
+                own.bias = nn.Parameter(torch.empty_like(own.bias, device=matrices[part].device))
     for (path, key), (tensor, _, form, kind) in _entries(layers).items():
         tensor.copy_(kind.unfiled(form, values.tensors[path][key], tensor.shape))

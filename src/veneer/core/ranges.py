@@ -43,6 +43,7 @@ def problems(config: "LoraConfig") -> list[str]:
     for name in ("target_parameters", "modules_to_save"):
         names = getattr(config, name)
         expect(names is None or (isinstance(names, list) and is_names(names)), name, "a list of names")
+    expect(config.bias in ("none", "all", "lora_only"), "bias", '"none", "all" or "lora_only"')
     rows = config.trainable_token_indices
     tables = rows.values() if isinstance(rows, dict) else [rows]
     expect(rows is None or all(map(_is_tokens, tables)), "trainable_token_indices", "token ids, each once")
@@ -121,7 +122,7 @@ def _is_tokens(value: object) -> bool:
 
 def _trains_more(config: "LoraConfig") -> bool:
     """Whether there is something to train beside a method's layers."""
-    return bool(config.modules_to_save or config.trainable_token_indices)
+    return bool(config.modules_to_save or config.trainable_token_indices or config.bias == "all")
 
 
 def is_names(value: object) -> bool:

@@ -18,7 +18,7 @@ from veneer.core.methods.tokens import Tokens
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
 from veneer.core.tied import tie
-from veneer.core.trained import clashes, inside, saved_modules, token_tables, with_heads
+from veneer.core.trained import clashes, inside, other_biases, saved_modules, token_tables, with_heads
 from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
@@ -52,6 +52,11 @@ class Target:
     def matrices(self) -> dict[str, Tensor]:
         """What of the layer changes, by part."""
         return self.kind.matrices(self.layer)
+
+    def bias(self) -> Tensor | None:
+        """The layer's bias, where it is trained beside the method."""
+        trains = self.own is None and self.kind.biased and self.config.bias != "none"
+        return getattr(self.layer, "bias", None) if trains else None
 
     def parameters(self) -> set[str]:
         """The names of what changes."""
@@ -106,6 +111,9 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
         kind = kind_of(modules[path])
         assert kind is not None
         targets[path] = Target(modules[path], kind, {"": resolved}, partial(Tokens, ids=ids), ids)
+    biases, unbiased = other_biases(modules, resolved, {path: target.kind for path, target in targets.items()})
+    problems += unbiased
+    targets |= {path: Target(modules[path], AdaptedModule, {"bias": resolved}, Copy) for path in biases}
     alone, unfollowed = tie(modules, targets, resolved.ensure_weight_tying)
     problems += [*unfollowed, *clashes(modules, {path: target.kind for path, target in targets.items()})]
     if problems:

@@ -1,9 +1,10 @@
-"""What an adapter trains beside its method: whole modules and rows of tables; and which layers follow others."""
+"""What an adapter trains beside its method: whole modules, rows of tables, biases."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import listed, nearest, shown
@@ -70,9 +71,29 @@ def token_tables(
     return found
 
 
-def inside(path: str, others: Iterable[str]) -> bool:
+def other_biases(
+    modules: Mapping[str, nn.Module], config: LoraConfig, kinds: Mapping[str, type[AdaptedLayer]]
+) -> tuple[list[str], list[str]]:
+    """The layers that `bias="all"` adds to those adapted as `kinds`; and which of them all cannot train theirs."""
+    if config.bias == "none":
+        return [], []
+    own = {path: module for path, module in modules.items() if isinstance(module._parameters.get("bias"), nn.Parameter)}
+    whole = {path for path, kind in kinds.items() if kind is AdaptedModule}
+    rest = [path for path in own if config.bias == "all" and path not in kinds and not inside(path, whole)]
+    stuck = [path for path in rest if isinstance(own[path], NonDynamicallyQuantizableLinear)]  # read, not called
+    for path, kind in kinds.items():
+        names = [name for name, _ in modules[path].named_parameters()]
+        if not (kind.biased or kind.norm or kind is AdaptedModule) and any(f".{n}".endswith(".bias") for n in names):
+            stuck.append(path)
+    return rest, [f"{path} is a {type(modules[path]).__name__} whose bias is not trained beside" for path in stuck]
+
+
+def inside(path: str, others: Container[str]) -> bool:
     """Whether a path stands below one of the others."""
-    return any(path.startswith(f"{other}.") for other in others)
+    while path := path.rpartition(".")[0]:
+        if path in others:
+            return True
+    return False
 
 
 def clashes(modules: Mapping[str, nn.Module], targets: Mapping[str, type[AdaptedLayer]]) -> list[str]:

@@ -92,7 +92,12 @@ class Update(nn.Module, ABC):
     starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
+    bias: nn.Parameter | None  # b′, where the adapter trains the layer's bias beside its method
     dropout: float = 0.0  # probability that an input of the change is dropped in training
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("bias", None)
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
@@ -128,6 +133,13 @@ class Update(nn.Module, ABC):
         """Δb `(out)` for the layer's `bias`, or None where it stays as it is."""
         return None
 
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
+        """Δb `(out)` in all: the method's shift, and b′ - b."""
+        shift = self.shift(bias)
+        if self.bias is None or bias is None:
+            return shift
+        return self.bias - bias if shift is None else self.bias - bias + shift
+
     def parts(self) -> dict[str, "Update"]:
         """The updates of the layer's matrices, by part; most layers are one matrix, called ""."""
         return {"": self}
@@ -142,7 +154,7 @@ class Update(nn.Module, ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it, by the names in `file_names`; the live tensors, not copies."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if name != "bias"}
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """What a file holds once for all layers of the adapter."""

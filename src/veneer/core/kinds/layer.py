@@ -150,7 +150,7 @@ class AdaptedLayer(Reclassed):
         """b + Σ weight · Δb, likewise, where a change has one; a layer that has no b gets one."""
         shifts = []
         if self.biased:
-            own = ((weight, update.shift(self.bias)) for update, weight in self.adapters.acting(terms))
+            own = ((weight, update.bias_change(self.bias)) for update, weight in self.adapters.acting(terms))
             shifts = [weight * shift for weight, shift in own if shift is not None]
         if not shifts:
             return {}

@@ -58,7 +58,7 @@ class AdaptedLinear(AdaptedLayer):
             if rescaled:
                 gains.append(_weighted(rescaled.gain, weight, rows))
                 factors = rescaled.factors
-            if (shift := update.shift(bias)) is not None:
+            if (shift := update.bias_change(bias)) is not None:
                 shifts.append(_weighted(shift, weight, rows))
             if factors:
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout, rows))
