@@ -124,12 +124,12 @@ def test_rows_of_a_batch_have_their_own_tokens(base, beams):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"trainable_token_indices": [64, 3]}, "embed_tokens has 64 rows, and no 64"),
+        ({"trainable_token_indices": [64, 3]}, "embed_tokens is a Embedding with 64 rows, and no 64"),
         (
             {"trainable_token_indices": {"embed_token": [3]}},
-            "'embed_token' matches no module.*did you mean 'model.embed_t",
+            "'embed_token' matches no module.*did you mean 'embed_tokens",
         ),
-        ({"trainable_token_indices": {"q_proj": [3]}}, "q_proj is a Linear, which is no table"),
+        ({"trainable_token_indices": {"q_proj": [3]}}, "q_proj is a Linear which is no table"),
         ({**ROWS, "target_modules": ["embed_tokens"]}, "embed_tokens is changed in two ways"),
         ({**ROWS, "modules_to_save": ["embed_tokens"]}, "embed_tokens is changed in two ways"),
     ],

@@ -159,14 +159,11 @@ def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, 
 
 
 def _trained_path(key: str, config: LoraConfig) -> str | None:
-    """The path of the parameter whose value a tensor is, where the config has it trained whole, or the base's."""
-    path, names = key.removeprefix(f"{_MODEL}.model."), config.modules_to_save or []
-    if path == key:
-        return None
-    if config.bias != "none" and path.endswith(".bias"):
-        return path.replace(".base_layer.bias", ".bias")
-    meant = any(f"{name}." in path for name in names) or (names and config.ensure_weight_tying)
-    return path if meant or path.endswith(_BASE) else None
+    """The path of the parameter whose value a tensor may be, of those that the config trains whole, or the base's."""
+    path = key.removeprefix(f"{_MODEL}.model.")
+    if path != key and config.bias != "none" and path.endswith(".bias"):
+        return path.removesuffix(".base_layer.bias") + ".bias" if path.endswith(".base_layer.bias") else path
+    return path if path != key and (config.modules_to_save or path.endswith(_BASE)) else None
 
 
 def _succession(folder: Path, text: str) -> dict[str, str]:

@@ -80,6 +80,11 @@ class PeftModel(Reclassed):
         """The names of the adapters that act, live or merged."""
         return [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
 
+    @property
+    def modules_to_save(self) -> set[str]:
+        """The names of the modules that adapters train whole."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or []}
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the model. If it acted, the others of its blend act on; without any, the base does."""
         self._config(adapter_name)

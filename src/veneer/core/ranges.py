@@ -45,8 +45,9 @@ def problems(config: "LoraConfig") -> list[str]:
         expect(names is None or (isinstance(names, list) and is_names(names)), name, "a list of names")
     expect(config.bias in ("none", "all", "lora_only"), "bias", '"none", "all" or "lora_only"')
     rows = config.trainable_token_indices
-    tables = rows.values() if isinstance(rows, dict) else [rows]
-    expect(rows is None or all(map(_is_tokens, tables)), "trainable_token_indices", "token ids, each once")
+    tables = rows if isinstance(rows, dict) else {"": rows}
+    holds = all(isinstance(table, str) and _is_tokens(own) for table, own in tables.items())
+    expect(rows is None or holds, "trainable_token_indices", "token ids, each once")
     both = bool(config.target_parameters) and config.layers_to_transform is not None
     expect(not both, "layers_to_transform", "not given with target_parameters: name the parameters' paths")
     ranks, alphas = config.rank_pattern, config.alpha_pattern

@@ -103,25 +103,38 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
         target.configs[part] = replace(resolved, **numbers) if numbers or named else resolved
         for option, paths in named.items():
             target.configs[part].options[option] = path in paths
-    problems = [
-        f"{path} is changed in two ways: target it in one" for path in tables if path in targets or path in saved
-    ]
-    targets |= {path: Target(modules[path], AdaptedModule, {"": resolved}, Copy) for path in saved}
-    for path, ids in tables.items():
-        kind = kind_of(modules[path])
-        assert kind is not None
-        targets[path] = Target(modules[path], kind, {"": resolved}, partial(Tokens, ids=ids), ids)
-    biases, unbiased = other_biases(modules, resolved, {path: target.kind for path, target in targets.items()})
-    problems += unbiased
-    targets |= {path: Target(modules[path], AdaptedModule, {"bias": resolved}, Copy) for path in biases}
-    alone, unfollowed = tie(modules, targets, resolved.ensure_weight_tying)
-    problems += [*unfollowed, *clashes(modules, {path: target.kind for path, target in targets.items()})]
-    if problems:
-        raise AdapterError(_told(problems))
+    alone = _add_trained(modules, targets, saved, tables, resolved)
     if alone and fresh:
         advice = "merging will need untie=True; ensure_weight_tying=True changes both"
         warnings.warn(f"{'; '.join(alone)}: {advice}", stacklevel=6)
     return targets, resolved
+
+
+def _add_trained(
+    modules: dict[str, nn.Module],
+    targets: dict[str, Target],
+    saved: Iterable[str],
+    tables: dict[str, list[int]],
+    config: LoraConfig,
+) -> list[str]:
+    """What is trained beside the method, and the layers that follow; returns what is changed in one layer alone."""
+    twice = [path for path in tables if path in targets or path in saved]
+    targets |= {path: Target(modules[path], AdaptedModule, {"": config}, Copy) for path in saved}
+    for path, ids in tables.items():
+        kind = kind_of(modules[path])
+        assert kind is not None
+        targets[path] = Target(modules[path], kind, {"": config}, partial(Tokens, ids=ids), ids)
+    biases, problems = other_biases(modules, config, {path: target.kind for path, target in targets.items()})
+    targets |= {path: Target(modules[path], AdaptedModule, {"bias": config}, Copy) for path in biases}
+    alone, unfollowed = tie(modules, targets, config.ensure_weight_tying)
+    more = {path: target.layer for path, target in targets.items() if target.own or target.tied_to is not None}
+    hooked = {path: _not_free(layer) for path, layer in more.items()}
+    problems += [f"{path} is a {type(more[path]).__name__} {reason}" for path, reason in hooked.items() if reason]
+    problems += [f"{path} is changed in two ways: target it in one" for path in twice]
+    problems += [*unfollowed, *clashes(modules, {path: target.kind for path, target in targets.items()})]
+    if problems:
+        raise AdapterError(_told(problems))
+    return alone
 
 
 def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tuple[list[str], LoraConfig]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from veneer.core.config import LoraConfig
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer
@@ -73,4 +74,5 @@ def _following(source: "Target", layer: nn.Module) -> type[AdaptedLayer] | None:
         return None
     kind = kind_of(layer)
     fits = kind is not None and issubclass(kind, AdaptedEmbedding | AdaptedLinear) and kind is not AdaptedConv1D
-    return kind if kind and fits and not kind.refusal(layer, source.config) else None
+    config = LoraConfig() if source.own else source.config
+    return kind if kind and fits and not kind.refusal(layer, config) else None

@@ -1,6 +1,6 @@
 """What an adapter trains beside its method: whole modules, rows of tables, biases."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -30,17 +30,31 @@ def saved_modules(
     """The paths that `modules_to_save` means: as in PEFT, all that end with a name, also in the middle of a word
     (DistilBERT's `pre_classifier` for `classifier`); and the config without the heads that the model has not.
     """
-    names = list(dict.fromkeys(config.modules_to_save or []))
-    found = {name: [path for path in modules if path.endswith(name)] for name in names}
-    names = [name for name in names if found[name] or name not in _HEADS.get(config.task_type or "", [])]
-    if missing := [name for name in names if not found[name]]:
-        choices = list(dict.fromkeys(path.rpartition(".")[2] for path in modules))
-        hints = [f"{shown(name)} matches no module{nearest(name, [*choices, *modules])}" for name in missing[:8]]
-        hints += [f"nor do {len(missing) - 8} more"] if len(missing) > 8 else []
-        faults.append(f"modules_to_save: {'; '.join(hints)}")
+    asked = config.task_type or ""
+    found = _ending_with(config.modules_to_save or [], modules)
+    names = [name for name in found if found[name] or name not in _HEADS.get(asked, [])]
+    _tell_missing("modules_to_save", [name for name in names if not found[name]], modules, faults)
     meant = {path for paths in found.values() for path in paths}
     paths = [path for path in modules if path in meant and not inside(path, meant)]
     return paths, replace(config, modules_to_save=names or None)
+
+
+def _ending_with(names: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """For each name, once, the paths that end with it."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for path in paths if found else ():
+        for i in range(len(path)):
+            if path[i:] in found:
+                found[path[i:]].append(path)
+    return found
+
+
+def _tell_missing(what: str, missing: list[str], choices: Iterable[str], faults: list[str]) -> None:
+    if missing:
+        ends = list(dict.fromkeys(end for path in choices for end in (path.rpartition(".")[2], path)))
+        hints = [f"{shown(name)} matches no module{nearest(name, ends)}" for name in missing[:8]]
+        hints += [f"nor do {len(missing) - 8} more"] if len(missing) > 8 else []
+        faults.append(f"{what}: {'; '.join(hints)}")
 
 
 def token_tables(
@@ -52,23 +66,22 @@ def token_tables(
         table = getattr(model, "get_input_embeddings", lambda: None)()
         known = [path for path, module in modules.items() if module is table or path.endswith("embed_tokens")]
         wanted = {known[0] if known else "embed_tokens": wanted}
-    found: dict[str, list[int]] = {}
+    wanted = wanted or {}
+    found = _ending_with(wanted, modules)
+    tables = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+    _tell_missing("trainable_token_indices", [name for name in found if not found[name]], tables, faults)
+    ids = {path: wanted[name] for name, paths in found.items() for path in paths}
     problems = []
-    for name, ids in (wanted or {}).items():
-        paths = [path for path in modules if path.endswith(name)]
-        if not paths:
-            tables = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
-            problems.append(f"{shown(name)} matches no module; the tables are {listed(tables)}{nearest(name, tables)}")
-        for path in paths:
-            table = modules[path]
-            if not isinstance(table, nn.Embedding) or not issubclass(kind_of(table) or object, AdaptedEmbedding):
-                problems.append(f"{path} is a {type(table).__name__}, which is no table that can be adapted")
-            elif beyond := [token for token in ids if token >= len(table.weight)]:
-                problems.append(f"{path} has {len(table.weight)} rows, and no {listed(beyond)}")
-            found[path] = ids
-    if problems:
-        faults.append("trainable_token_indices: " + "\n".join(problems[:8]))
-    return found
+    for path, own in ids.items():
+        table = modules[path]
+        fits = isinstance(table, nn.Embedding) and issubclass(kind_of(table) or object, AdaptedEmbedding)
+        reason = AdaptedEmbedding.refusal(table, LoraConfig()) if fits else "which is no table that can be adapted"
+        if reason is None and (beyond := [token for token in own if token >= len(table.weight)]):  # type: ignore[arg-type]
+            reason = f"with {len(table.weight)} rows, and no {listed(beyond)}"  # type: ignore[arg-type]
+        if reason:
+            problems.append(f"{path} is a {type(table).__name__} {reason}")
+    faults += [f"trainable_token_indices: {problem}" for problem in problems[:8]]
+    return ids
 
 
 def other_biases(
