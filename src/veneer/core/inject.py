@@ -178,31 +178,17 @@ def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) ->
     ]
     fitting = [key for key, shape in wanted.items() if key in found and shape == found[key].shape]
     broken = [".".join(filter(None, key)) for key in fitting if not is_finite(found[key])]
-    strangers += [f"{path}.base_layer.weight" for path in values.bases if path not in layers]
-    said = (
-        ("missing", missing),
-        ("unexpected", strangers),
-        ("of another shape", misshaped),
-        ("made for another base, whose weights it repeats: those of", _other_bases(layers, values)),
-    )
+    for path, base in values.bases.items():
+        weight = layers[path][1].get_parameter("weight").detach() if path in layers else None
+        if weight is None or weight.shape != base.shape or not torch.equal(weight.to(base.device, base.dtype), base):
+            strangers.append(f"{path}.base_layer.weight (of another base)")
+    said = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
     problems = [f"{what}: {collapsed(names)}" for what, names in said if names]
     if problems:
         made_for = values.config.base_model_name_or_path
         origin = f" (it was made for {named(made_for)})" if made_for else ""
         problems.insert(0, f"the adapter does not fit this {type(model).__name__}{origin}:")
     return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
-
-
-def _other_bases(layers: Mapping[str, _Layer], values: Adapter) -> list[str]:
-    """The layers whose weight is not what the file says it was."""
-    pairs = {
-        path: (layers[path][1].get_parameter("weight"), base) for path, base in values.bases.items() if path in layers
-    }
-    return [
-        path
-        for path, (own, base) in pairs.items()
-        if own.shape != base.shape or not torch.equal(own.detach().to(base.device, base.dtype), base)
-    ]
 
 
 @torch.no_grad()

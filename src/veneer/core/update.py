@@ -63,13 +63,13 @@ class Rows(NamedTuple):
 
 
 class Few(NamedTuple):
-    """A change of a few rows, or columns, of W: what is added to them."""
+    """A change of a few tokens: what is added to their rows of a table, or of a head's weight."""
 
     ids: Tensor  # (number)
     values: Tensor  # (number, width)
 
     def at(self, x: Tensor) -> Tensor:
-        """What is added to row x, for any x: `(…)` → `(…, width)`."""
+        """What is added for tokens x `(…)`, few of which may be among them: `(…, width)`."""
         ids, order = self.ids.sort()
         place = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
         found = F.embedding(order[place], self.values)
@@ -116,12 +116,8 @@ class Update(nn.Module, ABC):
         """The same change as two thin matrices, where it is one."""
         return None
 
-    def few_columns(self, weight: Tensor) -> Few | None:
-        """The same change as that of a few columns of W, where it is one."""
-        return None
-
-    def few_rows(self, weight: Tensor) -> Few | None:
-        """Likewise for rows."""
+    def few(self, weight: Tensor) -> Few | None:
+        """The same change as that of a few tokens, where it is one: columns of a table's matrix, rows of a head's."""
         return None
 
     @classmethod

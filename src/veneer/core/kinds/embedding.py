@@ -52,7 +52,7 @@ class AdaptedEmbedding(AdaptedLayer):
             if factors := update.factors():
                 h = F.embedding(x, factors.A.t()).to(y.dtype)  # (..., r)
                 change = F.linear(h, factors.B.to(y.dtype)) * (weight * factors.scale)
-            elif few := update.few_columns(self.matrix(self.weight)):
+            elif few := update.few(self.matrix(self.weight)):
                 change = weight * few.at(x)
             else:
                 change = F.embedding(x, weight * update(self.matrix(self.weight)).t())

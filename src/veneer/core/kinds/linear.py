@@ -69,7 +69,7 @@ class AdaptedLinear(AdaptedLayer):
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
         for update, weight, dropout, rows in dense:
             matrix, columns, dropped = self.matrix(self.weight), update.by_columns(), F.dropout(x, dropout)
-            if few := update.few_rows(matrix):
+            if few := update.few(matrix):
                 change = F.linear(dropped, (weight * few.values).to(x.dtype)).to(y.dtype)
                 y = y.index_add(-1, few.ids, change if rows is None else by_row(change, rows))
                 continue

@@ -27,7 +27,7 @@ class Tokens(Update):
     def onto(self, weight: Tensor) -> Tensor:
         return weight.to(self.rows.dtype).index_copy(1, self.ids, self.rows.t())
 
-    def few_columns(self, weight: Tensor) -> Few:
+    def few(self, weight: Tensor) -> Few:
         return Few(self.ids, self.rows - weight[:, self.ids].t())
 
     def materialise(self, device: torch.device) -> None:
@@ -60,11 +60,8 @@ class Tied(Update):
         factors = self.of.factors()
         return Factors(factors.B.t(), factors.A.t(), factors.scale) if factors and self.turned else factors
 
-    def few_columns(self, weight: Tensor) -> Few | None:
-        return None if self.turned else self.of.few_columns(weight)
-
-    def few_rows(self, weight: Tensor) -> Few | None:
-        return self.of.few_columns(weight.t()) if self.turned else None
+    def few(self, weight: Tensor) -> Few | None:
+        return self.of.few(self._turn(weight))
 
     def tensors(self) -> dict[str, Tensor]:
         factors = self.factors()
