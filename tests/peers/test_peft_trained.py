@@ -109,3 +109,30 @@ def test_what_peft_saves_veneer_reads(choice, tmp_path):
     merged = read.merge_and_unload()
     assert not list(adapted_layers(merged))
     torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_that_peft_repeats_is_that_of_the_base_or_refused(tiny, tmp_path):
+    base = tiny("llama")
+    other = copy.deepcopy(base)
+    other.model.embed_tokens.weight.data[3] += 1
+    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=["embed_tokens"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(veneer.AdapterError, match=r"unexpected: model\.embed_tokens\.base_layer\.weight \(of another"):
+        veneer.PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_mixed_batches_are_those_of_peft(tiny):
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    base = tiny("llama")
+    ours = veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(**settings), "one")
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**settings), "one")
+    ours.add_adapter("two", veneer.LoraConfig(**settings))
+    theirs.add_adapter("two", peft.LoraConfig(**settings))
+    for name in ("one", "two"):
+        value = torch.randn(64, 32)
+        ours.lm_head.adapters[name]["weight"].value.data = value
+        theirs.base_model.model.lm_head.modules_to_save[name].weight.data = value
+    names = ["two", "__base__", "one"]
+    tokens = torch.arange(3, 15).view(3, 4)
+    found = ours(tokens, adapter_names=names).logits
+    torch.testing.assert_close(found, theirs.eval()(input_ids=tokens, adapter_names=names).logits, rtol=1e-5, atol=1e-5)
