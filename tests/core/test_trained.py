@@ -50,6 +50,15 @@ def test_a_head_is_trained_in_fp32_and_computed_in_the_dtype_of_the_base(tiny):
         assert torch.equal(model(TOKENS).logits, before)
 
 
+def test_a_merged_copy_is_not_the_adapter_s_own(tiny):
+    model = moved(get_peft_model(tiny("roberta"), LoraConfig(target_modules=["query"], modules_to_save=["classifier"])))
+    model.merge_adapter()
+    merged = model(TOKENS).logits
+    for copied in model.classifier.adapters.parameters():
+        copied.data.zero_()
+    assert torch.equal(model(TOKENS).logits, merged)
+
+
 def test_a_task_trains_its_head_as_in_peft(tiny):
     model = get_peft_model(tiny("bert"), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
     assert model.peft_config["default"].modules_to_save == ["classifier"]

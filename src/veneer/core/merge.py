@@ -27,7 +27,7 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
     _refuse_absent(changing)
     _refuse_computed(changing)
     changed = {
-        f"{path}.{name}": value.contiguous()
+        f"{path}.{name}": value.clone() if isinstance(value, nn.Parameter) else value.contiguous()
         for path, layer in layers.items()
         for name, value in layer.changed(terms).items()
     }

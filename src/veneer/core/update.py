@@ -19,18 +19,8 @@ if TYPE_CHECKING:
 LYCORIS_NAMES: dict[str, str | None] = {
     "lora_alpha": "alpha",
     "init_lora_weights": "init_weights",
-    **dict.fromkeys(
-        (
-            "bias",
-            "ensure_weight_tying",
-            "fan_in_fan_out",
-            "lora_dropout",
-            "target_parameters",
-            "trainable_token_indices",
-            "use_dora",
-            "use_rslora",
-        )
-    ),
+    **dict.fromkeys(("bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "target_parameters")),
+    **dict.fromkeys(("trainable_token_indices", "use_dora", "use_rslora")),
 }
 
 
