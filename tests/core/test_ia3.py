@@ -41,6 +41,13 @@ def test_a_name_among_none_of_the_adapted_layers_is_refused(tiny, bits):
     assert bits(base) == before
 
 
+def test_layer_numbers_are_spelled_out_for_peft_which_knows_none_here(tiny):
+    named = LoraConfig(peft_type="IA3", target_modules=TARGETS, layers_to_transform=[1])
+    model = get_peft_model(tiny("llama"), named)
+    wanted = [f"model.layers.1.{name}" for name in ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")]
+    assert model.peft_config["default"].target_modules == wanted
+
+
 @pytest.mark.parametrize("columns", [False, True])
 def test_a_linear_layer_never_builds_the_change(columns, monkeypatch):
     model = get_peft_model(

@@ -140,7 +140,8 @@ class Case:
 # What a method can be besides itself with its defaults: the laws hold for these too.
 VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
     "LORA": {
-        f"LORA-{start}": {"init_lora_weights": start} for start in ("orthogonal", "pissa", "pissa_niter_2", "olora")
+        f"LORA-{start}": {"init_lora_weights": start}
+        for start in ("orthogonal", "pissa", "pissa_niter_2", "olora", "lora_ga")
     }
     | {"LORA-FA": {"options": {"freeze_A": True}}, "LORA-bias": {"options": {"lora_bias": True}}}
     | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
@@ -162,7 +163,15 @@ _COMBINATIONS = {
 } | {f"COPY-{name}": ("LORA", {}, AdaptedModule, example) for name, example in EXAMPLES["AdaptedModule"].items()}
 # Every law runs over LoRA and the method that only tests know on everything, over DoRA once for each kind, over most
 # that methods can be on a linear layer; test_law_combinations goes quickly through all.
-_LIKE_OTHERS = ("LORA-olora-", "LORA-pissa_niter_2-", "LOHA-DORA-", "LOKR-DORA-", "VERA-DORA-", "IA3-DORA-")
+_LIKE_OTHERS = (
+    "LORA-olora-",
+    "LORA-lora_ga-",
+    "LORA-pissa_niter_2-",
+    "LOHA-DORA-",
+    "LOKR-DORA-",
+    "VERA-DORA-",
+    "IA3-DORA-",
+)
 
 
 def _is_run_over(name: str) -> bool:
@@ -181,7 +190,8 @@ def refused(name: str) -> str | None:
         return "VERA adapts linear layers alone"
     if method in METHODS and METHODS[method].shifts(LoraConfig(peft_type=method, **settings)) and not kind.biased:
         return "this adapter changes biases too"
-    trained_alone = not settings.get("use_dora") and not _from_weight(settings)
+    counted = _from_weight(settings) or settings.get("init_lora_weights") == "lora_ga"
+    trained_alone = not settings.get("use_dora") and not counted
     if example and "stack" in example.parameters and not trained_alone:
         return "a stack of matrices .* is adapted by trained factors alone"
     if _from_weight(settings) and example and example.vectors:

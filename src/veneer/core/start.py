@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from veneer.core.errors import AdapterError
 
 PLAIN = (True, False, "gaussian")
-# those that are found in the base's weight; the change is then counted from where it started
+# those that are found in the base's weight
 FROM_WEIGHT = ("pissa", "pissa_niter_N", "olora")
+# those that are found in data, which comes later; until then the factors start like the default (core/data_starts.py)
+FROM_DATA = ("eva", "lora_ga")
+FROM_THE_START = (*FROM_WEIGHT, "lora_ga")  # the change is counted from where it started, for B A is not zero there
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.kinds.module import AdaptedModule
+from veneer.core.methods import method
 from veneer.core.methods.copy import Copy
 from veneer.core.methods.tokens import Tokens
 from veneer.core.roles import ROLES
@@ -153,8 +154,9 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
             f"target_modules={shown(names)} leaves no layer of {type(model).__name__} to adapt; "
             f'its linear layers end with {listed(last_parts(modules))}, or say "all-linear"'
         )
-    # PEFT does not read an expression together with layer numbers, nor roles
-    spell = role is not None or (isinstance(names, str) and config.layers_to_transform is not None)
+    # PEFT does not read an expression together with layer numbers, and for some methods not these either, nor roles
+    numbered = method(config.peft_type).peft_names.get("layers_to_transform", "") is not None
+    spell = role is not None or (config.layers_to_transform is not None and (isinstance(names, str) or not numbered))
     return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell and chosen else names)
 
 

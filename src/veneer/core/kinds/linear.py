@@ -89,10 +89,9 @@ class AdaptedOwnLinear(AdaptedLinear):
         return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and _is_called(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense, _, shifts = self._changes(
-            x, None, self.bias
-        )  # its own forward tells nothing about the rows of W x
-        y = self.own_forward(self.shifted() if shifts else {}, x)  # nor about what it does with b
+        # its own forward tells nothing about the rows of W x, nor about what it does with b
+        thin, dense, _, shifts = self._changes(x, None, self.bias)
+        y = self.own_forward(self.shifted() if shifts else {}, x)
         for change in thin:
             y = y + thin_linear(x, change).to(y.dtype)
         return self._with_dense(y, x, dense)

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.ranges import start_of
-from veneer.core.start import FROM_WEIGHT, PLAIN, start, start_from_weight
+from veneer.core.start import FROM_DATA, FROM_THE_START, FROM_WEIGHT, PLAIN, start, start_from_weight
 from veneer.core.update import Factors, Option, Update, own_precision
 
 
 class Lora(Update):
     """ΔW = scale · B A, with A `(r, in)`, B `(out, r)` and scale = α / r, or α / √r with rsLoRA.
 
-    Where A and B start from W (PiSSA, OLoRA), ΔW = scale · (B A - B₀ A₀) is counted from the start, and the base is
-    never touched: its trajectory is that of B A on the base W - scale · B₀ A₀. It is a LoRA of rank 2r,
-    [B - B₀, B₀] [A; A - A₀], which is zero to the bit at the start, and is computed and saved as such.
+    Where A and B start from W (PiSSA, OLoRA) or its gradient (LoRA-GA), ΔW = scale · (B A - B₀ A₀) is counted from the
+    start, and the base is never touched: its trajectory is that of B A on the base W - scale · B₀ A₀. It is a LoRA of
+    rank 2r, [B - B₀, B₀] [A; A - A₀], which is zero to the bit at the start, and is computed and saved as such.
 
     With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). With `lora_bias`, B has a bias b
     `(out)`, which starts at 0: Δb = scale · b.
@@ -31,7 +31,7 @@ class Lora(Update):
     )
     peft_names: ClassVar = {"freeze_A": None}
     faster: ClassVar = ("B",)
-    starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT)
+    starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT, *FROM_DATA)
     A0: Tensor | None
     B0: Tensor | None
 
@@ -45,13 +45,15 @@ class Lora(Update):
         self.dropout = config.lora_dropout
         self.b = nn.Parameter(weight.new_zeros(rows, dtype=dtype)) if config.options["lora_bias"] else None
         self.A0 = self.B0 = None
-        if isinstance(config.init_lora_weights, str) and _from_weight(config):
-            start_from_weight(self.A, self.B, config.init_lora_weights, weight, self.scale)
+        how = start_of(config)
+        if how in FROM_WEIGHT:
+            start_from_weight(self.A, self.B, str(config.init_lora_weights), weight, self.scale)
+        else:
+            start(self.A, self.B, config.init_lora_weights)
+        if how in FROM_THE_START:
             del self.A0, self.B0
             self.register_buffer("A0", self.A.detach().clone())
             self.register_buffer("B0", self.B.detach().clone())
-        else:
-            start(self.A, self.B, config.init_lora_weights)
         self.A.requires_grad_(not config.options["freeze_A"])
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -71,14 +73,29 @@ class Lora(Update):
     def shift(self, bias: Tensor | None) -> Tensor | None:
         return None if self.b is None else self.scale * self.b
 
+    @torch.no_grad()
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Start again, from these; the change is zero to the bit if B is, or if it is counted from the start."""
+        self.A.data, self.B.data = (new.to(self.A.dtype, copy=True).contiguous() for new in (A, B))  # of any rank
+        if self.A0 is not None and self.B0 is not None:
+            self.A0.copy_(self.A)
+            self.B0.copy_(self.B)
+
+    def is_fresh(self) -> bool:
+        """Whether nothing was learned yet."""
+        if self.A0 is None or self.B0 is None:
+            return not self.B.any()
+        return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
+
     def tensors(self) -> dict[str, Tensor]:
         A, B, _ = self.factors()
         return {**super().tensors(), "A": A.detach(), "B": B.detach()}
 
     @classmethod
     def saved_config(cls, config: LoraConfig) -> LoraConfig:
-        if not _from_weight(config):
-            return config
+        how = start_of(config)
+        if how not in FROM_THE_START:
+            return replace(config, init_lora_weights=True) if how in FROM_DATA else config
         more = math.sqrt(2) if config.use_rslora else 2  # that the scale is the same at twice the rank
         return replace(
             config,
@@ -88,7 +105,3 @@ class Lora(Update):
             alpha_pattern={key: more * alpha for key, alpha in config.alpha_pattern.items()},
             init_lora_weights=True,
         )
-
-
-def _from_weight(config: LoraConfig) -> bool:
-    return start_of(config) in FROM_WEIGHT
