@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model
+from veneer.core.data_starts import initialize_lora_eva_weights
 from veneer.core.inject import adapted_layers
 
 TOKENS = torch.arange(3, 15).view(3, 4)
@@ -162,3 +163,11 @@ def test_rows_of_what_is_no_tensor_are_refused():
     model = get_peft_model(Model(), LoraConfig(target_modules=[], modules_to_save=["pair"]), "a")
     with pytest.raises(AdapterError, match="a Pair called with list cannot be mixed by rows"):
         model(torch.ones(2, 3), adapter_names=["a", "a"])
+
+
+def test_a_start_from_data_is_for_the_method_s_layers(tiny):
+    config = {"target_modules": ["query"], "modules_to_save": ["classifier"], "init_lora_weights": "eva", "r": 2}
+    model = get_peft_model(tiny("roberta"), LoraConfig(bias="all", **config))
+    before = model(TOKENS).logits
+    initialize_lora_eva_weights(model, [{"input_ids": TOKENS}])
+    assert torch.equal(model(TOKENS).logits, before)

@@ -76,15 +76,14 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
         def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
             return target.own(on(weight)) if target.own else made(on(weight), own, start)
 
-        update = target.kind.build(make, target.layer, target.configs)
-        if (bias := target.bias()) is not None:
-            update.bias = nn.Parameter(on(bias.detach()).to(own_precision(bias), copy=True))
-        return update
+        return target.kind.build(make, target.layer, target.configs)
 
     updates = {path: built(target) for path, target in targets.items() if target.tied_to is None}
     for path, target in targets.items():
         if target.tied_to is not None:
             updates[path] = _tied(updates[target.tied_to], target, targets[target.tied_to])
+        if (bias := target.bias()) is not None:
+            updates[path].bias = nn.Parameter(on(bias.detach()).to(own_precision(bias), copy=True))
     return updates
 
 
