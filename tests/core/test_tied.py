@@ -51,6 +51,19 @@ def test_fresh_rows_change_nothing_and_trained_ones_stand_in_the_table(base):
     assert table.grad[IDS].any()
 
 
+@pytest.mark.parametrize("cast", [False, True], ids=["own precision", "cast with the model"])
+def test_rows_of_a_table_of_low_precision_are_rounded_once(tiny, cast):
+    model = get_peft_model(tiny("llama", tie_word_embeddings=True).bfloat16(), LoraConfig(**ROWS))
+    table = model.get_input_embeddings()
+    rows = table.adapters["default"].rows
+    rows.data.normal_(std=1e-4)  # beside which those of the base are large
+    model = model.bfloat16() if cast else model
+    exact = table.adapters["default"].rows.bfloat16()
+    torch.testing.assert_close(table(torch.tensor(IDS)), exact, rtol=2**-7, atol=0)
+    others = torch.tensor([0, 1, 2, 5])
+    assert torch.equal(table(others), table.weight[others])
+
+
 def test_merged_rows_are_the_table_to_the_bit_and_back(base, bits):
     exact = copy.deepcopy(base)
     model = moved(get_peft_model(base, LoraConfig(**ROWS)))

@@ -86,6 +86,7 @@ def _first(case, base) -> str:
     return name
 
 
+@pytest.mark.filterwarnings("ignore:.*are one weight, and only")
 @pytest.mark.parametrize("targets", [["layer"], ["layer", "twin"]], ids=str)
 def test_a_tied_weight_is_refused_by_name(case, bits, targets):
     base = case.base()

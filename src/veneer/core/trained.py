@@ -64,8 +64,7 @@ def token_tables(
     wanted = config.trainable_token_indices
     if isinstance(wanted, list):
         table = getattr(model, "get_input_embeddings", lambda: None)()
-        known = [path for path, module in modules.items() if module is table or path.endswith("embed_tokens")]
-        wanted = {known[0] if known else "embed_tokens": wanted}
+        wanted = {next((path for path, module in modules.items() if module is table), "embed_tokens"): wanted}
     wanted = wanted or {}
     found = _ending_with(wanted, modules)
     tables = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]

@@ -87,7 +87,7 @@ class Update(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_parameter("bias", None)
+        self._parameters["bias"] = None
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Tokens(Update):
         return weight.to(self.rows.dtype).index_copy(1, self.ids, self.rows.t())
 
     def few(self, weight: Tensor) -> Few:
-        return Few(self.ids, self.rows - weight[:, self.ids].t())
+        return Few(self.ids, self.rows.to(own_precision(self.rows)) - weight[:, self.ids].t())
 
     def materialise(self, device: torch.device) -> None:
         super().materialise(device)
