@@ -75,6 +75,8 @@ def test_biases_are_switched_mixed_saved_and_deleted_with_their_adapter(tiny, bi
     moved(model)
     specs = ["a", "__base__", {"a": 0.5, "b": 1.5, "c": -1.0}]
     together = model(TOKENS, adapter_names=specs).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS, adapter_names=specs).logits, together)
     with model.disable_adapter():
         assert torch.equal(together[1], model(TOKENS).logits[1])
     for i, spec in enumerate(specs):

@@ -83,6 +83,7 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
         if target.tied_to is not None:
             updates[path] = _tied(updates[target.tied_to], target, targets[target.tied_to])
         if (bias := target.bias()) is not None:
+            updates[path].simple = False
             updates[path].bias = nn.Parameter(on(bias.detach()).to(own_precision(bias), copy=True))
     return updates
 
@@ -124,7 +125,8 @@ def _attach(target: Target, plan: Plan, name: str, update: Update) -> None:
         layer.adapters = Adapters(plan)
         reclass(layer, target.kind)
     assert isinstance(layer, AdaptedLayer)
-    update.train(layer.training)
+    if not layer.training:
+        update.eval()
     layer.adapters[name] = update
 
 

@@ -31,7 +31,7 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
         for path, layer in layers.items()
         for name, value in layer.changed(terms).items()
     }
-    if broken := [path for path, value in changed.items() if not torch.isfinite(value).all()]:
+    if broken := [path for path, own in changed.items() if not all(torch.isfinite(end) for end in own.aminmax())]:
         raise AdapterError(f"merging {listed(t.adapter for t in terms)} gives NaN or infinity in {collapsed(broken)}")
     apart = _apart(model, changed)
     if apart and not untie:
@@ -79,9 +79,14 @@ def _refuse_absent(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
 
 
 def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
-    computed = [path for path, (layer, name) in changing.items() if name not in dict(layer.named_parameters())]
+    computed = [path for path, (layer, name) in changing.items() if not _is_parameter(layer, name)]
     if computed:
         raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
+
+
+def _is_parameter(layer: AdaptedLayer, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    return last in layer.get_submodule(path)._parameters
 
 
 def _apart(model: nn.Module, changed: Mapping[str, Tensor]) -> list[list[str]]:

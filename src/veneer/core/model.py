@@ -260,6 +260,7 @@ def _first_adapter(
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
     if taken := _taken(model):
         raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}, as a PeftModel has")
+    base = list(model.parameters())
     reclass(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}
@@ -268,10 +269,8 @@ def _first_adapter(
     except BaseException:
         model._strip()
         raise
-    own = {id(p) for _, layer in adapted_layers(model) for p in layer.adapters.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
+    for parameter in base:
+        parameter.requires_grad_(False)
     model.set_adapter(name)
     return model
 

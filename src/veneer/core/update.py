@@ -83,6 +83,7 @@ class Update(nn.Module, ABC):
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
     bias: nn.Parameter | None  # b′, where the adapter trains the layer's bias beside its method
+    simple: bool = False  # whether `factors` are its parameters A and B with `scale`, as they are
     dropout: float = 0.0  # probability that an input of the change is dropped in training
 
     def __init__(self) -> None:
@@ -100,7 +101,14 @@ class Update(nn.Module, ABC):
 
     def onto(self, weight: Tensor) -> Tensor:
         """W + ΔW, in that precision; a method may know it without the sum."""
-        return weight.to(own_precision(weight)) + self(weight)
+        return self.added(weight.to(own_precision(weight)), weight, 1)
+
+    def added(self, total: Tensor, weight: Tensor, share: float) -> Tensor:
+        """total + share · ΔW, in the precision of `total`."""
+        if (factors := self.factors()) is None:
+            return total + share * self(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(total, factors.B.to(total.dtype), factors.A.to(total.dtype), alpha=share * factors.scale)
 
     def factors(self) -> Factors | None:
         """The same change as two thin matrices, where it is one."""

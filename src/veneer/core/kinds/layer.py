@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
+from veneer.core.joint import Joint, joined, parted
 from veneer.core.methods import method
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed, base_of
@@ -21,17 +22,18 @@ def _never_called(module: nn.Module, inputs: object) -> None:
 class Adapters(nn.ModuleDict):
     """The one child that an adapted layer has more than its base: an `Update` for each adapter name."""
 
-    original: dict[str, Tensor] | None  # the layer's parameters as they were, while adapters are merged into them
+    original: dict[str, Tensor] | None = None  # the layer's own parameters, while adapters are merged
+    joint: Joint | None = None  # the memory that the factors of several adapters share, once rows were mixed
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.original = None
         # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
         self.register_forward_pre_hook(_never_called)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapters":
         super()._apply(fn, recurse)
+        self.joint = None
         if self.original is not None:  # what comes back goes wherever the layer went
             self.original = {name: fn(tensor) for name, tensor in self.original.items()}
         return self
@@ -50,11 +52,36 @@ class Adapters(nn.ModuleDict):
         """In a mixed batch, the terms that act on this layer."""
         return tuple(term for term in self.plan.terms if term.rows is not None and term.adapter in self._modules)
 
+    def _save_to_state_dict(self, *into: Any) -> None:
+        if self.joint is not None:
+            parted(self)
+            self.joint = None
+        super()._save_to_state_dict(*into)
+
+    def alone(self, training: bool) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and weight · scale, where one such product on every row is all that acts."""
+        terms = self.plan.terms
+        if len(terms) != 1 or terms[0].rows is not None:
+            return None
+        update: Any = self._modules.get(terms[0].adapter)
+        if update is None or not update.simple or (training and update.dropout):
+            return None
+        return update._parameters["A"], update._parameters["B"], terms[0].weight * update.scale
+
+    def jointly(self, x: Tensor) -> Tensor | None:
+        """Σ weight · ΔW x of all that acts on x `(rows, …, in)` in a mixed batch, if it can be had at once."""
+        terms, modules = self.plan.terms, self._modules
+        names = tuple(term.adapter for term in terms if term.adapter in modules)
+        if len(names) < 2 or terms[0].rows is None or torch.compiler.is_compiling():
+            return None
+        self.joint = joined(self.joint, self, names)
+        return None if self.joint is None else self.joint.change(x, names, self.plan.groups(names, x))
+
     def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
         """The same for an input or output x `(rows, …)`, and in a mixed batch the weight `(rows)` of each row."""
         for term in self.plan.terms:
             if term.adapter in self._modules:
-                rows = None if term.rows is None else self.plan.row_weights((term,), (1,), x)[:, 0]
+                rows = None if term.rows is None else self.plan.row_weights(term, x)
                 yield self._modules[term.adapter], term.weight, rows  # type: ignore[misc]
 
 
@@ -139,10 +166,11 @@ class AdaptedLayer(Reclassed):
                 acting.setdefault(part, []).append((own, weight))
         totals = {}
         for part, changes in acting.items():
-            original, (first, weight) = originals[part], changes[0]
-            alone = len(changes) == 1 and weight == 1
-            own_sum = original.to(own_precision(original))
-            totals[part] = first.onto(original) if alone else sum((w * u(original) for u, w in changes), own_sum)
+            original, alone = originals[part], len(changes) == 1 and changes[0][1] == 1
+            total = original.to(own_precision(original))
+            for update, share in changes:
+                total = update.onto(original) if alone else update.added(total, original, share)
+            totals[part] = total
         values = self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
         return {**values, **self.shifted(terms)}
 

@@ -1,12 +1,13 @@
 """Linear layers: `nn.Linear` and its subclasses, and transformers' `Conv1D`, which is one transposed."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veneer.core.fused import Change, fused_linear, thin_linear
+from veneer.core.fused import FEW, Change, few_linear, fused_linear, thin_linear
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.plan import by_row
 from veneer.core.update import Update
@@ -35,7 +36,13 @@ class AdaptedLinear(AdaptedLayer):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        adapters: Any = self._modules["adapters"]
         matrix, bias = self.matrix(self.weight), self.bias
+        if not torch.is_grad_enabled():
+            if (alone := adapters.alone(self.training)) and x.numel() <= FEW * x.shape[-1]:
+                return few_linear(x, matrix, bias, *alone)
+            if (change := adapters.jointly(x)) is not None:
+                return F.linear(x, matrix, bias).add_(change)
         thin, dense, gains, shifts = self._changes(x, matrix, bias)
         if not thin and not dense and not gains:
             return super().forward(x)

@@ -24,7 +24,7 @@ def forward_by_row(
     inputs = [value for value in (*args, *kwargs.values()) if not isinstance(value, bool | int | float | str | None)]
     _expect_rows(layer, "called with", inputs)
     for value in inputs:
-        layer.adapters.plan.check_rows(terms, value)
+        layer.adapters.plan.count(value)
     groups: dict[tuple[Term, ...], list[int]] = {}
     number = len(terms[0].rows or ())
     for row in range(number):

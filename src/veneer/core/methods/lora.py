@@ -32,8 +32,8 @@ class Lora(Update):
     peft_names: ClassVar = {"freeze_A": None}
     faster: ClassVar = ("B",)
     starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT, *FROM_DATA)
-    A0: Tensor | None
-    B0: Tensor | None
+    A0: Tensor  # only where the change is counted from the start
+    B0: Tensor
 
     def __init__(self, weight: Tensor, config: LoraConfig) -> None:
         super().__init__()
@@ -43,15 +43,15 @@ class Lora(Update):
         saved = self.saved_config(config)
         self.scale = scaling(saved.r, saved.lora_alpha, saved.use_rslora)
         self.dropout = config.lora_dropout
-        self.b = nn.Parameter(weight.new_zeros(rows, dtype=dtype)) if config.options["lora_bias"] else None
-        self.A0 = self.B0 = None
+        if config.options["lora_bias"]:
+            self.register_parameter("b", nn.Parameter(weight.new_zeros(rows, dtype=dtype)))
         how = start_of(config)
+        self.simple = how not in FROM_THE_START and not config.options["lora_bias"]
         if how in FROM_WEIGHT:
             start_from_weight(self.A, self.B, str(config.init_lora_weights), weight, self.scale)
         else:
             start(self.A, self.B, config.init_lora_weights)
         if how in FROM_THE_START:
-            del self.A0, self.B0
             self.register_buffer("A0", self.A.detach().clone())
             self.register_buffer("B0", self.B.detach().clone())
         self.A.requires_grad_(not config.options["freeze_A"])
@@ -61,7 +61,7 @@ class Lora(Update):
         return scale * (B @ A)
 
     def factors(self) -> Factors:
-        if self.A0 is None or self.B0 is None:
+        if "A0" not in self._buffers:
             return Factors(self.A, self.B, self.scale)
         A = torch.cat([self.A, self.A - self.A0])
         return Factors(A, torch.cat([self.B - self.B0, self.B0], dim=1), self.scale)
@@ -71,19 +71,20 @@ class Lora(Update):
         return config.options["lora_bias"]
 
     def shift(self, bias: Tensor | None) -> Tensor | None:
-        return None if self.b is None else self.scale * self.b
+        b = self._parameters.get("b")
+        return None if b is None else self.scale * b
 
     @torch.no_grad()
     def start_at(self, A: Tensor, B: Tensor) -> None:
         """Start again, from these; the change is zero to the bit if B is, or if it is counted from the start."""
         self.A.data, self.B.data = (new.to(self.A.dtype, copy=True).contiguous() for new in (A, B))  # of any rank
-        if self.A0 is not None and self.B0 is not None:
+        if "A0" in self._buffers:
             self.A0.copy_(self.A)
             self.B0.copy_(self.B)
 
     def is_fresh(self) -> bool:
         """Whether nothing was learned yet."""
-        if self.A0 is None or self.B0 is None:
+        if "A0" not in self._buffers:
             return not self.B.any()
         return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
 
