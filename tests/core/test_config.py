@@ -66,6 +66,7 @@ def test_to_dict_and_from_dict_are_inverse_and_json():
     config = LoraConfig(
         r=4, lora_alpha=16, target_modules=["q"], lora_dropout=0.1, use_rslora=True, rank_pattern={"q": 2},
         alpha_pattern={"q": 1.5}, layers_to_transform=[1], layers_pattern="h", exclude_modules="x", task_type="T",
+        modules_to_save=["s"], trainable_token_indices={"e": [3, 1]}, ensure_weight_tying=True, bias="all",
     )  # fmt: skip
     assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -73,9 +74,6 @@ def test_to_dict_and_from_dict_are_inverse_and_json():
 @pytest.mark.parametrize(
     "values",
     [
-        {"bias": "all"},
-        {"modules_to_save": ["head"]},
-        {"trainable_token_indices": [1]},
         {"layer_replication": [[0, 2]]},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},

@@ -14,6 +14,7 @@ from veneer.core.inject import adapted_layers
 from veneer.core.kinds import KINDS
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import METHODS, dora
 from veneer.core.start import start
 from veneer.core.update import Update
@@ -55,11 +56,19 @@ class Case:
     kind: type[AdaptedLayer]
     example: Example
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the layer is trained whole, and no method is asked."""
+        return self.kind is AdaptedModule
+
     def config(self, targets: str | list[str] = "layer", **settings: Any) -> LoraConfig:
         if settings.get("lora_dropout") and not self.kind.drops:
             pytest.skip("this kind has no dropout and refuses it")
         if "layer" not in targets and "fused" in self.settings.get("options", {}):
             settings["options"] = {}  # which names the layer
+        if self.is_copy and "layer" in targets:
+            settings["modules_to_save"] = ["layer"]
+            targets = [target for target in targets if target != "layer"] if isinstance(targets, list) else []
         if self.example.parameters and "layer" in targets:
             settings["target_parameters"] = [f"layer.{name}" for name in self.example.parameters]
             targets = [] if targets == "layer" else [target for target in targets if target != "layer"]
@@ -125,6 +134,8 @@ class Case:
             for part, update in layer.adapters[name].parts().items():
                 original = self.kind.matrices(layer)[part]
                 originals[part] = originals[part] + weight * update.delta(original)
+        if self.is_copy and list(weights.values()) == [1]:
+            return {part: update.value for part, update in layer.adapters[next(iter(weights))].parts().items()}
         return originals
 
 
@@ -152,7 +163,7 @@ _COMBINATIONS = {
     }.items()
     for kind in (*KINDS, AdaptedParameters)
     for name, example in EXAMPLES.get(kind.__name__, {kind.__name__: None}).items()
-}
+} | {f"COPY-{name}": ("LORA", {}, AdaptedModule, example) for name, example in EXAMPLES["AdaptedModule"].items()}
 # Every law runs over LoRA and the method that only tests know on everything, over DoRA once for each kind, over most
 # that methods can be on a linear layer; test_law_combinations goes quickly through all.
 _LIKE_OTHERS = (

@@ -12,25 +12,22 @@ from veneer.core.ranges import method_of, problems
 # What PEFT's configs may also say, and the values at which it changes nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None,),
-    "bias": ("none",),
     "layer_replication": (None,),
     "module_dropout": (0.0,),
-    "modules_to_save": (None, []),
     "rank_dropout": (0.0,),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None,),
     "use_effective_conv2d": (False,),
     "use_qalora": (False,),
 }
 # What says nothing about the numbers in a finished adapter: where it came from, how it started, how it ran.
 _SILENT = {
-    "arrow_config", "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "arrow_config", "auto_mapping", "corda_config", "eva_config", "fan_in_fan_out",
     "kasa_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
     "peft_version", "qalora_group_size", "rank_dropout_scale", "runtime_config", "velora_config",
 }  # fmt: skip
 
 # What PEFT's readers of the file need to be told.
-_FOR_PEFT = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
+_FOR_PEFT = {"fan_in_fan_out": False}
 
 _NUMBERS = {"r", "lora_alpha", "lora_dropout"}
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
@@ -44,9 +41,15 @@ class LoraConfig:
     expression for the whole path, a role in a transformer, or None for the usual choice of the architecture. The
     roles are `"all-linear"`, `"attention"`, `"feed-forward"` and `"norm"`, and leave the output head out.
     `target_parameters`: parameters that are changed by their names (`["experts.down_proj"]`), whatever they
-    belong to; a stack of matrices, matrix by matrix. `rank_pattern` and `alpha_pattern` give layers whose path
-    ends with a key (a regular expression) another `r` or `lora_alpha`. `options` are those that the method
-    `peft_type` declares for itself; in a file they stand beside the rest, under PEFT's names.
+    belong to; a stack of matrices, matrix by matrix. `modules_to_save`: modules that are trained whole, as copies that
+    belong to the adapter; a fresh adapter adds the head that `task_type` SEQ_CLS, TOKEN_CLS or QUESTION_ANS means.
+    `trainable_token_indices`: rows of the input embedding, or `{table: rows}`, that are trained by themselves, in all
+    layers that share the table's weight. `ensure_weight_tying`: whatever changes a weight that layers share does so in
+    all of them. `bias`: "lora_only" trains the biases of the adapted linear layers and convolutions too, "all" every
+    bias; they belong to the adapter like the rest.
+    `rank_pattern` and `alpha_pattern` give layers whose path ends with a key (a regular expression) another `r` or
+    `lora_alpha`. `options` are those that the method `peft_type` declares for itself; in a file they stand beside the
+    rest, under PEFT's names.
 
     Raises `AdapterError` that lists every value that is out of range.
     """
@@ -56,6 +59,10 @@ class LoraConfig:
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    bias: str = "none"
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
@@ -74,7 +81,8 @@ class LoraConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
+        self.modules_to_save = self.modules_to_save or None  # PEFT may say []
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))

@@ -169,11 +169,12 @@ def _fresh(
         raise AdapterError(f"{name!r} was made with init_lora_weights={shown(found)}: make it with {how!r}")
     if not (batches := list(batches)):
         raise AdapterError("no batches to start from: give some")
-    layers = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
+    carrying = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
+    updates = {path: layer.adapters[name].modules() for path, layer in carrying.items()}
+    loras = {path: own for path, inner in updates.items() for own in inner if isinstance(own, Lora)}
+    layers = {path: carrying[path] for path in loras}  # not what is trained beside the method
     if others := [path for path, layer in layers.items() if not layer.linear]:
         raise AdapterError(f"init_lora_weights={how!r} is for linear layers, not for {collapsed(others)}")
-    inside = {path: layer.adapters[name].modules() for path, layer in layers.items()}
-    loras = {path: next(own for own in modules if isinstance(own, Lora)) for path, modules in inside.items()}
     if begun := [path for path, lora in loras.items() if not lora.is_fresh()]:
         raise AdapterError(f"{name!r} has learned something already, in {collapsed(begun)}: start a fresh adapter")
     return batches, layers, loras

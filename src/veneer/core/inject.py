@@ -12,12 +12,14 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, named
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import maker, method
+from veneer.core.methods.tokens import Tied
 from veneer.core.plan import Plan
 from veneer.core.reclass import mixin_of, reclass, restore
 from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
-from veneer.core.update import Update
+from veneer.core.update import Parts, Update, own_precision
 
 _Layer = tuple[type[AdaptedLayer], nn.Module, Any]  # its kind, itself, its update
 
@@ -58,7 +60,7 @@ def prepared(
     """
     faults = list(faults)
     try:
-        targets, resolved = select(model, config)
+        targets, resolved = select(model, config, fresh=values is None)
         updates = _built(targets, resolved, sketched=values is not None)
     except AdapterError as error:
         raise AdapterError("\n".join([*faults, str(error)])) from None
@@ -80,13 +82,31 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
     def on(weight: Tensor) -> Tensor:
         return weight.to("meta") if sketched else weight
 
-    weights = ((on(matrix), target.config) for target in targets.values() for matrix in target.matrices().values())
-    made = maker(config, weights)
+    by_method = [target for target in targets.values() if target.own is None]
+    made = maker(config, ((on(matrix), each.config) for each in by_method for matrix in each.matrices().values()))
 
-    def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
-        return made(on(weight), own, start)
+    def built(target: Target) -> Update:
+        def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
+            return target.own(on(weight)) if target.own else made(on(weight), own, start)
 
-    return {path: target.kind.build(make, target.layer, target.configs) for path, target in targets.items()}
+        return target.kind.build(make, target.layer, target.configs)
+
+    updates = {path: built(target) for path, target in targets.items() if target.tied_to is None}
+    for path, target in targets.items():
+        if target.tied_to is not None:
+            updates[path] = _tied(updates[target.tied_to], target, targets[target.tied_to])
+        if (bias := target.bias()) is not None:
+            updates[path].simple = False
+            updates[path].bias = nn.Parameter(on(bias.detach()).to(own_precision(bias), copy=True))
+    return updates
+
+
+def _tied(update: Any, target: Target, source: Target) -> Any:
+    """The same change, for another layer with the same weight."""
+    if target.kind is AdaptedModule:
+        return Parts({"weight": update["weight"]})
+    lookups = [issubclass(kind, AdaptedEmbedding) for kind in (target.kind, source.kind)]
+    return Tied(update, turned=lookups[0] != lookups[1])
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
@@ -147,6 +167,8 @@ def _entries(layers: Mapping[str, _Layer]) -> dict[tuple[str, str], _Entry]:
             own = update.parts()[part]
             for name, tensor in own.shared_tensors().items():
                 entries["", name] = _Entry(tensor, tensor, "", kind)
+            if own.bias is not None:
+                entries[f"{path}.bias", "value"] = _Entry(own.bias.detach(), own.bias.detach(), "", kind)
             for name, tensor in own.tensors().items():
                 form = own.forms.get(name, "")
                 entries[path + place, name] = _Entry(tensor, kind.filed(layer, form, tensor), form, kind)
@@ -170,6 +192,10 @@ def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) ->
     ]
     fitting = [key for key, shape in wanted.items() if key in found and shape == found[key].shape]
     broken = [".".join(filter(None, key)) for key in fitting if not is_finite(found[key])]
+    for path, base in values.bases.items():
+        weight = layers[path][1].get_parameter("weight").detach() if path in layers else None
+        if weight is None or weight.shape != base.shape or not torch.equal(weight.to(base.device, base.dtype), base):
+            strangers.append(f"{path}.base_layer.weight (of another base)")
     said = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
     problems = [f"{what}: {collapsed(names)}" for what, names in said if names]
     if problems:
@@ -185,5 +211,7 @@ def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: A
         matrices = targets[path].matrices()
         for part, own in update.parts().items():
             own.materialise(matrices[part].device)
+            if own.bias is not None:
+                own.bias = nn.Parameter(torch.empty_like(own.bias, device=matrices[part].device))
     for (path, key), (tensor, _, form, kind) in _entries(layers).items():
         tensor.copy_(kind.unfiled(form, values.tensors[path][key], tensor.shape))

@@ -82,6 +82,11 @@ class PeftModel(Reclassed):
         """The names of the adapters that act, live or merged."""
         return [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
 
+    @property
+    def modules_to_save(self) -> set[str]:
+        """The names of the modules that adapters train whole."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or []}
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the model. If it acted, the others of its blend act on; without any, the base does."""
         self._config(adapter_name)
@@ -147,11 +152,14 @@ class PeftModel(Reclassed):
 
     def merge_adapter(self, adapter_names: Spec | None = None) -> None:
         """W ← W + Σ ΔW of these adapters (those that act, if not given): whole, or nothing is changed."""
+        self._merge(adapter_names, untie=False)
+
+    def _merge(self, adapter_names: Spec | None, untie: bool) -> None:
         self._refuse_merged("merging")
         terms = self.adapter_plan.terms if adapter_names is None else terms_of(adapter_names, self.peft_config)
         if not terms:
             raise AdapterError(f"no adapter acts: name some to merge of {listed(self.peft_config)}")
-        merge(self, self.adapter_plan, terms)
+        merge(self, self.adapter_plan, terms, untie)
 
     def unmerge_adapter(self) -> None:
         """The base's weights again, bit for bit; what acted before the merge acts again, live."""
@@ -159,10 +167,13 @@ class PeftModel(Reclassed):
             raise AdapterError("nothing is merged")
         unmerge(self, self.adapter_plan)
 
-    def merge_and_unload(self, adapter_names: Spec | None = None) -> nn.Module:
-        """The plain base model with these adapters inside its weights; its parameters stay frozen."""
+    def merge_and_unload(self, adapter_names: Spec | None = None, untie: bool = False) -> nn.Module:
+        """The plain base model with these adapters inside its weights; its parameters stay frozen.
+
+        With `untie`, a changed layer whose weight others share, and that only it should change, gets one of its own.
+        """
         if not self.adapter_plan.merged or adapter_names is not None:
-            self.merge_adapter(adapter_names)
+            self._merge(adapter_names, untie)
         return self._strip()
 
     def unload(self) -> nn.Module:

@@ -29,7 +29,7 @@ def problems(config: "LoraConfig") -> list[str]:
             found.append(f"{name} should be {expected}, found {shown(getattr(config, name))}")
 
     expect(isinstance(config.peft_type, str), "peft_type", "the name of a method")
-    for name in ("use_rslora", "use_dora", "inference_mode"):
+    for name in ("use_rslora", "use_dora", "inference_mode", "ensure_weight_tying"):
         expect(isinstance(getattr(config, name), bool), name, "true or false")
     for name in ("task_type", "base_model_name_or_path", "revision"):
         expect(isinstance(getattr(config, name), (str, type(None))), name, "a string")
@@ -37,10 +37,18 @@ def problems(config: "LoraConfig") -> list[str]:
     expect(is_finite(config.lora_alpha), "lora_alpha", "a finite number")
     expect(is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        if name == "target_modules" and config.target_modules == [] and _trains_more(config):
+            continue
         expect(is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
-    names = config.target_parameters
-    expect(names is None or (isinstance(names, list) and is_names(names)), "target_parameters", "a list of names")
-    both = bool(names) and config.layers_to_transform is not None
+    for name in ("target_parameters", "modules_to_save"):
+        names = getattr(config, name)
+        expect(names is None or (isinstance(names, list) and is_names(names)), name, "a list of names")
+    expect(config.bias in ("none", "all", "lora_only"), "bias", '"none", "all" or "lora_only"')
+    rows = config.trainable_token_indices
+    tables = rows if isinstance(rows, dict) else {"": rows}
+    holds = all(isinstance(table, str) and _is_tokens(own) for table, own in tables.items())
+    expect(rows is None or holds, "trainable_token_indices", "token ids, each once")
+    both = bool(config.target_parameters) and config.layers_to_transform is not None
     expect(not both, "layers_to_transform", "not given with target_parameters: name the parameters' paths")
     ranks, alphas = config.rank_pattern, config.alpha_pattern
     expect(isinstance(ranks, dict) and all(map(_is_rank, ranks.values())), "rank_pattern", "{name: whole number ≥ 1}")
@@ -101,6 +109,16 @@ def _is_layers(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_whole(number, 0) for number in value)
     return value is None or _is_whole(value, 0)
+
+
+def _is_tokens(value: object) -> bool:
+    whole = isinstance(value, list) and all(_is_whole(number, 0) for number in value)
+    return whole and 0 < len(set(value)) == len(value)  # type: ignore[call-overload,arg-type]
+
+
+def _trains_more(config: "LoraConfig") -> bool:
+    """Whether there is something to train beside a method's layers."""
+    return bool(config.modules_to_save or config.trainable_token_indices or config.bias == "all")
 
 
 def is_names(value: object) -> bool:

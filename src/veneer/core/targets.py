@@ -1,8 +1,10 @@
 """Which layers a config means: names to layers, and nothing silently missed."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -11,10 +13,16 @@ from veneer.core.errors import AdapterError, listed, shown, unmatched
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import method
+from veneer.core.methods.copy import Copy
+from veneer.core.methods.tokens import Tokens
 from veneer.core.reclass import mixin_of
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
+from veneer.core.tied import tie
+from veneer.core.trained import clashes, inside, other_biases, saved_modules, token_tables, with_heads
+from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
@@ -40,33 +48,49 @@ class Target:
     layer: nn.Module
     kind: type[AdaptedLayer]
     configs: dict[str, LoraConfig]
+    own: Callable[[Tensor], Update] | None = None  # makes what is trained here, where it is not the config's method
+    rows: list[int] | None = None  # of a table that are trained by themselves
+    tied_to: str | None = None  # the path of the layer whose change this one has, as it has its weight
 
     def matrices(self) -> dict[str, Tensor]:
         """What of the layer changes, by part."""
         return self.kind.matrices(self.layer)
+
+    def bias(self) -> Tensor | None:
+        """The layer's bias, where it is trained beside the method."""
+        trains = self.own is None and self.kind.biased and self.config.bias != "none"
+        return getattr(self.layer, "bias", None) if trains else None
+
+    def parameters(self) -> set[str]:
+        """The names of what changes."""
+        parts = {part: own for part, own in self.matrices().items() if part in self.configs or "" in self.configs}
+        return set(self.kind.values(self.layer, parts))
 
     @property
     def config(self) -> LoraConfig:
         return next(iter(self.configs.values()))
 
 
-def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], LoraConfig]:
+def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[dict[str, Target], LoraConfig]:
     """The layers that `config` means, by path, and the config with `target_modules` spelled out.
 
-    Raises `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no
-    kind can adapt.
+    A `fresh` adapter has the heads of its task, and is warned of where it changes a shared weight in one layer alone.
+    Raises `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no kind can
+    adapt.
     """
     modules = base_modules(model)
     search = Search(modules)
-    if config.target_parameters and config.target_modules is None:
+    saved, config = saved_modules(modules, with_heads(config) if fresh else config, search.faults)
+    tables = token_tables(model, modules, config, search.faults)
+    if config.target_modules == [] or (config.target_parameters and config.target_modules is None):
         chosen: list[str] = []
         resolved = config
     else:
         chosen, resolved = _select_modules(model, search, config)
-    parts = _matching_parameters(search, config)
-    places = [(path, "") for path in chosen] + parts
+    chosen = [path for path in chosen if path not in saved and not inside(path, saved)]
+    places = [(path, "") for path in chosen] + _matching_parameters(search, config)
     kinds = {place: AdaptedParameters if place[1] else kind_of(modules[place[0]]) for place in places}
-    _find_unadaptable(search, config, kinds)
+    _find_unadaptable(search, config, kinds, saved)
     options, wrong = method(config.peft_type).placed(config, modules, list({path: None for path, _ in places}))
     search.faults += wrong
     # a pattern for a layer whose name is misspelt is not wrong itself
@@ -84,7 +108,38 @@ def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], Lor
         target.configs[part] = copy(resolved)
         options_here = {**options.get(path, resolved.options), **meant}
         vars(target.configs[part]).update({**own[path, part], "options": options_here})
+    alone = _add_trained(modules, targets, saved, tables, resolved)
+    if alone and fresh:
+        advice = "merging will need untie=True; ensure_weight_tying=True changes both"
+        warnings.warn(f"{'; '.join(alone)}: {advice}", stacklevel=6)
     return targets, resolved
+
+
+def _add_trained(
+    modules: dict[str, nn.Module],
+    targets: dict[str, Target],
+    saved: Iterable[str],
+    tables: dict[str, list[int]],
+    config: LoraConfig,
+) -> list[str]:
+    """What is trained beside the method, and the layers that follow; returns what is changed in one layer alone."""
+    twice = [path for path in tables if path in targets or path in saved]
+    targets |= {path: Target(modules[path], AdaptedModule, {"": config}, Copy) for path in saved}
+    for path, ids in tables.items():
+        kind = kind_of(modules[path])
+        assert kind is not None
+        targets[path] = Target(modules[path], kind, {"": config}, partial(Tokens, ids=ids), ids)
+    biases, problems = other_biases(modules, config, {path: target.kind for path, target in targets.items()})
+    targets |= {path: Target(modules[path], AdaptedModule, {"bias": config}, Copy) for path in biases}
+    alone, unfollowed = tie(modules, targets, config.ensure_weight_tying)
+    more = {path: target.layer for path, target in targets.items() if target.own or target.tied_to is not None}
+    hooked = {path: _not_free(layer) for path, layer in more.items()}
+    problems += [f"{path} is a {type(more[path]).__name__} {reason}" for path, reason in hooked.items() if reason]
+    problems += [f"{path} is changed in two ways: target it in one" for path in twice]
+    problems += [*unfollowed, *clashes(modules, {path: target.kind for path, target in targets.items()})]
+    if problems:
+        raise AdapterError(_told(problems))
+    return alone
 
 
 def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tuple[list[str], LoraConfig]:
@@ -153,9 +208,15 @@ def _usual(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     )
 
 
-def _find_unadaptable(search: Search, config: LoraConfig, kinds: Mapping[Place, type[AdaptedLayer] | None]) -> None:
-    problems: dict[str, dict[str, None]] = {"target_modules": {}, "target_parameters": {}}
-    for (path, part), kind in kinds.items():
+def _find_unadaptable(
+    search: Search, config: LoraConfig, kinds: Mapping[Place, type[AdaptedLayer] | None], saved: Iterable[str]
+) -> None:
+    asked = [
+        ("target_parameters" if part else "target_modules", path, part, kind) for (path, part), kind in kinds.items()
+    ]
+    asked += [("modules_to_save", path, "", AdaptedModule) for path in saved]
+    problems: dict[str, dict[str, None]] = {what: {} for what, *_ in asked}
+    for what, path, part, kind in asked:
         layer = search.modules[path]
         name = type(layer).__name__
         if kind is None:
@@ -169,12 +230,12 @@ def _find_unadaptable(search: Search, config: LoraConfig, kinds: Mapping[Place, 
         else:
             reason = kind.refusal(layer, config) or _not_free(layer)
         if reason:
-            what = "target_parameters" if part else "target_modules"
             problems[what][f"{path} is a {name} {reason}"] = None
-    for what, said in problems.items():
-        if said:
-            more = f"\nand {len(said) - 8} more" if len(said) > 8 else ""
-            search.faults.append(f"{what}: " + "\n".join(list(said)[:8]) + more)
+    search.faults += [f"{what}: {_told(list(said))}" for what, said in problems.items() if said]
+
+
+def _told(problems: list[str]) -> str:
+    return "\n".join(problems[:8]) + (f"\nand {len(problems) - 8} more" if len(problems) > 8 else "")
 
 
 def _not_free(layer: nn.Module) -> str | None:

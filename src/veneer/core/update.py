@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 LYCORIS_NAMES: dict[str, str | None] = {
     "lora_alpha": "alpha",
     "init_lora_weights": "init_weights",
-    **dict.fromkeys(("bias", "fan_in_fan_out", "lora_dropout", "target_parameters", "use_dora", "use_rslora")),
+    **dict.fromkeys(("bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "target_parameters")),
+    **dict.fromkeys(("trainable_token_indices", "use_dora", "use_rslora")),
 }
 
 
@@ -50,6 +52,20 @@ class Rows(NamedTuple):
     factors: Factors | None
 
 
+class Few(NamedTuple):
+    """A change of a few tokens: what is added to their rows of a table, or of a head's weight."""
+
+    ids: Tensor  # (number)
+    values: Tensor  # (number, width)
+
+    def at(self, x: Tensor) -> Tensor:
+        """What is added for tokens x `(…)`, few of which may be among them: `(…, width)`."""
+        ids, order = self.ids.sort()
+        place = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
+        found = F.embedding(order[place], self.values)
+        return torch.where((ids[place] == x).unsqueeze(-1), found, found.new_zeros(()))
+
+
 class Update(nn.Module, ABC):
     """What a method must say: its parameters (`__init__`) and what it does to a matrix (`delta`).
 
@@ -66,6 +82,7 @@ class Update(nn.Module, ABC):
     starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
+    bias: nn.Parameter | None  # b′, where the adapter trains the layer's bias beside its method
     simple: bool = False  # whether `factors` are its parameters A and B with `scale`, as they are
     dropout: float = 0.0  # probability that an input of the change is dropped in training
     scale: float = 1.0  # what a product of its parameters is multiplied by
@@ -82,6 +99,10 @@ class Update(nn.Module, ABC):
         """The `options` of layers that have their own, by path, and what is wrong with those of `config`."""
         return {}, []
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._parameters["bias"] = None
+
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW for the base's `weight`, both `(out, in)`, in the precision of the method's parameters."""
@@ -90,6 +111,10 @@ class Update(nn.Module, ABC):
         """`delta` in that precision under autocast too: a change of weights is no activation."""
         with torch.autocast(weight.device.type, enabled=False):
             return self.delta(weight)
+
+    def onto(self, weight: Tensor) -> Tensor:
+        """W + ΔW, in that precision; a method may know it without the sum."""
+        return self.added(weight.to(own_precision(weight)), weight, 1)
 
     def added(self, total: Tensor, weight: Tensor, share: float) -> Tensor:
         """total + share · ΔW, in the precision of `total`."""
@@ -102,6 +127,10 @@ class Update(nn.Module, ABC):
         """The same change as two thin matrices, where it is one."""
         return None
 
+    def few(self, weight: Tensor) -> Few | None:
+        """The same change as that of a few tokens, where it is one: columns of a table's matrix, rows of a head's."""
+        return None
+
     @classmethod
     def shifts(cls, config: "LoraConfig") -> bool:
         """Whether such updates change the layer's bias too; only kinds that are `biased` take them."""
@@ -110,6 +139,13 @@ class Update(nn.Module, ABC):
     def shift(self, bias: Tensor | None) -> Tensor | None:
         """Δb `(out)` for the layer's `bias`, or None where it stays as it is."""
         return None
+
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
+        """Δb `(out)` in all: the method's shift, and b′ - b."""
+        shift = self.shift(bias)
+        if self.bias is None or bias is None:
+            return shift
+        return self.bias - bias if shift is None else self.bias - bias + shift
 
     def parts(self) -> dict[str, "Update"]:
         """The updates of the layer's matrices, by part; most layers are one matrix, called ""."""
@@ -125,7 +161,7 @@ class Update(nn.Module, ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it, by the names in `file_names`; the live tensors, not copies."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if name != "bias"}
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """What a file holds once for all layers of the adapter."""

@@ -147,4 +147,8 @@ MEANINGS = {
     "revision": "The revision of the base on the hub.",
     "inference_mode": "Kept for PEFT; says nothing here.",
     "target_parameters": "Parameters that are adapted by name, stacked experts included.",
+    "modules_to_save": "Modules that are trained whole, as copies that the adapter holds: a new head, say.",
+    "trainable_token_indices": "Tokens whose rows of the embedding are trained by themselves: new ones, say.",
+    "ensure_weight_tying": "What changes a weight that layers share (embedding and head) changes it in all of them.",
+    "bias": "Which biases are trained too: none, lora_only (those of adapted layers) or all.",
 }

@@ -53,7 +53,7 @@ class AdaptedConv(AdaptedLayer):
         y = super().forward(x)
         for update, weight, rows in self.adapters.acting_on(y):
             dropped = F.dropout(x, update.dropout, self.training)
-            shift = update.shift(self.bias)
+            shift = update.bias_change(self.bias)
             shift = None if shift is None else (weight * shift).to(y.dtype)
             if self.groups == 1 and (factors := update.factors()):
                 A, B = factors.A.to(y.dtype), factors.B.to(y.dtype)

@@ -48,6 +48,10 @@ class Adapters(nn.ModuleDict):
                     )
                 yield self._modules[term.adapter], term.weight  # type: ignore[misc]
 
+    def by_row(self) -> tuple[Term, ...]:
+        """In a mixed batch, the terms that act on this layer."""
+        return tuple(term for term in self.plan.terms if term.rows is not None and term.adapter in self._modules)
+
     def _save_to_state_dict(self, *into: Any) -> None:
         if self.joint is not None:
             parted(self)
@@ -156,12 +160,17 @@ class AdaptedLayer(Reclassed):
         Summed in fp32 (fp64 for an fp64 base), rounded once to the base's dtype.
         """
         originals = self.matrices(self)
-        totals: dict[str, Tensor] = {}
+        acting: dict[str, list[tuple[Update, float]]] = {}
         for update, weight in self.adapters.acting(terms):
             for part, own in update.parts().items():
-                original = originals[part]
-                total = totals.get(part, original.to(torch.promote_types(original.dtype, torch.float32)))
-                totals[part] = own.added(total, original, weight)
+                acting.setdefault(part, []).append((own, weight))
+        totals = {}
+        for part, changes in acting.items():
+            original, alone = originals[part], len(changes) == 1 and changes[0][1] == 1
+            total = original.to(own_precision(original))
+            for update, share in changes:
+                total = update.onto(original) if alone else update.added(total, original, share)
+            totals[part] = total
         values = self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
         return {**values, **self.shifted(terms)}
 
@@ -169,7 +178,7 @@ class AdaptedLayer(Reclassed):
         """b + Σ weight · Δb, likewise, where a change has one; a layer that has no b gets one."""
         shifts = []
         if self.biased:
-            own = ((weight, update.shift(self.bias)) for update, weight in self.adapters.acting(terms))
+            own = ((weight, update.bias_change(self.bias)) for update, weight in self.adapters.acting(terms))
             shifts = [weight * shift for weight, shift in own if shift is not None]
         if not shifts:
             return {}

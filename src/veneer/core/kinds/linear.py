@@ -65,7 +65,7 @@ class AdaptedLinear(AdaptedLayer):
             if rescaled:
                 gains.append(_weighted(rescaled.gain, weight, rows))
                 factors = rescaled.factors
-            if (shift := update.shift(bias)) is not None:
+            if (shift := update.bias_change(bias)) is not None:
                 shifts.append(_weighted(shift, weight, rows))
             if factors:
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout, rows))
@@ -76,6 +76,10 @@ class AdaptedLinear(AdaptedLayer):
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
         for update, weight, dropout, rows in dense:
             matrix, columns, dropped = self.matrix(self.weight), update.by_columns(), F.dropout(x, dropout)
+            if few := update.few(matrix):
+                change = F.linear(dropped, (weight * few.values).to(x.dtype)).to(y.dtype)
+                y = y.index_add(-1, few.ids, change if rows is None else by_row(change, rows))
+                continue
             if columns is None:
                 change = F.linear(dropped, (weight * update(matrix)).to(x.dtype)).to(y.dtype)
             else:

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown
+from veneer.core.methods.copy import Copy
 from veneer.core.methods.dora import Dora
 from veneer.core.methods.ia3 import Ia3
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora
+from veneer.core.methods.tokens import Tokens
 from veneer.core.methods.vera import Vera
 from veneer.core.update import Make, Update
 
@@ -29,7 +31,8 @@ def method(peft_type: str) -> type[Update]:
 def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Make:
     """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config."""
     made_by: Any = method(config.peft_type)
-    common = [made_by.share(list(layers))] if made_by.share else []
+    layers = list(layers)
+    common = [made_by.share(layers)] if made_by.share and layers else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
         update = made_by.fresh(weight, own, *common)
@@ -41,4 +44,9 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ma
 
 def file_names(config: LoraConfig) -> dict[str, str]:
     """Name of a tensor of such an update → its name in a PEFT file."""
-    return {**method(config.peft_type).file_names, **(Dora.file_names if config.use_dora else {})}
+    return {
+        **Copy.file_names,
+        **Tokens.file_names,
+        **method(config.peft_type).file_names,
+        **(Dora.file_names if config.use_dora else {}),
+    }

@@ -10,8 +10,8 @@ from veneer.core.ranges import is_names
 from veneer.core.update import Option, Rows, Update, own_precision
 
 _UNKNOWN_TO_PEFT = (
-    "alpha_pattern", "bias", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "r",
-    "rank_pattern", "target_parameters", "use_dora", "use_rslora",
+    "alpha_pattern", "bias", "ensure_weight_tying", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
 )  # fmt: skip
 
 
