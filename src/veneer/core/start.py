@@ -44,7 +44,7 @@ def _uniform(factor: Tensor) -> None:
         factor.uniform_(-bound, bound)
         return
     bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    factor.copy_(bits[:size].view_as(factor)).add_(0.5).mul_(bound / 2**15)
+    factor.copy_(bits[:size].view_as(factor)).mul_(bound / 2**15)
 
 
 @torch.no_grad()

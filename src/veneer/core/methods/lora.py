@@ -44,15 +44,17 @@ class Lora(Update):
     def __init__(self, weight: Tensor, config: LoraConfig) -> None:
         super().__init__()
         (rows, columns), dtype = weight.shape, own_precision(weight)
-        self.A = nn.Parameter(weight.new_empty(config.r, columns, dtype=dtype))
-        self.B = nn.Parameter(weight.new_empty(rows, config.r, dtype=dtype))
-        saved = self.saved_config(config)
-        self.scale = scaling(saved.r, saved.lora_alpha, saved.use_rslora)
-        self.dropout = config.lora_dropout
+        self.register_parameter("A", nn.Parameter(weight.new_empty(config.r, columns, dtype=dtype)))
+        self.register_parameter("B", nn.Parameter(weight.new_empty(rows, config.r, dtype=dtype)))
         if config.options["lora_bias"]:
             self.register_parameter("b", nn.Parameter(weight.new_zeros(rows, dtype=dtype)))
         how = start_of(config)
-        self.simple = how not in FROM_THE_START and not config.options["lora_bias"]
+        saved = self.saved_config(config) if how in FROM_THE_START else config
+        self.__dict__ |= {
+            "scale": scaling(saved.r, saved.lora_alpha, saved.use_rslora),
+            "dropout": config.lora_dropout,
+            "simple": how not in FROM_THE_START and not config.options["lora_bias"],
+        }
         if how in FROM_WEIGHT:
             start_from_weight(self.A, self.B, str(config.init_lora_weights), weight, self.scale)
         else:
@@ -60,7 +62,8 @@ class Lora(Update):
         if how in FROM_THE_START:
             self.register_buffer("A0", self.A.detach().clone())
             self.register_buffer("B0", self.B.detach().clone())
-        self.A.requires_grad_(not config.options["freeze_A"])
+        if config.options["freeze_A"]:
+            self.A.requires_grad_(False)
 
     def delta(self, weight: Tensor) -> Tensor:
         A, B, scale = self.factors()
