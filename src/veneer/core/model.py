@@ -15,11 +15,12 @@ from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.inject import adapted_layers, detach, extract, inject
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
-from veneer.core.reclass import Reclassed, reclass, restore
+from veneer.core.reclass import reclass, restore
+from veneer.core.trainer import Trainable, is_checkpoint, save_state
 from veneer.core.watch import watching
 
 
-class PeftModel(Reclassed):
+class PeftModel(Trainable):
     """A model with adapters: `isinstance(model, type_of_the_base)` stays true, and so do its paths and keys.
 
     One `Plan` says which adapters act; switching sets one attribute of it, whatever the model's size. Nothing
@@ -49,12 +50,25 @@ class PeftModel(Reclassed):
         adapter, faults = examine(folder)
         self._add(adapter_name, adapter.config, adapter, is_trainable, faults)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], adapter_name: str | None = None, **_: Any) -> Path:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], adapter_name: str | None = None, is_main_process: bool = True, **_: Any
+    ) -> Path:
         """Write one adapter as a PEFT folder: `adapter_name`, or the only one, or the only one that acts.
 
-        Other keywords, which transformers' Trainer passes, say nothing here. No network call is made.
+        In a folder of transformers' Trainer (`checkpoint-500`) stands what Trainer resumes from too, and of several
+        adapters that act each has a folder inside. Only the main process writes. Other keywords, which Trainer
+        passes, say nothing here. No network call is made.
         """
-        return self.get_adapter(adapter_name).save(folder)
+        folder = Path(folder)
+        several = is_checkpoint(folder) and len(self.active_adapters) > 1 and adapter_name is None
+        names = {folder / name: name for name in self.active_adapters} if several else {folder: adapter_name}
+        adapters = {path: self.get_adapter(name) for path, name in names.items()}
+        if is_main_process:
+            for path, adapter in adapters.items():
+                adapter.save(path)
+            if is_checkpoint(folder):
+                save_state(self, folder)
+        return folder
 
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones."""

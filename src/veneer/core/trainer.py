@@ -1,0 +1,75 @@
+"""What transformers asks of a model with adapters: checkpoints that its Trainer reads back, and two calls."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from veneer.core.errors import AdapterError, collapsed
+from veneer.core.inject import adapted_layers
+from veneer.core.plan import Plan, Term
+from veneer.core.reclass import Reclassed
+from veneer.core.whole import write_whole
+
+_STATE = "model.safetensors"  # all that Trainer reads back into a model that is not of PEFT's own class
+
+
+class Trainable(Reclassed):
+    """The part of a `PeftModel` that transformers' Trainer and accelerate call."""
+
+    adapter_plan: Plan
+    _refuse_merged: Callable[[str], None]
+    _carried: Callable[[tuple[Term, ...]], tuple[Term, ...]]
+    _hf_peft_config_loaded = True  # asked before a quantised model is trained, and when layers are checkpointed
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch, but for the checkpoint of adapters, which is loaded with `strict=False`.
+
+        Its tensors fit the adapters that the model carries, or `AdapterError` is raised and nothing is loaded; what of
+        the base is missing there is not told.
+        """
+        own = _state(self)
+        given = {key: value for key, value in state_dict.items() if ".adapters." in key}
+        wrong = [key for key, value in given.items() if key not in own or value.shape != own[key].shape]
+        if wrong and not strict:
+            raise AdapterError(
+                f"the weights are of other adapters than the model has: {collapsed(wrong)}; give it the same ones first"
+            )
+        partial = not strict and given.keys() == state_dict.keys()
+        if not partial:
+            self._refuse_merged("loading the base's weights")
+        result = super().load_state_dict(state_dict, strict, assign)
+        return result._replace(missing_keys=[key for key in own if key not in given]) if partial else result
+
+    def disable_adapters(self) -> None:
+        """The base model acts from now on, until `enable_adapters`; for a block there is `disable_adapter`."""
+        plan = self.adapter_plan
+        self._refuse_merged("disabling adapters")
+        plan.resting = plan.terms or plan.resting
+        plan.act(())
+
+    def enable_adapters(self) -> None:
+        """What acted before `disable_adapters` acts again."""
+        plan = self.adapter_plan
+        plan.act(plan.terms or self._carried(plan.resting))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether Trainer gives the folders of its checkpoints such names."""
+    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+
+
+def save_state(model: nn.Module, folder: Path) -> None:
+    """Write all that adapters are, to the bit and under the model's own names, for Trainer to go on from."""
+    tensors = {name: tensor.contiguous() for name, tensor in _state(model).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole({folder / _STATE: lambda path: save_file(tensors, path, metadata={"format": "pt"})})
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """What adapters add to the model's state dict."""
+    layers = adapted_layers(model)
+    return {f"{path}.adapters.{key}": v for path, own in layers for key, v in own.adapters.state_dict().items()}
