@@ -34,6 +34,8 @@ def fused_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _plain_linear(x, weight, bias, changes, gain)
     masks = [_mask(x, change.dropout) for change in changes]
     scales = [change.scale / (1 - change.dropout) for change in changes]
     rows = [change.rows for change in changes]
@@ -41,6 +43,18 @@ def fused_linear(
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
     y = _FusedLinear.apply(flat, weight, bias, gain, scales, masks, rows, *factors)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _plain_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change], gain: Tensor | None
+) -> Tensor:
+    """The same in operations that a compiler fuses itself, and that `torch.func` transforms."""
+    y = F.linear(x, weight, bias)
+    if gain is not None:
+        y = y + by_row(y if bias is None else y - bias, gain.to(x.dtype))
+    for change in changes:
+        y = y + thin_linear(x, change)
+    return y
 
 
 def thin_linear(x: Tensor, change: Change) -> Tensor:

@@ -101,6 +101,7 @@ class PeftModel(Trainable):
         for _, layer in list(adapted_layers(self)):
             detach(layer, adapter_name)
         del self.peft_config[adapter_name]
+        self.adapter_plan.updates.pop(adapter_name, None)
         self.adapter_plan.act(self._carried(self.adapter_plan.terms))
 
     @contextmanager

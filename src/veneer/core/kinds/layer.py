@@ -25,10 +25,23 @@ class Adapters(nn.ModuleDict):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.key = plan, plan.new_key()
         self.original = None
         # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
         self.register_forward_pre_hook(_never_called)
+
+    def __setitem__(self, name: str, update: nn.Module) -> None:
+        super().__setitem__(name, update)
+        self.plan.updates[name][self.key] = update
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self.plan.updates[name][self.key]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, update in self.items():
+            self.plan.updates[name][self.key] = update
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapters":
         super()._apply(fn, recurse)
@@ -38,20 +51,20 @@ class Adapters(nn.ModuleDict):
 
     def acting(self, terms: tuple[Term, ...] | None = None) -> Iterator[tuple[Update, float]]:
         """The updates that act on this layer, with their weights: those of `terms`, or of the plan."""
-        for term in self.plan.terms if terms is None else terms:
-            if term.adapter in self._modules:
+        for term, own in self.plan.acting if terms is None else self.plan.found(terms):
+            if self.key in own:
                 if term.rows is not None:
                     raise AdapterError(
                         "a kind of layer that runs on changed weights cannot be mixed by rows: run them apart"
                     )
-                yield self._modules[term.adapter], term.weight  # type: ignore[misc]
+                yield own[self.key], term.weight
 
     def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
         """The same for an input or output x `(rows, …)`, and in a mixed batch the weight `(rows)` of each row."""
-        for term in self.plan.terms:
-            if term.adapter in self._modules:
+        for term, own in self.plan.acting:
+            if self.key in own:
                 rows = None if term.rows is None else self.plan.row_weights((term,), (1,), x)[:, 0]
-                yield self._modules[term.adapter], term.weight, rows  # type: ignore[misc]
+                yield own[self.key], term.weight, rows
 
 
 class AdaptedLayer(Reclassed):
