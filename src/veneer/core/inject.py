@@ -58,7 +58,20 @@ def inject(
         _fill(targets, layers, values)
     for path, update in updates.items():
         _attach(targets[path], plan, name, update)
+    settle(model)
     return resolved
+
+
+def settle(model: nn.Module) -> None:
+    """Keep `nn.TransformerEncoder` from nested tensors while layers in it are adapted, and only then.
+
+    None but its fast path can take them, which reads weights and calls no layer.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
+            if module.use_nested_tensor is (True if adapted else None):
+                module.use_nested_tensor = None if adapted else True  # type: ignore[assignment]
 
 
 def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) -> dict[str, Update]:

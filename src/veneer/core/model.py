@@ -12,7 +12,7 @@ from torch import nn
 from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
-from veneer.core.inject import adapted_layers, detach, extract, inject
+from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
 from veneer.core.reclass import reclass, restore
@@ -102,6 +102,7 @@ class PeftModel(Trainable):
             detach(layer, adapter_name)
         del self.peft_config[adapter_name]
         self.adapter_plan.updates.pop(adapter_name, None)
+        settle(self)
         self.adapter_plan.act(self._carried(self.adapter_plan.terms))
 
     @contextmanager
@@ -227,6 +228,7 @@ class PeftModel(Trainable):
     def _strip(self) -> nn.Module:
         for _, layer in list(adapted_layers(self)):
             detach(layer)
+        settle(self)
         del self.adapter_plan, self.peft_config
         restore(self)
         return self

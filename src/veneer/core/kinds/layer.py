@@ -39,7 +39,7 @@ class Adapters(nn.ModuleDict):
         del self.plan.updates[name][self.key]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         for name, update in self.items():
             self.plan.updates[name][self.key] = update
 
