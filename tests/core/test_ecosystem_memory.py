@@ -49,7 +49,9 @@ def test_a_copy_is_the_same_model_and_goes_its_own_way(model, duplicate):
     assert model.active_adapters == ["default", "b"]
 
 
-def test_a_pickle_is_read_in_a_process_that_has_not_adapted_anything(model, tmp_path):
+def test_a_pickle_is_read_in_a_process_that_has_not_adapted_anything(tiny, tmp_path):
+    model = get_peft_model(tiny("llama"), CONFIG)
+    model.merge_adapter()
     torch.save(model, tmp_path / "model.pt")
     code = (
         "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"

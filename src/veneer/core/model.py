@@ -37,15 +37,23 @@ class PeftModel(Trainable):
         folder: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        low_cpu_mem_usage: bool = True,
     ) -> "PeftModel":
         """Put the adapter of a PEFT folder on `model`, freeze the base, and let the adapter act.
 
-        Raises `AdapterError` that lists all that does not fit; the model is then as it was.
+        `low_cpu_mem_usage`, which PEFT has, says nothing here: adapters are read straight into their place, and draw
+        no random numbers. Raises `AdapterError` that lists all that does not fit; the model is then as it was.
         """
         adapter, faults = examine(folder)
         return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable, faults)
 
-    def load_adapter(self, folder: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False) -> None:
+    def load_adapter(
+        self,
+        folder: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        low_cpu_mem_usage: bool = True,
+    ) -> None:
         """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
         adapter, faults = examine(folder)
         self._add(adapter_name, adapter.config, adapter, is_trainable, faults)
@@ -184,16 +192,6 @@ class PeftModel(Trainable):
         if self.adapter_plan.merged:
             self.unmerge_adapter()
         return self._strip()
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(parameters that train, all parameters), adapters included."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many, and the share."""
-        trains, every = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trains:,} || all params: {every:,} || trainable%: {100 * trains / every:.4f}")
 
     def _add(
         self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool, faults: Iterable[str] = ()

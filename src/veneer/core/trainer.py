@@ -1,4 +1,4 @@
-"""What transformers asks of a model with adapters: checkpoints that its Trainer reads back, and two calls."""
+"""What training asks of a model with adapters: what trains, and checkpoints that transformers' Trainer reads back."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ _STATE = "model.safetensors"  # all that Trainer reads back into a model that is
 
 
 class Trainable(Reclassed):
-    """The part of a `PeftModel` that transformers' Trainer and accelerate call."""
+    """The part of a `PeftModel` that is for training, by transformers' Trainer too."""
 
     adapter_plan: Plan
     _refuse_merged: Callable[[str], None]
@@ -55,6 +55,16 @@ class Trainable(Reclassed):
         """What acted before `disable_adapters` acts again."""
         plan = self.adapter_plan
         plan.act(plan.terms or self._carried(plan.resting))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters that train, all parameters), adapters included."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many, and the share."""
+        trains, every = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trains:,} || all params: {every:,} || trainable%: {100 * trains / every:.4f}")
 
 
 def is_checkpoint(folder: Path) -> bool:
