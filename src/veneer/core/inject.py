@@ -90,7 +90,10 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
-    """The adapter called `name` as plain data: live tensors, not copies, where it is saved as it is."""
+    """The adapter called `name` as plain data: live tensors, not copies, where it is saved as it is.
+
+    Tensors that `fully_shard` spread over processes are gathered, for which all of these call it.
+    """
     layers = {
         path: (_kind(layer), layer, layer.adapters[name])
         for path, layer in adapted_layers(model)
@@ -98,9 +101,14 @@ def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     }
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (path, key), entry in _entries(layers).items():
-        tensors[path][key] = entry.filed
+        tensors[path][key] = gathered(entry.filed)
     embeddings = frozenset(path for path, (kind, _, _) in layers.items() if issubclass(kind, AdaptedEmbedding))
     return Adapter(method(config.peft_type).saved_config(config), dict(tensors), embeddings)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def detach(layer: AdaptedLayer, name: str | None = None) -> None:

@@ -16,11 +16,13 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
     """W ← W + Σ weight · ΔW in every adapted layer, from the original weight, summed in fp32, rounded once.
 
     The original is kept for `unmerge`. Raises `AdapterError`, with nothing changed, when a weight is shared with
-    a layer that the change is not meant for, is computed from others (`weight_norm`), or would not be finite.
+    a layer that the change is not meant for, is computed from others (`weight_norm`), is spread over processes, or
+    would not be finite.
     """
     layers = [(path, layer) for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))]
     changing = {f"{path}.{name}": (layer, name) for path, layer in layers for name in layer.changing(terms)}
     _refuse_computed(changing)
+    _refuse_spread(changing)
     _refuse_tied(model, changing)
     done: list[AdaptedLayer] = []
     try:
@@ -60,6 +62,16 @@ def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
     computed = [path for path, (layer, name) in changing.items() if name not in dict(layer.named_parameters())]
     if computed:
         raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
+
+
+def _refuse_spread(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
+    """`fully_shard` holds the values itself, and would never read others."""
+    spread = [path for path, (layer, name) in changing.items() if hasattr(layer.get_parameter(name), "full_tensor")]
+    if spread:
+        raise AdapterError(
+            f"cannot merge into weights that are spread over processes: {listed(spread)}; "
+            "save the adapter, and merge it into the model on one process"
+        )
 
 
 def _refuse_tied(model: nn.Module, changing: dict[str, tuple[AdaptedLayer, str]]) -> None:

@@ -15,8 +15,8 @@ from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
-from veneer.core.reclass import reclass, restore
-from veneer.core.trainer import Trainable, is_checkpoint, save_state
+from veneer.core.reclass import Reclassed, reclass, refuse_changed, restore
+from veneer.core.trainer import Trainable, is_checkpoint, own_state, save_state
 from veneer.core.watch import watching
 
 
@@ -65,17 +65,19 @@ class PeftModel(Trainable):
 
         In a folder of transformers' Trainer (`checkpoint-500`) stands what Trainer resumes from too, and of several
         adapters that act each has a folder inside. Only the main process writes. Other keywords, which Trainer
-        passes, say nothing here. No network call is made.
+        passes, say nothing here. Of a model that `fully_shard` spread, every process calls this. No network call is
+        made.
         """
         folder = Path(folder)
         several = is_checkpoint(folder) and len(self.active_adapters) > 1 and adapter_name is None
         names = {folder / name: name for name in self.active_adapters} if several else {folder: adapter_name}
         adapters = {path: self.get_adapter(name) for path, name in names.items()}
+        state = own_state(self) if is_checkpoint(folder) else {}
         if is_main_process:
             for path, adapter in adapters.items():
                 adapter.save(path)
-            if is_checkpoint(folder):
-                save_state(self, folder)
+            if state:
+                save_state(state, folder)
         return folder
 
     def get_adapter(self, name: str | None = None) -> Adapter:
@@ -224,6 +226,9 @@ class PeftModel(Trainable):
             raise AdapterError(f"{doing} while {names} is merged would be wrong: call unmerge_adapter() first")
 
     def _strip(self) -> nn.Module:
+        for module in self.modules():
+            if isinstance(module, Reclassed):
+                refuse_changed(module)
         for _, layer in list(adapted_layers(self)):
             detach(layer)
         settle(self)

@@ -46,9 +46,14 @@ def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
 
 def restore(module: Reclassed) -> None:
     """Give the module its own class back."""
+    refuse_changed(module)
+    module.__class__ = base_of(module)  # type: ignore[assignment]
+
+
+def refuse_changed(module: Reclassed) -> None:
+    """Raise `AdapterError` for a module whose class something else changed again, as `fully_shard` does."""
     if type(module) not in _PARTS:
         raise AdapterError(f"something else changed the class of this {type(module).__name__} since: undo that first")
-    module.__class__ = base_of(module)  # type: ignore[assignment]
 
 
 def mixin_of(module: Reclassed) -> type[Reclassed]:

@@ -179,6 +179,8 @@ def _not_free(layer: nn.Module) -> str | None:
         return "that has a forward put on the object by a hook: adapt the model before hooking it"
     if hasattr(layer, "adapters") and not isinstance(layer.adapters, Adapters):
         return "that already has something named 'adapters'"
+    if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters(recurse=False)):
+        return "that is spread over processes already: adapt the model before fully_shard"
     return None
 
 

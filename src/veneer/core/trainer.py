@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.core.errors import AdapterError, collapsed
-from veneer.core.inject import adapted_layers
+from veneer.core.inject import adapted_layers, gathered
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed
 from veneer.core.whole import write_whole
@@ -31,7 +31,7 @@ class Trainable(Reclassed):
         Its tensors fit the adapters that the model carries, or `AdapterError` is raised and nothing is loaded; what of
         the base is missing there is not told.
         """
-        own = _state(self)
+        own = own_state(self)
         given = {key: value for key, value in state_dict.items() if ".adapters." in key}
         wrong = [key for key, value in given.items() if key not in own or value.shape != own[key].shape]
         if wrong and not strict:
@@ -54,6 +54,7 @@ class Trainable(Reclassed):
     def enable_adapters(self) -> None:
         """What acted before `disable_adapters` acts again."""
         plan = self.adapter_plan
+        self._refuse_merged("enabling adapters")
         plan.act(plan.terms or self._carried(plan.resting))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -72,14 +73,18 @@ def is_checkpoint(folder: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
 
 
-def save_state(model: nn.Module, folder: Path) -> None:
+def save_state(state: Mapping[str, Tensor], folder: Path) -> None:
     """Write all that adapters are, to the bit and under the model's own names, for Trainer to go on from."""
-    tensors = {name: tensor.contiguous() for name, tensor in _state(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole({folder / _STATE: lambda path: save_file(tensors, path, metadata={"format": "pt"})})
+    write_whole({folder / _STATE: lambda path: save_file(dict(state), path, metadata={"format": "pt"})})
 
 
-def _state(model: nn.Module) -> dict[str, Any]:
+def own_state(model: nn.Module) -> dict[str, Tensor]:
     """What adapters add to the model's state dict."""
     layers = adapted_layers(model)
-    return {f"{path}.adapters.{key}": v for path, own in layers for key, v in own.adapters.state_dict().items()}
+    states = {path: layer.adapters.state_dict() for path, layer in layers}
+    return {
+        f"{path}.adapters.{key}": gathered(tensor).contiguous()
+        for path, own in states.items()
+        for key, tensor in own.items()
+    }
