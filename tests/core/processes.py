@@ -74,7 +74,7 @@ def run(rank: int, folder: Path) -> None:
             model.load_state_dict(model.state_dict())
             dist.barrier()
 
-    assert "spread over processes: 'model.layers.0" in refusal(model.merge_adapter)
+    assert "quantised or spread over processes: 'model.layers.0" in refusal(model.merge_adapter)
     assert "changed the class of this FSDPLlamaForCausalLM since" in refusal(model.unload)
     assert "adapt the model before fully_shard" in refusal(lambda: model.add_adapter("c", LoraConfig(**SETTINGS)))
     assert "adapt the model before fully_shard" in refusal(

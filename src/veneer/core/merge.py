@@ -7,7 +7,7 @@ from torch import nn
 
 from veneer.core.errors import AdapterError, listed
 from veneer.core.inject import adapted_layers
-from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.kinds.layer import AdaptedLayer, is_plain
 from veneer.core.plan import Plan, Term
 
 
@@ -16,13 +16,13 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
     """W ← W + Σ weight · ΔW in every adapted layer, from the original weight, summed in fp32, rounded once.
 
     The original is kept for `unmerge`. Raises `AdapterError`, with nothing changed, when a weight is shared with
-    a layer that the change is not meant for, is computed from others (`weight_norm`), is spread over processes, or
-    would not be finite.
+    a layer that the change is not meant for, is computed from others (`weight_norm`), is quantised or spread over
+    processes, or would not be finite.
     """
     layers = [(path, layer) for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))]
     changing = {f"{path}.{name}": (layer, name) for path, layer in layers for name in layer.changing(terms)}
     _refuse_computed(changing)
-    _refuse_spread(changing)
+    _refuse_unreadable(changing)
     _refuse_tied(model, changing)
     done: list[AdaptedLayer] = []
     try:
@@ -64,13 +64,11 @@ def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
         raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
 
 
-def _refuse_spread(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
-    """`fully_shard` holds the values itself, and would never read others."""
-    spread = [path for path, (layer, name) in changing.items() if hasattr(layer.get_parameter(name), "full_tensor")]
-    if spread:
+def _refuse_unreadable(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
+    if told := [path for path, (layer, name) in changing.items() if not is_plain(layer.get_parameter(name))]:
         raise AdapterError(
-            f"cannot merge into weights that are spread over processes: {listed(spread)}; "
-            "save the adapter, and merge it into the model on one process"
+            f"cannot merge into weights that are quantised or spread over processes: {listed(told)}; "
+            "save the adapter, and merge it into the base model as it was before"
         )
 
 

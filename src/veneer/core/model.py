@@ -15,7 +15,7 @@ from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
-from veneer.core.reclass import Reclassed, reclass, refuse_changed, restore
+from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore
 from veneer.core.trainer import Trainable, is_checkpoint, own_state, save_state
 from veneer.core.watch import watching
 
@@ -269,6 +269,8 @@ def _first_adapter(
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
     if taken := _taken(model):
         raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}, as a PeftModel has")
+    if is_fixed(model):
+        raise AdapterError(f"{type(model).__name__} inherits from something else before nn.Module: exchange the two")
     reclass(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}

@@ -44,6 +44,18 @@ def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
     module.__class__ = _joined(mixin, type(module))
 
 
+def is_fixed(module: nn.Module) -> bool:
+    """Whether Python cannot change the object's class, as it cannot where a base class comes before `nn.Module` and
+    has a layout of its own (`abc.ABC`).
+    """
+    base = type(module)
+    try:
+        object.__setattr__(base.__new__(base), "__class__", _joined(Reclassed, base))
+    except TypeError:
+        return True
+    return False
+
+
 def restore(module: Reclassed) -> None:
     """Give the module its own class back."""
     refuse_changed(module)

@@ -10,6 +10,7 @@ from veneer.core.errors import AdapterError, listed, nearest, shown
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.reclass import is_fixed
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
 
@@ -179,6 +180,8 @@ def _not_free(layer: nn.Module) -> str | None:
         return "that has a forward put on the object by a hook: adapt the model before hooking it"
     if hasattr(layer, "adapters") and not isinstance(layer.adapters, Adapters):
         return "that already has something named 'adapters'"
+    if not isinstance(layer, AdaptedLayer) and is_fixed(layer):
+        return "of a class that Python cannot exchange: it inherits from something else before nn.Module"
     if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters(recurse=False)):
         return "that is spread over processes already: adapt the model before fully_shard"
     return None

@@ -14,6 +14,14 @@ from veneer.core.reclass import Reclassed, base_of
 from veneer.core.update import Make, Update
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether its values can be read as they stand: floats, of two bytes at least, in an ordinary tensor.
+
+    Of a quantised weight, or one that is spread over processes, only the layer knows what it stands for.
+    """
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
 def _never_called(module: nn.Module, inputs: object) -> None:
     """Adapters are a container: nobody calls them."""
 
@@ -89,9 +97,14 @@ class AdaptedLayer(Reclassed):
         if method(config.peft_type).share and not cls.linear:
             return f"and {config.peft_type} adapts linear layers alone: its projections are shared among these"
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
-            return f"whose weight is of {weight.dtype}: quantised layers are not adapted yet"
+        if isinstance(weight, Tensor) and not is_plain(weight):
+            return cls.quantised(layer, config)
         return None
+
+    @classmethod
+    def quantised(cls, layer: nn.Module, config: LoraConfig) -> str | None:
+        """Why a layer with a quantised weight cannot be adapted so, as the end of a sentence."""
+        return f"whose weight is quantised ({layer.weight.dtype}), which is adapted in linear layers alone"
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Lora(Update):
     """
 
     file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    reads_weight: ClassVar = False
     options: ClassVar = {"freeze_A": Option(False, lambda value: isinstance(value, bool), "true or false")}
     peft_names: ClassVar = {"freeze_A": None}
     faster: ClassVar = ("B",)
