@@ -122,7 +122,7 @@ def _matching_parameters(search: Search, config: LoraConfig, chosen: Iterable[st
         layer = modules[path]
         if path in chosen or (isinstance(layer, AdaptedLayer) and not isinstance(layer, AdaptedParameters)):
             problems.append(f"{path} is adapted as a layer: target it in one way only")
-        elif reason := AdaptedParameters.refusal(layer, config) or _not_free(layer):
+        elif reason := _not_free(layer) or AdaptedParameters.refusal(layer, config):
             problems.append(f"{path} is a {type(layer).__name__} {reason}")
     if problems:
         search.faults.append("target_parameters: " + _told(problems))
@@ -165,7 +165,7 @@ def _find_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config: 
             inner = [name for name, child in layer.named_modules() if kind_of(child)]
             hint = f"; it holds {listed(inner)}: name those" if inner else ""
             problems.append(f"{path} is a {type(layer).__name__}, which cannot be adapted{hint}")
-        elif reason := kind.refusal(layer, config) or _not_free(layer):
+        elif reason := _not_free(layer) or kind.refusal(layer, config):
             problems.append(f"{path} is a {type(layer).__name__} {reason}")
     if problems:
         faults.append("target_modules: " + _told(problems))
