@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from veneer.core.plan import by_row
 
+FEW = 64  # tokens, which take less time than to round A and B
+
 
 class Change(NamedTuple):
     """scale · B A · drop(x): one adapter's part of the output."""
@@ -34,27 +36,44 @@ def fused_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _plain_linear(x, weight, bias, changes, gain)
-    masks = [_mask(x, change.dropout) for change in changes]
-    scales = [change.scale / (1 - change.dropout) for change in changes]
-    rows = [change.rows for change in changes]
-    factors = [factor for change in changes for factor in (change.A, change.B)]
+    if torch._C._are_functorch_transforms_active():
+        return sum((thin_linear(x, change) for change in changes), _base_linear(x, weight, bias, gain))
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-    y = _FusedLinear.apply(flat, weight, bias, gain, scales, masks, rows, *factors)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        masks = [_mask(flat, change.dropout) for change in changes]
+        scales = [change.scale / (1 - change.dropout) for change in changes]
+        rows = [change.rows for change in changes]
+        factors = [factor for change in changes for factor in (change.A, change.B)]
+        y = _FusedLinear.apply(flat, weight, bias, gain, scales, masks, rows, *factors)
+    else:
+        y = _plain_linear(flat, weight, bias, changes, gain)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _plain_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change], gain: Tensor | None
 ) -> Tensor:
-    """The same in operations that a compiler fuses itself, and that `torch.func` transforms."""
-    y = F.linear(x, weight, bias)
-    if gain is not None:
-        y = y + by_row(y if bias is None else y - bias, gain.to(x.dtype))
-    for change in changes:
-        y = y + thin_linear(x, change)
+    """`fused_linear` without gradients, or with those of a compiler, x `(tokens, in)`."""
+    y = _base_linear(x, weight, bias, gain)
+    for A, B, scale, dropout, rows in changes:
+        few = len(x) <= FEW
+        A, B = (A, B) if few else (A.to(x.dtype), B.to(x.dtype))
+        h = torch.mm(F.dropout(x, dropout).to(A.dtype), A.t())  # (tokens, r)
+        h = h if rows is None else by_row(h, rows)
+        y = y.add_(torch.mm(h, B.t()), alpha=scale) if few else y.addmm_(h, B.t(), alpha=scale)
     return y
+
+
+def _base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y if gain is None else y + by_row(y if bias is None else y - bias, gain.to(x.dtype))
+
+
+def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The same for what is asked most: one adapter, one token. Python's own time counts here."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = F.linear(flat, weight, bias).add_(torch.mm(torch.mm(flat.to(A.dtype), A.t()), B.t()), alpha=scale)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight))
 
 
 def thin_linear(x: Tensor, change: Change) -> Tensor:
@@ -66,11 +85,10 @@ def thin_linear(x: Tensor, change: Change) -> Tensor:
 
 
 def _mask(x: Tensor, dropout: float) -> Tensor | None:
-    """Which inputs are kept, one byte each, in x's flat shape."""
+    """Which inputs are kept, one byte each."""
     if dropout == 0:
         return None
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
-    return kept.view(-1, x.shape[-1])
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
 
 
 class _FusedLinear(torch.autograd.Function):

@@ -28,7 +28,7 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
     try:
         for path, layer in layers:
             changed = layer.changed(terms)
-            if not all(torch.isfinite(value).all() for value in changed.values()):
+            if not all(torch.isfinite(end) for value in changed.values() for end in value.aminmax()):
                 raise AdapterError(f"merging {listed(t.adapter for t in terms)} gives NaN or infinity in {path}")
             layer.adapters.original = {name: layer.get_parameter(name).data for name in changed}
             done.append(layer)
@@ -59,9 +59,14 @@ def _put_back(layer: AdaptedLayer) -> None:
 
 
 def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
-    computed = [path for path, (layer, name) in changing.items() if name not in dict(layer.named_parameters())]
+    computed = [path for path, (layer, name) in changing.items() if not _is_parameter(layer, name)]
     if computed:
         raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
+
+
+def _is_parameter(layer: AdaptedLayer, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    return last in layer.get_submodule(path)._parameters
 
 
 def _refuse_unreadable(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
@@ -75,7 +80,7 @@ def _refuse_unreadable(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
 def _refuse_tied(model: nn.Module, changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
     owners: dict[int, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module._parameters.items():
             owners[id(parameter)].append(f"{path}.{name}")
     sharing = [owners[id(layer.get_parameter(name))] for layer, name in changing.values()]
     if tied := [paths for paths in sharing if len(paths) > 1]:

@@ -270,7 +270,9 @@ def _first_adapter(
     if taken := _taken(model):
         raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}, as a PeftModel has")
     if is_fixed(model):
-        raise AdapterError(f"{type(model).__name__} inherits from something else before nn.Module: exchange the two")
+        raise AdapterError(
+            f"{type(model).__name__} inherits from something else before nn.Module: adapt the model before fully_shard"
+        )
     reclass(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}

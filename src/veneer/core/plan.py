@@ -2,9 +2,9 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ class Term:
     adapter: str
     weight: float = 1.0
     rows: tuple[float, ...] | None = None
+
+
+class Groups(NamedTuple):
+    """The rows of a mixed batch, adapter by adapter: each has as many places as the one with most rows has rows."""
+
+    take: Tensor  # (adapters · most): the row in each place; places that are left over repeat one
+    weights: Tensor  # (adapters, most): what the place counts; 0 where it is left over
+    rows: int  # of the batch
+    in_order: bool  # whether the places are these, one by one
 
 
 @dataclass
@@ -66,16 +75,39 @@ class Plan:
         vars(self).update(state)
         self.act(self.terms)
 
-    def row_weights(self, terms: Sequence[Term], widths: tuple[int, ...], like: Tensor) -> Tensor:
-        """`(rows, Σ widths)`: the row weights of `terms[j]` in its `widths[j]` columns, of the dtype of `like`."""
-        rows = len(terms[0].rows or ())
+    def row_weights(self, term: Term, like: Tensor) -> Tensor:
+        """The weights `(rows)` of a mixed batch's term for `like`, whose first dimension holds the rows."""
+        self._count(like)
+        if torch.compiler.is_compiling():
+            return like.new_tensor(term.rows)
+        return self._table((term.adapter, like.dtype, like.device), lambda: like.new_tensor(term.rows))
+
+    def groups(self, names: tuple[str, ...], like: Tensor) -> Groups:
+        """The rows of a mixed batch, adapter by adapter, for those of these names."""
+        self._count(like)
+        return self._table((names, like.device), lambda: _grouped(self.terms, names, like.device))
+
+    def _table(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
+
+    def _count(self, like: Tensor) -> None:
+        rows = len(self.terms[0].rows or ())
         if len(like) != rows and (not self.repeats or len(like) % rows):
             raise AdapterError(f"adapter_names has {rows} entries, the input of an adapted layer {len(like)} rows")
-        key = (tuple(term.adapter for term in terms), widths, like.dtype, like.device)
-        if key not in self.tables:
-            table = torch.tensor([term.rows for term in terms], dtype=like.dtype, device=like.device).t()
-            self.tables[key] = table.repeat_interleave(torch.tensor(widths, device=like.device), dim=1)
-        return self.tables[key]
+
+
+def _grouped(terms: tuple[Term, ...], names: tuple[str, ...], device: torch.device) -> Groups:
+    of = {term.adapter: term.rows or () for term in terms}
+    own = {name: [row for row, weight in enumerate(of[name]) if weight] or [0] for name in names}
+    most = max(map(len, own.values()))
+    take = [row for rows in own.values() for row in (rows * most)[:most]]
+    weights = [[of[name][row] for row in rows] + [0.0] * (most - len(rows)) for name, rows in own.items()]
+    rows = len(of[names[0]])
+    return Groups(
+        torch.tensor(take, device=device), torch.tensor(weights, device=device), rows, take == list(range(rows))
+    )
 
 
 def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:

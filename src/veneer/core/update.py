@@ -63,6 +63,7 @@ class Update(nn.Module, ABC):
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     reads_weight: ClassVar[bool] = True  # whether ΔW depends on more of W than its size
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
+    simple: bool = False  # whether `factors` are its parameters A and B with `scale`, as they are
     dropout: float = 0.0  # probability that an input of the change is dropped in training
 
     @abstractmethod
@@ -73,6 +74,13 @@ class Update(nn.Module, ABC):
         """`delta` in that precision under autocast too: a change of weights is no activation."""
         with torch.autocast(weight.device.type, enabled=False):
             return self.delta(weight)
+
+    def added(self, total: Tensor, weight: Tensor, share: float) -> Tensor:
+        """total + share · ΔW, in the precision of `total`."""
+        if (factors := self.factors()) is None:
+            return total + share * self(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(total, factors.B.to(total.dtype), factors.A.to(total.dtype), alpha=share * factors.scale)
 
     def factors(self) -> Factors | None:
         """The same change as two thin matrices, where it is one."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
+from veneer.core.joint import Joint, joined, parted
 from veneer.core.methods import method
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed, base_of
@@ -30,11 +31,12 @@ class Adapters(nn.ModuleDict):
     """The one child that an adapted layer has more than its base: an `Update` for each adapter name."""
 
     original: dict[str, Tensor] | None  # the layer's parameters as they were, while adapters are merged into them
+    joint: Joint | None  # the memory that the factors of several adapters share, once rows were mixed
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan, self.key = plan, plan.new_key()
-        self.original = None
+        self.original = self.joint = None
         # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
         self.register_forward_pre_hook(_never_called)
 
@@ -53,6 +55,7 @@ class Adapters(nn.ModuleDict):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapters":
         super()._apply(fn, recurse)
+        self.joint = None
         if self.original is not None:  # what comes back goes wherever the layer went
             self.original = {name: fn(tensor) for name, tensor in self.original.items()}
         return self
@@ -67,11 +70,39 @@ class Adapters(nn.ModuleDict):
                     )
                 yield own[self.key], term.weight
 
+    def _save_to_state_dict(self, *into: Any) -> None:
+        if self.joint is not None:
+            parted(self)
+            self.joint = None
+        super()._save_to_state_dict(*into)
+
+    def alone(self, training: bool) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and weight · scale, where one such product on every row is all that acts."""
+        acting = self.plan.acting
+        if len(acting) != 1 or acting[0][0].rows is not None:
+            return None
+        term, own = acting[0]
+        update: Any = own.get(self.key)
+        if update is None or not update.simple or (training and update.dropout):
+            return None
+        return update._parameters["A"], update._parameters["B"], term.weight * update.scale
+
+    def jointly(self, x: Tensor) -> Tensor | None:
+        """Σ weight · ΔW x of all that acts on x `(rows, …, in)` in a mixed batch, if it can be had at once."""
+        terms, modules = self.plan.terms, self._modules
+        if not terms or terms[0].rows is None or torch.compiler.is_compiling():
+            return None
+        names = tuple(term.adapter for term in terms if term.adapter in modules)
+        if len(names) < 2:
+            return None
+        self.joint = joined(self.joint, self, names)
+        return None if self.joint is None else self.joint.change(x, names, self.plan.groups(names, x))
+
     def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
         """The same for an input or output x `(rows, …)`, and in a mixed batch the weight `(rows)` of each row."""
         for term, own in self.plan.acting:
             if self.key in own:
-                rows = None if term.rows is None else self.plan.row_weights((term,), (1,), x)[:, 0]
+                rows = None if term.rows is None else self.plan.row_weights(term, x)
                 yield own[self.key], term.weight, rows
 
 
@@ -156,7 +187,7 @@ class AdaptedLayer(Reclassed):
             for part, own in update.parts().items():
                 original = originals[part]
                 total = totals.get(part, original.to(torch.promote_types(original.dtype, torch.float32)))
-                totals[part] = total + weight * own(original)
+                totals[part] = own.added(total, original, weight)
         return self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
 
     def changing(self, terms: tuple[Term, ...]) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from veneer.core.config import LoraConfig
-from veneer.core.fused import Change, fused_linear, thin_linear
+from veneer.core.fused import FEW, Change, few_linear, fused_linear, thin_linear
 from veneer.core.kinds.layer import AdaptedLayer, is_plain
 from veneer.core.methods import method
 from veneer.core.plan import by_row
@@ -41,7 +41,13 @@ class AdaptedLinear(AdaptedLayer):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        adapters: Any = self._modules["adapters"]
         matrix = self.matrix(self.weight)
+        if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            if (alone := adapters.alone(self.training)) and x.numel() <= FEW * x.shape[-1]:
+                return few_linear(x, matrix, self.bias, *alone)
+            if (change := adapters.jointly(x)) is not None:
+                return F.linear(x, matrix, self.bias).add_(change)
         thin, dense, gains = self._changes(x, matrix)
         if not thin and not dense:
             return super().forward(x)

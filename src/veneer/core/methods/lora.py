@@ -41,7 +41,8 @@ class Lora(Update):
         self.scale = scaling(saved.r, saved.lora_alpha, saved.use_rslora)
         self.dropout = config.lora_dropout
         self.A0 = self.B0 = None
-        if isinstance(config.init_lora_weights, str) and _from_weight(config):
+        self.simple = not _from_weight(config)
+        if isinstance(config.init_lora_weights, str) and not self.simple:
             start_from_weight(self.A, self.B, config.init_lora_weights, weight, self.scale)
             del self.A0, self.B0
             self.register_buffer("A0", self.A.detach().clone())
