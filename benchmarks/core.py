@@ -1,14 +1,20 @@
 """The core against PEFT, alternating in one run: python benchmarks/core.py [--base smollm2-135m|llama-1b]
 
 adapting · adding a 32nd adapter · switching · loading from disk · merging and unmerging · one token with one adapter,
-beside the base's own time · 32 rows with 32 adapters, one token each, beside the base's own time.
+beside the base's own time · 32 rows with 32 adapters, one token each, beside the base's own time · peak memory of a
+training step (4 rows of 128 tokens, AdamW), each in a process of its own.
 
 r=16 on every linear layer. Prints medians, and the median over rounds of PEFT's time by veneer's.
 """
 
 import argparse
+import gc
+import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -29,7 +35,8 @@ ADAPTERS = 32
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """How long one call takes, begun without garbage of the calls before."""
+    gc.collect()
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -47,7 +54,9 @@ def compare(what: str, ours: Callable[[], object], theirs: Callable[[], object],
     beside = ""
     if "base" in sides:
         over = {name: statistics.median(t[name] / t["base"] for t in times) for name in ("veneer", "peft")}
+        share = statistics.median((t["veneer"] - t["base"]) / (t["peft"] - t["base"]) for t in times)
         beside = f"; beside the base veneer × {over['veneer']:.2f}, peft × {over['peft']:.2f}"
+        beside += f", what veneer adds is × {share:.2f} of what peft adds"
     print(f"{what}: {said}; peft / veneer = {ratio:.2f}{beside}", flush=True)
 
 
@@ -92,14 +101,48 @@ def _theirs() -> peft.LoraConfig:
     return peft.LoraConfig(**NUMBERS)
 
 
+def step(side: str, model: torch.nn.Module) -> dict[str, float]:
+    """One training step; its peak memory, and what was there before, in GB."""
+    adapt = {"veneer": (veneer.get_peft_model, veneer.LoraConfig), "peft": (peft.get_peft_model, peft.LoraConfig)}
+    make, config = adapt[side]
+    model = make(model, config(**NUMBERS)).train()
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    tokens = torch.randint(100, 1000, (4, 128), generator=torch.Generator().manual_seed(0))
+    before = _peak()
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    return {"before": before, "peak": _peak()}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def compare_memory(base: str, dtype: str) -> None:
+    """A training step of each side in a process of its own."""
+    peaks = {}
+    for side in ("veneer", "peft"):
+        run = [sys.executable, __file__, "--base", base, "--dtype", dtype, "--step", side]
+        said = subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        peaks[side] = json.loads(said)
+    said = ", ".join(f"{side} {p['peak']:.2f} GB ({p['before']:.2f} before it)" for side, p in peaks.items())
+    print(f"peak memory of a training step: {said}", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step", choices=["veneer", "peft"], help="only a training step of this side")
     options = parser.parse_args()
-    sides = Sides(options.base, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    if options.step:
+        print(json.dumps(step(options.step, load(options.base, dtype))))
+        return
+    compare_memory(options.base, options.dtype)
+    sides = Sides(options.base, dtype)
     for _ in range(options.rounds - 1):
         sides.fresh()
     models = sides.fresh()

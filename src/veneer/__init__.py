@@ -14,14 +14,27 @@ _HOMES = {
     "LoraConfig": "veneer.core.config",
     "PeftModel": "veneer.core.model",
     "get_peft_model": "veneer.core.model",
+    "initialize_lora_eva_weights": "veneer.core.data_starts",
+    "initialize_lora_ga_weights": "veneer.core.data_starts",
     "zoo": "veneer.zoo",
 }
-__all__ = ["Adapter", "AdapterError", "LoraConfig", "PeftModel", "__version__", "get_peft_model", "zoo"]
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "LoraConfig",
+    "PeftModel",
+    "__version__",
+    "get_peft_model",
+    "initialize_lora_eva_weights",
+    "initialize_lora_ga_weights",
+    "zoo",
+]
 
 if TYPE_CHECKING:
     from veneer import zoo
     from veneer.core.adapter import Adapter
     from veneer.core.config import LoraConfig
+    from veneer.core.data_starts import initialize_lora_eva_weights, initialize_lora_ga_weights
     from veneer.core.errors import AdapterError
     from veneer.core.model import PeftModel, get_peft_model
 

@@ -113,9 +113,11 @@ def test_inductor():
     compiled, x = torch.compile(model, fullgraph=True), torch.randn(3, 4)
     for name in ("default", "b", "default"):
         model.set_adapter(name)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
         found, wanted = compiled(x), model(x)
         torch.testing.assert_close(found, wanted)
         inputs = [p for n, p in model.named_parameters() if f".{name}." in n]
         grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (found, wanted)]
         torch.testing.assert_close(*grads)
-    assert graphs() <= 2
+    assert graphs() <= 4

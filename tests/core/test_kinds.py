@@ -36,7 +36,10 @@ def test_a_tied_table_is_changed_where_it_is_looked_up_and_nowhere_else(tiny):
     model, tokens = tiny("llama", tie_word_embeddings=True), torch.arange(3, 9).view(1, 6)
     h = torch.randn(1, 32)
     before, head = model.get_input_embeddings()(tokens), model.lm_head(h)
-    model = get_peft_model(model, LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
+    with pytest.warns(
+        UserWarning, match="lm_head.weight are one weight, and only model.embed_tokens.weight is changed"
+    ):
+        model = get_peft_model(model, LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
     assert not torch.equal(model.get_input_embeddings()(tokens), before)
     assert torch.equal(model.lm_head(h), head)
     with pytest.raises(AdapterError, match=r"other layers share: .*embed_tokens\.weight and lm_head\.weight"):
@@ -112,7 +115,7 @@ def test_attention_takes_what_it_took(sizes, batch_first):
 
 PARAMETERS = [
     (["gate"], r"'gate' matches no parameter .*did you mean"),
-    (["0.weight"], "0 is adapted as a layer: target it in one way only"),
+    (["0.weight"], "0 is a Linear that is adapted as a layer too: target it in one way only"),
 ]
 
 

@@ -14,6 +14,7 @@ from veneer.core.inject import adapted_layers
 from veneer.core.kinds import KINDS
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import METHODS, dora
 from veneer.core.start import start
 from veneer.core.update import Update
@@ -36,6 +37,16 @@ class Hadamard(Update):
         return weight * (self.B @ self.A)
 
 
+class Shifted:
+    """A layer with another bias, for its formula."""
+
+    def __init__(self, layer: nn.Module, bias: Tensor) -> None:
+        self.layer, self.bias = layer, bias
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
 @dataclass(frozen=True)
 class Case:
     """One method on one example of a kind."""
@@ -45,9 +56,19 @@ class Case:
     kind: type[AdaptedLayer]
     example: Example
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the layer is trained whole, and no method is asked."""
+        return self.kind is AdaptedModule
+
     def config(self, targets: str | list[str] = "layer", **settings: Any) -> LoraConfig:
         if settings.get("lora_dropout") and not self.kind.drops:
             pytest.skip("this kind has no dropout and refuses it")
+        if "layer" not in targets and "fused" in self.settings.get("options", {}):
+            settings["options"] = {}  # which names the layer
+        if self.is_copy and "layer" in targets:
+            settings["modules_to_save"] = ["layer"]
+            targets = [target for target in targets if target != "layer"] if isinstance(targets, list) else []
         if self.example.parameters and "layer" in targets:
             settings["target_parameters"] = [f"layer.{name}" for name in self.example.parameters]
             targets = [] if targets == "layer" else [target for target in targets if target != "layer"]
@@ -94,7 +115,14 @@ class Case:
     def dense(self, layer: AdaptedLayer, weights: Mapping[str, float], x: Tensor) -> Tensor:
         """The definition: the base's formula for W + Σ weight · ΔW."""
         changed = self.changed(layer, weights)
-        return self.example.formula(layer, changed.get("", changed), x)
+        shifts = [
+            weight * shift
+            for name, weight in weights.items()
+            for update in layer.adapters[name].parts().values()
+            if self.kind.biased and (shift := update.shift(layer.bias)) is not None
+        ]
+        shifted = Shifted(layer, sum(shifts, 0 if layer.bias is None else layer.bias)) if shifts else layer
+        return self.example.formula(shifted, changed.get("", changed), x)
 
     def changed(self, layer: AdaptedLayer, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """W + Σ weight · ΔW by part, in the precision of the sum."""
@@ -106,18 +134,23 @@ class Case:
             for part, update in layer.adapters[name].parts().items():
                 original = self.kind.matrices(layer)[part]
                 originals[part] = originals[part] + weight * update.delta(original)
+        if self.is_copy and list(weights.values()) == [1]:
+            return {part: update.value for part, update in layer.adapters[next(iter(weights))].parts().items()}
         return originals
 
 
 # What a method can be besides itself with its defaults: the laws hold for these too.
 VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
     "LORA": {
-        f"LORA-{start}": {"init_lora_weights": start} for start in ("orthogonal", "pissa", "pissa_niter_2", "olora")
+        f"LORA-{start}": {"init_lora_weights": start}
+        for start in ("orthogonal", "pissa", "pissa_niter_2", "olora", "lora_ga")
     }
-    | {"LORA-FA": {"options": {"freeze_A": True}}}
+    | {"LORA-FA": {"options": {"freeze_A": True}}, "LORA-bias": {"options": {"lora_bias": True}}}
+    | {"LORA-fused": {"options": {"fused": {"layer": {"r": [2, 0, 3], "sizes": [1, 2, 2]}}}}}
     | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
     "VERA": {"VERA-key": {"options": {"save_projection": False, "projection_prng_key": 7}}},
     "LOHA": {"LOHA-dense": {"r": 3}},
+    "IA3": {"IA3-columns": {"options": {"feedforward_modules": ".*"}}},
     "LOKR": {"LOKR-both": {"r": 1, "options": {"decompose_both": True, "decompose_factor": 5}}, "LOKR-whole": {"r": 4}},
 }
 _COMBINATIONS = {
@@ -130,10 +163,18 @@ _COMBINATIONS = {
     }.items()
     for kind in (*KINDS, AdaptedParameters)
     for name, example in EXAMPLES.get(kind.__name__, {kind.__name__: None}).items()
-}
+} | {f"COPY-{name}": ("LORA", {}, AdaptedModule, example) for name, example in EXAMPLES["AdaptedModule"].items()}
 # Every law runs over LoRA and the method that only tests know on everything, over DoRA once for each kind, over most
 # that methods can be on a linear layer; test_law_combinations goes quickly through all.
-_LIKE_OTHERS = ("LORA-olora-", "LORA-pissa_niter_2-", "LOHA-DORA-", "LOKR-DORA-", "VERA-DORA-")
+_LIKE_OTHERS = (
+    "LORA-olora-",
+    "LORA-lora_ga-",
+    "LORA-pissa_niter_2-",
+    "LOHA-DORA-",
+    "LOKR-DORA-",
+    "VERA-DORA-",
+    "IA3-DORA-",
+)
 
 
 def _is_run_over(name: str) -> bool:
@@ -150,9 +191,14 @@ def refused(name: str) -> str | None:
     method, settings, kind, example = _COMBINATIONS[name]
     if method == "VERA" and not kind.linear:
         return "VERA adapts linear layers alone"
-    trained_alone = not settings.get("use_dora") and not _from_weight(settings)
+    if method in METHODS and METHODS[method].shifts(LoraConfig(peft_type=method, **settings)) and not kind.biased:
+        return "this adapter changes biases too"
+    counted = _from_weight(settings) or settings.get("init_lora_weights") == "lora_ga"
+    trained_alone = not settings.get("use_dora") and not counted
     if example and "stack" in example.parameters and not trained_alone:
         return "a stack of matrices .* is adapted by trained factors alone"
+    if "fused" in settings.get("options", {}) and not kind.linear and "Embedding" not in kind.__name__:
+        return "do not fill it|a stack of matrices"  # the examples of other kinds have other sizes
     if _from_weight(settings) and example and example.vectors:
         return "needs r of at most 1"
     return None

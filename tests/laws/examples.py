@@ -178,6 +178,12 @@ def _attention(**sizes: int) -> Example:
     return Example(make, lambda *batch: torch.randn(*batch, 3, 4), attended, ((3,), ()))
 
 
+def whole(_: Any, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Two linear layers, a tanh between."""
+    hidden = torch.tanh(x @ values["0/weight"].T + values["0/bias"])
+    return hidden @ values["2/weight"].T
+
+
 _F = nn.functional
 # A kind that is added gives its examples here, by name; a kind without any fails every law.
 EXAMPLES: Mapping[str, dict[str, Example]] = {
@@ -227,5 +233,12 @@ EXAMPLES: Mapping[str, dict[str, Example]] = {
         "parameters-flat": _experts(False, "gate", "shift"),
         "parameters": _experts(False, "stack", "gate", "shift"),
         "parameters-transposed": _experts(True, "stack"),
+    },
+    "AdaptedModule": {
+        "module": _linear(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5, bias=False)), whole),
+        "module-table": replace(
+            _table(lambda: nn.Embedding(6, 5, padding_idx=2)),
+            formula=lambda layer, own, x: looked_up(layer, own["weight"].T, x),
+        ),
     },
 }

@@ -89,7 +89,7 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(case, bits, folder
         of = {path: sorted(key for key in tensors if key.startswith(_KEY + path)) for path in ("layer", "head")}
         del tensors[of["layer"][0]]
         tensors[of["head"][0].replace("head", "nobody")] = torch.zeros(1)
-        tensors[of["head"][1]] = torch.zeros(7, 9)
+        tensors[of["head"][-1]] = torch.zeros(7, 9)
 
     _rewrite_tensors(folder, change)
     said = _refused(case, bits, folder)
@@ -111,9 +111,9 @@ def test_tensors_that_no_method_knows_and_nan_are_named_in_one_error(case, bits,
 def test_faults_of_the_config_of_the_file_and_of_the_fit_are_in_one_error(case, bits, folder):
     key = next(key for key in load_file(folder / WEIGHTS) if key.startswith(f"{_KEY}layer."))
     _rewrite_tensors(folder, lambda t: t.update({"stranger": torch.zeros(1), "x.y": t.pop(key)}))
-    _config(folder, bias="all", use_qalora=True, lora_alfa=3)
+    _config(folder, use_bdlora={}, use_qalora=True, lora_alfa=3)
     said = _refused(case, bits, folder)
-    for part in ("bias='all'", "use_qalora=True", "lora_alfa=3; did you mean", "stranger", "x.y", "missing: layer."):
+    for part in ("use_bdlora={}", "use_qalora=True", "lora_alfa=3; did you mean", "stranger", "x.y", "missing: layer."):
         assert part in said
     _config(folder, exclude_modules=["heat"], target_modules=["layr"], rank_pattern={"nobody": 2}, r="x")
     assert "r should be" in _refused(case, bits, folder)
@@ -160,10 +160,10 @@ DAMAGE = {
     "unknown method": (lambda f: _config(f, peft_type="LORRA"), "'LORRA' is not a method of veneer"),
     "bad numbers": (lambda f: _config(f, r=0, lora_alpha="x"), "r should be .* found 0; lora_alpha should be"),
     "not built": (
-        lambda f: _config(f, bias="all", use_qalora=True),
-        "bias='all' is not supported.*; use_qalora=True is",
+        lambda f: _config(f, layer_replication=[[0, 1]], use_qalora=True),
+        r"layer_replication=.* is not supported.*; use_qalora=True is",
     ),
-    "saved modules": (lambda f: _config(f, modules_to_save=["head"]), "modules_to_save=.* is not supported"),
+    "no such modules": (lambda f: _config(f, modules_to_save=["heat"]), "modules_to_save: 'heat' .* mean 'head'"),
     "other targets": (lambda f: _config(f, target_modules=["heat"]), "'heat' matches no module; did you mean 'head'"),
 }
 

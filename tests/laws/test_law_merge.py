@@ -83,9 +83,13 @@ def test_a_failure_half_way_changes_nothing(case, bits, monkeypatch):
 def _first(case, base) -> str:
     """The first parameter that the case changes."""
     layer = base.layer
-    return next(iter(case.example.parameters or case.kind.values(layer, case.kind.matrices(layer))))
+    name = next(iter(case.example.parameters or case.kind.values(layer, case.kind.matrices(layer))))
+    if "." in name:
+        pytest.skip("a parameter of a module inside")
+    return name
 
 
+@pytest.mark.filterwarnings("ignore:.*are one weight, and only")
 @pytest.mark.parametrize("targets", [["layer"], ["layer", "twin"]], ids=str)
 def test_a_tied_weight_is_refused_by_name(case, bits, targets):
     base = case.base()
@@ -106,8 +110,8 @@ def test_a_computed_weight_is_refused_by_name(case, bits):
     name = _first(case, base)
     weight = getattr(base.layer, name).detach()
     delattr(base.layer, name)
-    if case.example.parameters:
-        with pytest.raises(AdapterError, match=f"'layer.{name}' matches no parameter"):
+    if case.example.parameters or case.is_copy:
+        with pytest.raises(AdapterError, match=f"'layer.{name}' matches no parameter|without parameters"):
             case.adapted(base=base)
         return
     setattr(base.layer, name, weight)  # no parameter: a hook or a parametrization puts another here at every forward

@@ -11,13 +11,7 @@ ROWS = ["a", "__base__", {"a": 0.7, "b": -0.3}, "b", "a"]
 @pytest.fixture
 def mixed(case):
     """The cases that can be mixed: layers that run on changed weights say no."""
-    if case.kind.__name__ not in (
-        "AdaptedLinear",
-        "AdaptedOwnLinear",
-        "AdaptedConv1D",
-        "AdaptedEmbedding",
-        "AdaptedConv",
-    ):
+    if case.kind.__name__ in ("AdaptedAttention", "AdaptedOwnEmbedding", "AdaptedOwnConv"):
         model = case.adapted("a")
         with pytest.raises(AdapterError, match="cannot be mixed by rows"):
             model(case.x(2), adapter_names=["a", "a"])

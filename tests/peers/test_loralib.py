@@ -80,3 +80,31 @@ def test_tables_and_convolutions_are_the_same(kind):
     ours.merge_adapter()
     theirs.eval()  # loralib merges as a side effect of this
     torch.testing.assert_close(ours[0].weight, plain.weight)
+
+
+@pytest.mark.parametrize("enabled", [[True, False, True], [True, True, True], [False, True]], ids=str)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_a_fused_projection_in_parts_is_the_same(enabled, conv1d):
+    """Equal ranks and sizes, which are all that loralib knows."""
+    from transformers.pytorch_utils import Conv1D
+
+    theirs = loralib.MergedLinear(6, 12, r=2, lora_alpha=7, enable_lora=enabled).double()
+    nn.init.normal_(theirs.lora_B)
+    base = (Conv1D(12, 6) if conv1d else nn.Linear(6, 12)).double()
+    with torch.no_grad():
+        base.weight.copy_(theirs.weight.T if conv1d else theirs.weight)
+        base.bias.copy_(theirs.bias)
+    split = {"r": [2 * on for on in enabled], "sizes": [12 // len(enabled)] * len(enabled)}
+    config = LoraConfig(lora_alpha=7, target_modules=["0"], options={"fused": {"0": split}})
+    ours = get_peft_model(nn.Sequential(base), config)
+    update = ours[0].adapters["default"]
+    parts = [update.get_parameter(f"B{i}") for i, on in enumerate(enabled) if on]
+    with torch.no_grad():
+        update.A.copy_(theirs.lora_A)
+        for B, values in zip(parts, theirs.lora_B.chunk(sum(enabled)), strict=True):
+            B.copy_(values)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(ours(x), theirs(x))
+    dx, dA, *dB = torch.autograd.grad(ours(x).square().sum(), (x, update.A, *parts))
+    found = (dx, dA, torch.cat(dB))
+    torch.testing.assert_close(found, torch.autograd.grad(theirs(x).square().sum(), (x, theirs.lora_A, theirs.lora_B)))

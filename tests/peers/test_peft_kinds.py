@@ -108,6 +108,40 @@ def test_a_table_starts_as_it_does_there():
     assert 0.9 < update.B.std() < 1.1
 
 
+@pytest.mark.parametrize("inputs", [[], ["0"]], ids=["rows", "columns"])
+@pytest.mark.parametrize("direction", ["veneer to peft", "peft to veneer"])
+@pytest.mark.parametrize("name", ["conv2d", "point", "conv3d"])
+def test_scaled_convolutions_go_both_ways(name, inputs, direction, tmp_path):
+    make, x = LAYERS[name][0], LAYERS[name][1]()
+    base = nn.Sequential(make()).requires_grad_(False)
+    twin = copy.deepcopy(base)
+    if inputs and name != "point":
+        theirs = peft.get_peft_model(base, peft.IA3Config(target_modules=["0"], feedforward_modules=inputs))
+        theirs.save_pretrained(tmp_path)
+        with pytest.raises(veneer.AdapterError, match=r"of another shape: 0\.l expected"):
+            veneer.PeftModel.from_pretrained(twin, tmp_path)
+        return
+    if direction == "veneer to peft":
+        config = veneer.LoraConfig(peft_type="IA3", target_modules=["0"], options={"feedforward_modules": inputs})
+        ours = veneer.get_peft_model(twin, config)
+        nn.init.normal_(ours[0].adapters["default"].l)
+        ours.save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    else:
+        config = peft.IA3Config(target_modules=["0"], feedforward_modules=inputs, init_ia3_weights=False)
+        theirs = peft.get_peft_model(base, config)
+        theirs.save_pretrained(tmp_path)
+        ours = veneer.PeftModel.from_pretrained(twin, tmp_path, is_trainable=True)
+    outputs, gradients = [ours(x), theirs(x)], []
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for model, y in zip((ours, theirs), outputs, strict=True):
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        gradients.append(next(p.grad.flatten() for p in model.parameters() if p.grad is not None))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+    merged = [model.merge_and_unload().state_dict() for model in (ours, theirs)]
+    torch.testing.assert_close(*merged, rtol=1e-5, atol=1e-6)
+
+
 def _mixture() -> nn.Module:
     import transformers
 

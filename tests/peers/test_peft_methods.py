@@ -18,7 +18,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False b
 pytestmark = [pytestmark, pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")]  # vera-key
 TOKENS = torch.arange(3, 15).view(2, 6)
 LYCORIS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"]}
+BIASED = {"bert": ["query", "output.dense"], "gpt2": ["c_attn", "c_proj"]}
 LINEAR = {**LYCORIS, "gpt2": ["c_attn", "c_proj"]}
+
+IA3 = {
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "bert": ["key", "value", "output.dense"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+}
 
 
 class Peer:
@@ -40,16 +47,31 @@ def lora(**settings: Any) -> Peer:
     return Peer(ours, lambda **targets: peft.LoraConfig(**ours, **targets), LINEAR)
 
 
+def lora_bias(**settings: Any) -> Peer:
+    peer = lora(lora_bias=True, **settings)
+    del peer.ours["lora_bias"]
+    return Peer({**peer.ours, "options": {"lora_bias": True}}, peer.theirs, BIASED)
+
+
 def vera(**options: Any) -> Peer:
     ours = {"peft_type": "VERA", "r": 6, "options": {"d_initial": 0.2, **options}}
     return Peer(ours, lambda **targets: peft.VeraConfig(r=6, d_initial=0.2, **options, **targets), LINEAR)
 
 
+def ia3() -> Peer:
+    inputs = {"feedforward_modules": r".*(down_proj|output\.dense|mlp\.c_proj)"}
+    ours = {"peft_type": "IA3", "options": inputs}
+    return Peer(ours, lambda **targets: peft.IA3Config(**inputs, **targets), IA3)
+
+
 PEERS = {
+    "ia3": ia3(),
     "vera": vera(),
     "vera-key": vera(save_projection=False, projection_prng_key=5),
     "dora": lora(use_dora=True),
     "dora-rslora": lora(use_dora=True, use_rslora=True),
+    "lora-bias": lora_bias(),
+    "lora-bias-rslora": lora_bias(use_rslora=True),
     "loha": lycoris("LOHA"),
     "loha-dense": lycoris("LOHA", r=6),
     "lokr": lycoris("LOKR", r=1),

@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from veneer.core.whole import write_whole
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ON_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # PEFT's names there
 _MODEL = "base_model"
+_BASE = ".base_layer.weight"
 _OWN, _REPLACED = "adapter_config", "replaces"  # what weights may say about themselves, beside PEFT's "format"
 
 
@@ -31,12 +32,14 @@ class Adapter:
     """What a file holds, and what combining and analysing work on.
 
     `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`; what all layers
-    share stands under "". `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise.
+    share stands under "". `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise;
+    `bases` are tables of the base that PEFT's files repeat.
     """
 
     config: LoraConfig
     tensors: dict[str, dict[str, Tensor]]
     embeddings: frozenset[str] = frozenset()
+    bases: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; both whole or not at all.
@@ -47,11 +50,16 @@ class Adapter:
         """
         names = file_names(self.config)
         flat = {
-            f"{_prefix(path)}.{_ending(names[name], path in self.embeddings)}": tensor.detach().contiguous().cpu()
+            self._key(path, names[name]): tensor.detach().contiguous().cpu()
             for path, tensors in self.tensors.items()
             for name, tensor in tensors.items()
         }
-        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
+        homes: dict[int, str] = {}  # a file has no two tensors of one memory
+        flat = {
+            name: tensor if homes.setdefault(tensor.data_ptr(), name) == name else tensor.clone()
+            for name, tensor in flat.items()
+        }
+        text = json.dumps(dict(sorted(self.config.to_dict().items())), indent=2) + "\n"
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +73,15 @@ class Adapter:
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
         return folder
+
+    def _key(self, path: str, ending: str) -> str:
+        """What PEFT's files call it."""
+        if path in self.embeddings:
+            ending = _ON_EMBEDDINGS.get(ending, ending)
+        layer = path.removesuffix(".bias")
+        if not ending and layer != path and layer in self.tensors:
+            path = f"{layer}.base_layer.bias"
+        return ".".join(filter(None, [_MODEL, "model" if path else "", path, ending]))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
@@ -117,24 +134,36 @@ def read_config(folder: Path) -> LoraConfig:
 
 def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, list[str]]:
     """The tensors by layer and by the method's own names, and the names that are none of a method's."""
-    endings = {ending: name for name, ending in file_names(config).items()}
+    endings = {ending: name for name, ending in file_names(config).items() if ending}
     lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
     endings |= lookups
     if config.use_dora:
         endings["lora_magnitude_vector.weight"] = "magnitude"  # as PEFT's readers take it too
     tensors: dict[str, dict[str, Tensor]] = {}
-    strangers, embeddings = [], set()
+    strangers, embeddings, bases = [], set(), {}
     pattern = re.compile(rf"{_MODEL}(?:\.model\.(.+))?\.({'|'.join(map(re.escape, endings))})")
     for key, tensor in flat.items():
+        if config.bias == "all" and key.endswith((".original_module.bias", ".modules_to_save.bias")):
+            continue  # PEFT repeats saved modules' so
         match = pattern.fullmatch(key)
-        own = tensors.setdefault(match[1] or "", {}) if match else {}
-        if match is None or endings[match[2]] in own:  # of two that mean the same, readers take different ones
-            strangers.append(key)
-            continue
-        own[endings[match[2]]] = tensor
-        if match[2] in lookups:
-            embeddings.add(match[1] or "")
-    return Adapter(config, tensors, frozenset(embeddings)), strangers
+        path = (match[1] or "") if match else _trained_path(key, config)
+        if path and path.endswith(_BASE):
+            bases[path.removesuffix(_BASE)] = tensor
+        elif path is None or (name := endings[match[2]] if match else "value") in tensors.setdefault(path, {}):
+            strangers.append(key)  # of two that mean the same, readers take different ones
+        else:
+            tensors[path][name] = tensor
+            if match and match[2] in lookups:
+                embeddings.add(path)
+    return Adapter(config, tensors, frozenset(embeddings), bases), strangers
+
+
+def _trained_path(key: str, config: LoraConfig) -> str | None:
+    """The path of the parameter whose value a tensor may be, of those that the config trains whole, or the base's."""
+    path = key.removeprefix(f"{_MODEL}.model.")
+    if path != key and config.bias != "none" and path.endswith(".bias"):
+        return path.removesuffix(".base_layer.bias") + ".bias" if path.endswith(".base_layer.bias") else path
+    return path if path != key and (config.modules_to_save or path.endswith(_BASE)) else None
 
 
 def _succession(folder: Path, text: str) -> dict[str, str]:
@@ -160,11 +189,3 @@ def _current(folder: Path, about: Mapping[str, str]) -> tuple[dict[str, Any], st
         warnings.warn(f"saving to {folder} was cut short: the weights' own config is read; save it again", stacklevel=4)
         return parsed(about[_OWN].encode("utf-8", "replace"), where), where
     return parsed(text, str(path)), str(path)
-
-
-def _prefix(path: str) -> str:
-    return f"{_MODEL}.model.{path}" if path else _MODEL
-
-
-def _ending(ending: str, of_embedding: bool) -> str:
-    return _ON_EMBEDDINGS.get(ending, ending) if of_embedding else ending

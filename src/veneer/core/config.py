@@ -12,26 +12,22 @@ from veneer.core.ranges import method_of, problems
 # What PEFT's configs may also say, and the values at which it changes nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None,),
-    "bias": ("none",),
     "layer_replication": (None,),
-    "lora_bias": (False,),
     "module_dropout": (0.0,),
-    "modules_to_save": (None, []),
     "rank_dropout": (0.0,),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None,),
     "use_effective_conv2d": (False,),
     "use_qalora": (False,),
 }
 # What says nothing about the numbers in a finished adapter: where it came from, how it started, how it ran.
 _SILENT = {
-    "arrow_config", "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "arrow_config", "auto_mapping", "corda_config", "eva_config", "fan_in_fan_out",
     "kasa_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
     "peft_version", "qalora_group_size", "rank_dropout_scale", "runtime_config", "velora_config",
 }  # fmt: skip
 
 # What PEFT's readers of the file need to be told.
-_FOR_PEFT = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
+_FOR_PEFT = {"fan_in_fan_out": False}
 
 _NUMBERS = {"r", "lora_alpha", "lora_dropout"}
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starting values that change the base's weights
@@ -45,9 +41,15 @@ class LoraConfig:
     expression for the whole path, a role in a transformer, or None for the usual choice of the architecture. The
     roles are `"all-linear"`, `"attention"`, `"feed-forward"` and `"norm"`, and leave the output head out.
     `target_parameters`: parameters that are changed by their names (`["experts.down_proj"]`), whatever they
-    belong to; a stack of matrices, matrix by matrix. `rank_pattern` and `alpha_pattern` give layers whose path
-    ends with a key (a regular expression) another `r` or `lora_alpha`. `options` are those that the method
-    `peft_type` declares for itself; in a file they stand beside the rest, under PEFT's names.
+    belong to; a stack of matrices, matrix by matrix. `modules_to_save`: modules that are trained whole, as copies that
+    belong to the adapter; a fresh adapter adds the head that `task_type` SEQ_CLS, TOKEN_CLS or QUESTION_ANS means.
+    `trainable_token_indices`: rows of the input embedding, or `{table: rows}`, that are trained by themselves, in all
+    layers that share the table's weight. `ensure_weight_tying`: whatever changes a weight that layers share does so in
+    all of them. `bias`: "lora_only" trains the biases of the adapted linear layers and convolutions too, "all" every
+    bias; they belong to the adapter like the rest.
+    `rank_pattern` and `alpha_pattern` give layers whose path ends with a key (a regular expression) another `r` or
+    `lora_alpha`. `options` are those that the method `peft_type` declares for itself; in a file they stand beside the
+    rest, under PEFT's names.
 
     Raises `AdapterError` that lists every value that is out of range.
     """
@@ -57,6 +59,10 @@ class LoraConfig:
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    bias: str = "none"
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
@@ -75,7 +81,8 @@ class LoraConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
+        self.modules_to_save = self.modules_to_save or None  # PEFT may say []
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
@@ -160,27 +167,3 @@ def _given(values: Mapping[str, Any], known: set[str], options: Mapping[str, Any
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """α / r, or α / √r with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-# What each field means, for whoever lists them.
-MEANINGS = {
-    "r": "The rank: how many columns A and B share.",
-    "lora_alpha": "The change is scaled by lora_alpha / r (lora_alpha / √r with use_rslora).",
-    "target_modules": "Which layers: names or last parts of names, a regular expression for whole names, all-linear.",
-    "exclude_modules": "Layers that are left out, named in the same way.",
-    "lora_dropout": "The share of the change's inputs that is dropped in training.",
-    "use_rslora": "Scale by lora_alpha / √r, which keeps large ranks learning.",
-    "rank_pattern": "Other ranks for layers whose names end with a key: {q_proj: 8}.",
-    "alpha_pattern": "Other values of lora_alpha, in the same way.",
-    "layers_to_transform": "Only in these layers, counted from 0.",
-    "layers_pattern": "What the list of layers is called, where it is not plain.",
-    "init_lora_weights": "How A and B start.",
-    "peft_type": "The method: LORA, LOHA, LOKR or VERA.",
-    "use_dora": "Learn the length of each row of W + ΔW apart from its direction (DoRA), over any method.",
-    "options": "What only one method knows.",
-    "task_type": "What PEFT should load the base as; found by itself.",
-    "base_model_name_or_path": "The base that the adapter is for; found by itself.",
-    "revision": "The revision of the base on the hub.",
-    "inference_mode": "Kept for PEFT; says nothing here.",
-    "target_parameters": "Parameters that are adapted by name, stacked experts included.",
-}

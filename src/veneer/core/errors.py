@@ -40,6 +40,13 @@ def listed(items: Iterable[object], most: int = 8) -> str:
     return (", ".join(map(shown, items[:most])) or "nothing") + more
 
 
+def unmatched(names: Iterable[str], what: str, known: Iterable[str]) -> str:
+    """What is said of names that match nothing; `known` would."""
+    names, known = list(names), list(known)
+    said = [f"{shown(name)} matches no {what}{nearest(name, known)}" for name in names[:8]]
+    return "; ".join(said + ([f"nor do {len(names) - 8} more"] if len(names) > 8 else []))
+
+
 def collapsed(names: Iterable[str], most: int = 100) -> str:
     """Every name, with runs that differ only in numbers told once: `layers.*.q_proj.A (30)`."""
     runs: dict[str, list[str]] = {}

@@ -23,6 +23,14 @@ class Change(NamedTuple):
     rows: Tensor | None = None  # (rows), in a mixed batch: what each row's part is multiplied by
 
 
+def is_traced() -> bool:
+    """Whether a compiler or `torch.func` makes something else of the operations: then they are plain ones.
+
+    Inductor (torch 2.13) loses the alpha of `add`.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change], gain: Tensor | None = None
 ) -> Tensor:
@@ -36,10 +44,10 @@ def fused_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if torch._C._are_functorch_transforms_active():
+    if is_traced():
         return sum((thin_linear(x, change) for change in changes), _base_linear(x, weight, bias, gain))
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         masks = [_mask(flat, change.dropout) for change in changes]
         scales = [change.scale / (1 - change.dropout) for change in changes]
         rows = [change.rows for change in changes]
@@ -53,7 +61,7 @@ def fused_linear(
 def _plain_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change], gain: Tensor | None
 ) -> Tensor:
-    """`fused_linear` without gradients, or with those of a compiler, x `(tokens, in)`."""
+    """`fused_linear` without gradients, x `(tokens, in)`."""
     y = _base_linear(x, weight, bias, gain)
     for A, B, scale, dropout, rows in changes:
         few = len(x) <= FEW

@@ -12,12 +12,14 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, named
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import maker, method
+from veneer.core.methods.tokens import Tied
 from veneer.core.plan import Plan
 from veneer.core.reclass import mixin_of, reclass, restore
 from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
-from veneer.core.update import Update
+from veneer.core.update import Parts, Update, own_precision
 
 _Layer = tuple[type[AdaptedLayer], nn.Module, Any]  # its kind, itself, its update
 
@@ -43,23 +45,36 @@ def inject(
     of its own) and all that does not fit, before anything is changed.
     """
     _refuse_name(name)
+    targets, updates, resolved = prepared(model, config, values, faults)
+    for path, update in updates.items():
+        _attach(targets[path], plan, name, update)
+    settle(model)
+    return resolved
+
+
+def prepared(
+    model: nn.Module, config: LoraConfig, values: Adapter | None, faults: Iterable[str] = ()
+) -> tuple[dict[str, Target], dict[str, Update], LoraConfig]:
+    """The layers that `config` means and their updates, not attached yet, and the config with its targets spelled out.
+
+    Raises as `inject` does.
+    """
     faults = list(faults)
     try:
-        targets, resolved = select(model, config)
+        targets, resolved = select(model, config, fresh=values is None)
         updates = _built(targets, resolved, sketched=values is not None)
     except AdapterError as error:
         raise AdapterError("\n".join([*faults, str(error)])) from None
     layers = {path: (target.kind, target.layer, updates[path]) for path, target in targets.items()}
     if values is not None:
+        if method(config.peft_type).saved_config(config) != config:
+            faults.append("the config says how an adapter is trained, which its tensors are not read under")
         faults += _misfits(model, layers, values)
     if faults:
         raise AdapterError("\n".join(faults))
     if values is not None:
         _fill(targets, layers, values)
-    for path, update in updates.items():
-        _attach(targets[path], plan, name, update)
-    settle(model)
-    return resolved
+    return targets, updates, resolved
 
 
 def settle(model: nn.Module) -> None:
@@ -80,13 +95,31 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
     def on(weight: Tensor) -> Tensor:
         return weight.to("meta") if sketched else weight
 
-    weights = ((on(matrix), target.config) for target in targets.values() for matrix in target.matrices().values())
-    made = maker(config, weights)
+    by_method = [target for target in targets.values() if target.own is None]
+    made = maker(config, ((on(matrix), each.config) for each in by_method for matrix in each.matrices().values()))
 
-    def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
-        return made(on(weight), own, start)
+    def built(target: Target) -> Update:
+        def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
+            return target.own(on(weight)) if target.own else made(on(weight), own, start)
 
-    return {path: target.kind.build(make, target.layer, target.configs) for path, target in targets.items()}
+        return target.kind.build(make, target.layer, target.configs)
+
+    updates = {path: built(target) for path, target in targets.items() if target.tied_to is None}
+    for path, target in targets.items():
+        if target.tied_to is not None:
+            updates[path] = _tied(updates[target.tied_to], target, targets[target.tied_to])
+        if (bias := target.bias()) is not None:
+            updates[path].simple = False
+            updates[path].bias = nn.Parameter(on(bias.detach()).to(own_precision(bias), copy=True))
+    return updates
+
+
+def _tied(update: Any, target: Target, source: Target) -> Any:
+    """The same change, for another layer with the same weight."""
+    if target.kind is AdaptedModule:
+        return Parts({"weight": update["weight"]})
+    lookups = [issubclass(kind, AdaptedEmbedding) for kind in (target.kind, source.kind)]
+    return Tied(update, turned=lookups[0] != lookups[1])
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
@@ -126,7 +159,8 @@ def _attach(target: Target, plan: Plan, name: str, update: Update) -> None:
         layer.adapters = Adapters(plan)
         reclass(layer, target.kind)
     assert isinstance(layer, AdaptedLayer)
-    update.train(layer.training)
+    if not layer.training:
+        update.eval()
     layer.adapters[name] = update
 
 
@@ -142,7 +176,7 @@ class _Entry(NamedTuple):
 
     tensor: Tensor
     filed: Tensor
-    ending: str
+    form: str
     kind: type[AdaptedLayer]
 
 
@@ -153,10 +187,12 @@ def _entries(layers: Mapping[str, _Layer]) -> dict[tuple[str, str], _Entry]:
         for part, place in kind.places(update).items():
             own = update.parts()[part]
             for name, tensor in own.shared_tensors().items():
-                entries["", name] = _Entry(tensor, tensor, own.file_names[name], kind)
+                entries["", name] = _Entry(tensor, tensor, "", kind)
+            if own.bias is not None:
+                entries[f"{path}.bias", "value"] = _Entry(own.bias.detach(), own.bias.detach(), "", kind)
             for name, tensor in own.tensors().items():
-                filed = kind.filed(layer, own.file_names[name], tensor)
-                entries[path + place, name] = _Entry(tensor, filed, own.file_names[name], kind)
+                form = own.forms.get(name, "")
+                entries[path + place, name] = _Entry(tensor, kind.filed(layer, form, tensor), form, kind)
     return entries
 
 
@@ -177,6 +213,10 @@ def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) ->
     ]
     fitting = [key for key, shape in wanted.items() if key in found and shape == found[key].shape]
     broken = [".".join(filter(None, key)) for key in fitting if not is_finite(found[key])]
+    for path, base in values.bases.items():
+        weight = layers[path][1].get_parameter("weight").detach() if path in layers else None
+        if weight is None or weight.shape != base.shape or not torch.equal(weight.to(base.device, base.dtype), base):
+            strangers.append(f"{path}.base_layer.weight (of another base)")
     said = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
     problems = [f"{what}: {collapsed(names)}" for what, names in said if names]
     if problems:
@@ -192,5 +232,7 @@ def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: A
         matrices = targets[path].matrices()
         for part, own in update.parts().items():
             own.materialise(matrices[part].device)
-    for (path, key), (tensor, _, ending, kind) in _entries(layers).items():
-        tensor.copy_(kind.unfiled(ending, values.tensors[path][key], tensor.shape))
+            if own.bias is not None:
+                own.bias = nn.Parameter(torch.empty_like(own.bias, device=matrices[part].device))
+    for (path, key), (tensor, _, form, kind) in _entries(layers).items():
+        tensor.copy_(kind.unfiled(form, values.tensors[path][key], tensor.shape))

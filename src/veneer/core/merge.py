@@ -1,43 +1,57 @@
 """Changes into the weights and out again: exact, and the whole model or nothing."""
 
-from collections import defaultdict
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.kinds.layer import AdaptedLayer, is_plain
 from veneer.core.plan import Plan, Term
+from veneer.core.tied import tied_parameters
 
 
 @torch.no_grad()
-def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...]) -> None:
-    """W ← W + Σ weight · ΔW in every adapted layer, from the original weight, summed in fp32, rounded once.
+def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = False) -> None:
+    """W ← W + Σ weight · ΔW, and so for b, in every adapted layer: from the original, summed in fp32, rounded once.
 
-    The original is kept for `unmerge`. Raises `AdapterError`, with nothing changed, when a weight is shared with
-    a layer that the change is not meant for, is computed from others (`weight_norm`), is quantised or spread over
-    processes, or would not be finite.
+    The original is kept for `unmerge`. With `untie`, a layer that shares its weight with one that the change is not
+    meant for gets a weight of its own. Raises `AdapterError`, with nothing changed, when a weight is so shared without
+    that, is computed from others (`weight_norm`), is quantised or spread over processes, or would not be
+    finite; or when a bias is changed that is not there.
     """
-    layers = [(path, layer) for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))]
-    changing = {f"{path}.{name}": (layer, name) for path, layer in layers for name in layer.changing(terms)}
+    layers = {path: layer for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))}
+    changing = {f"{path}.{name}": (layer, name) for path, layer in layers.items() for name in layer.changing(terms)}
+    _refuse_absent(changing)
     _refuse_computed(changing)
     _refuse_unreadable(changing)
-    _refuse_tied(model, changing)
-    done: list[AdaptedLayer] = []
-    try:
-        for path, layer in layers:
-            changed = layer.changed(terms)
-            if not all(torch.isfinite(end) for value in changed.values() for end in value.aminmax()):
-                raise AdapterError(f"merging {listed(t.adapter for t in terms)} gives NaN or infinity in {path}")
-            layer.adapters.original = {name: layer.get_parameter(name).data for name in changed}
-            done.append(layer)
-            for name, value in changed.items():
-                layer.get_parameter(name).data = value.contiguous()
-    except BaseException:
-        for layer in done:
-            _put_back(layer)
-        raise
+    changed = {
+        f"{path}.{name}": value.clone() if isinstance(value, nn.Parameter) else value.contiguous()
+        for path, layer in layers.items()
+        for name, value in layer.changed(terms).items()
+    }
+    if broken := [path for path, own in changed.items() if not all(torch.isfinite(end) for end in own.aminmax())]:
+        raise AdapterError(f"merging {listed(t.adapter for t in terms)} gives NaN or infinity in {collapsed(broken)}")
+    apart = _apart(model, changed)
+    if apart and not untie:
+        raise AdapterError(
+            f"cannot merge into a weight that other layers share: {'; '.join(map(' and '.join, apart))}; "
+            "merge_and_unload(untie=True) gives the changed layer a weight of its own"
+        )
+    for path, (layer, name) in changing.items():
+        layer.adapters.original = {**(layer.adapters.original or {}), name: layer.get_parameter(name).data}
+        if any(path in paths for paths in apart):
+            owner, _, last = name.rpartition(".")
+            old = layer.get_parameter(name)
+            layer.get_submodule(owner)._parameters[last] = nn.Parameter(old.detach(), requires_grad=old.requires_grad)
+    for path, (layer, name) in changing.items():
+        layer.get_parameter(name).data = changed[path]
+    config: Any = getattr(model, "config", None)
+    if apart and hasattr(config, "tie_word_embeddings"):
+        config.tie_word_embeddings = False  # or transformers would tie them again
     plan.merged, plan.resting = terms, plan.terms
     plan.act(())
 
@@ -56,6 +70,14 @@ def _put_back(layer: AdaptedLayer) -> None:
     for name, value in layer.adapters.original.items():
         layer.get_parameter(name).data = value
     layer.adapters.original = None
+
+
+def _refuse_absent(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
+    absent = [path for path, (layer, name) in changing.items() if attrgetter(name)(layer) is None]
+    if absent:
+        raise AdapterError(
+            f"cannot merge a change of the bias into layers that have none: {listed(absent)}; let it act live"
+        )
 
 
 def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
@@ -77,12 +99,11 @@ def _refuse_unreadable(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
         )
 
 
-def _refuse_tied(model: nn.Module, changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            owners[id(parameter)].append(f"{path}.{name}")
-    sharing = [owners[id(layer.get_parameter(name))] for layer, name in changing.values()]
-    if tied := [paths for paths in sharing if len(paths) > 1]:
-        shared = "; ".join(" and ".join(paths) for paths in tied)
-        raise AdapterError(f"cannot merge into a weight that other layers share: {shared}; untie it first")
+def _apart(model: nn.Module, changed: Mapping[str, Tensor]) -> list[list[str]]:
+    """The paths of each weight that several layers share and that would not be the same in all of them."""
+    apart = []
+    for paths in tied_parameters(dict(model.named_modules())):
+        values = [changed[path] for path in paths if path in changed]
+        if values and (len(values) < len(paths) or not all(torch.equal(values[0], other) for other in values)):
+            apart.append(paths)
+    return apart

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +11,13 @@ from torch import nn
 from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.hotswap import hotswap
 from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore
-from veneer.core.trainer import Trainable, is_checkpoint, own_state, save_state
+from veneer.core.status import get_layer_status, get_model_status
+from veneer.core.trainer import Trainable
 from veneer.core.watch import watching
 
 
@@ -58,28 +59,6 @@ class PeftModel(Trainable):
         adapter, faults = examine(folder)
         self._add(adapter_name, adapter.config, adapter, is_trainable, faults)
 
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], adapter_name: str | None = None, is_main_process: bool = True, **_: Any
-    ) -> Path:
-        """Write one adapter as a PEFT folder: `adapter_name`, or the only one, or the only one that acts.
-
-        In a folder of transformers' Trainer (`checkpoint-500`) stands what Trainer resumes from too, and of several
-        adapters that act each has a folder inside. Only the main process writes. Other keywords, which Trainer
-        passes, say nothing here. Of a model that `fully_shard` spread, every process calls this. No network call is
-        made.
-        """
-        folder = Path(folder)
-        several = is_checkpoint(folder) and len(self.active_adapters) > 1 and adapter_name is None
-        names = {folder / name: name for name in self.active_adapters} if several else {folder: adapter_name}
-        adapters = {path: self.get_adapter(name) for path, name in names.items()}
-        state = own_state(self) if is_checkpoint(folder) else {}
-        if is_main_process:
-            for path, adapter in adapters.items():
-                adapter.save(path)
-            if state:
-                save_state(state, folder)
-        return folder
-
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones."""
         if name is None:
@@ -103,6 +82,11 @@ class PeftModel(Trainable):
     def active_adapters(self) -> list[str]:
         """The names of the adapters that act, live or merged."""
         return [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
+
+    @property
+    def modules_to_save(self) -> set[str]:
+        """The names of the modules that adapters train whole."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or []}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the model. If it acted, the others of its blend act on; without any, the base does."""
@@ -171,11 +155,14 @@ class PeftModel(Trainable):
 
     def merge_adapter(self, adapter_names: Spec | None = None) -> None:
         """W ← W + Σ ΔW of these adapters (those that act, if not given): whole, or nothing is changed."""
+        self._merge(adapter_names, untie=False)
+
+    def _merge(self, adapter_names: Spec | None, untie: bool) -> None:
         self._refuse_merged("merging")
         terms = self.adapter_plan.terms if adapter_names is None else terms_of(adapter_names, self.peft_config)
         if not terms:
             raise AdapterError(f"no adapter acts: name some to merge of {listed(self.peft_config)}")
-        merge(self, self.adapter_plan, terms)
+        merge(self, self.adapter_plan, terms, untie)
 
     def unmerge_adapter(self) -> None:
         """The base's weights again, bit for bit; what acted before the merge acts again, live."""
@@ -183,10 +170,13 @@ class PeftModel(Trainable):
             raise AdapterError("nothing is merged")
         unmerge(self, self.adapter_plan)
 
-    def merge_and_unload(self, adapter_names: Spec | None = None) -> nn.Module:
-        """The plain base model with these adapters inside its weights; its parameters stay frozen."""
+    def merge_and_unload(self, adapter_names: Spec | None = None, untie: bool = False) -> nn.Module:
+        """The plain base model with these adapters inside its weights; its parameters stay frozen.
+
+        With `untie`, a changed layer whose weight others share, and that only it should change, gets one of its own.
+        """
         if not self.adapter_plan.merged or adapter_names is not None:
-            self.merge_adapter(adapter_names)
+            self._merge(adapter_names, untie)
         return self._strip()
 
     def unload(self) -> nn.Module:
@@ -194,6 +184,17 @@ class PeftModel(Trainable):
         if self.adapter_plan.merged:
             self.unmerge_adapter()
         return self._strip()
+
+    get_layer_status, get_model_status = get_layer_status, get_model_status
+
+    def hotswap_adapter(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Read a PEFT folder into a live adapter of the same layers: only the values of its tensors change.
+
+        Raises `AdapterError`, with nothing changed, when it holds a larger rank, other layers or another method.
+        """
+        config = self._config(adapter_name)
+        self._refuse_merged("a hot swap")
+        hotswap(self, adapter_name, config, *examine(folder))
 
     def _add(
         self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool, faults: Iterable[str] = ()
@@ -273,6 +274,7 @@ def _first_adapter(
         raise AdapterError(
             f"{type(model).__name__} inherits from something else before nn.Module: adapt the model before fully_shard"
         )
+    base = list(model.parameters())
     reclass(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}
@@ -281,10 +283,8 @@ def _first_adapter(
     except BaseException:
         model._strip()
         raise
-    own = {id(p) for _, layer in adapted_layers(model) for p in layer.adapters.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
+    for parameter in base:
+        parameter.requires_grad_(False)
     model.set_adapter(name)
     return model
 

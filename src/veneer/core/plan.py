@@ -77,14 +77,14 @@ class Plan:
 
     def row_weights(self, term: Term, like: Tensor) -> Tensor:
         """The weights `(rows)` of a mixed batch's term for `like`, whose first dimension holds the rows."""
-        self._count(like)
+        self.count(like)
         if torch.compiler.is_compiling():
             return like.new_tensor(term.rows)
         return self._table((term.adapter, like.dtype, like.device), lambda: like.new_tensor(term.rows))
 
     def groups(self, names: tuple[str, ...], like: Tensor) -> Groups:
         """The rows of a mixed batch, adapter by adapter, for those of these names."""
-        self._count(like)
+        self.count(like)
         return self._table((names, like.device), lambda: _grouped(self.terms, names, like.device))
 
     def _table(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -92,7 +92,8 @@ class Plan:
             self.tables[key] = make()
         return self.tables[key]
 
-    def _count(self, like: Tensor) -> None:
+    def count(self, like: Tensor) -> None:
+        """Raise `AdapterError` unless `like` has the rows of the mixed batch."""
         rows = len(self.terms[0].rows or ())
         if len(like) != rows and (not self.repeats or len(like) % rows):
             raise AdapterError(f"adapter_names has {rows} entries, the input of an adapted layer {len(like)} rows")

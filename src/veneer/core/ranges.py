@@ -29,7 +29,7 @@ def problems(config: "LoraConfig") -> list[str]:
             found.append(f"{name} should be {expected}, found {shown(getattr(config, name))}")
 
     expect(isinstance(config.peft_type, str), "peft_type", "the name of a method")
-    for name in ("use_rslora", "use_dora", "inference_mode"):
+    for name in ("use_rslora", "use_dora", "inference_mode", "ensure_weight_tying"):
         expect(isinstance(getattr(config, name), bool), name, "true or false")
     for name in ("task_type", "base_model_name_or_path", "revision"):
         expect(isinstance(getattr(config, name), (str, type(None))), name, "a string")
@@ -37,10 +37,18 @@ def problems(config: "LoraConfig") -> list[str]:
     expect(is_finite(config.lora_alpha), "lora_alpha", "a finite number")
     expect(is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1, "lora_dropout", "in [0, 1)")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        expect(_is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
-    names = config.target_parameters
-    expect(names is None or (isinstance(names, list) and _is_names(names)), "target_parameters", "a list of names")
-    both = bool(names) and config.layers_to_transform is not None
+        if name == "target_modules" and config.target_modules == [] and _trains_more(config):
+            continue
+        expect(is_names(getattr(config, name)), name, "a non-empty string or list of non-empty strings")
+    for name in ("target_parameters", "modules_to_save"):
+        names = getattr(config, name)
+        expect(names is None or (isinstance(names, list) and is_names(names)), name, "a list of names")
+    expect(config.bias in ("none", "all", "lora_only"), "bias", '"none", "all" or "lora_only"')
+    rows = config.trainable_token_indices
+    tables = rows if isinstance(rows, dict) else {"": rows}
+    holds = all(isinstance(table, str) and _is_tokens(own) for table, own in tables.items())
+    expect(rows is None or holds, "trainable_token_indices", "token ids, each once")
+    both = bool(config.target_parameters) and config.layers_to_transform is not None
     expect(not both, "layers_to_transform", "not given with target_parameters: name the parameters' paths")
     ranks, alphas = config.rank_pattern, config.alpha_pattern
     expect(isinstance(ranks, dict) and all(map(_is_rank, ranks.values())), "rank_pattern", "{name: whole number ≥ 1}")
@@ -57,9 +65,14 @@ def problems(config: "LoraConfig") -> list[str]:
 
 def _method_problems(config: "LoraConfig") -> list[str]:
     """What the method has to say, where there is one."""
-    made_by = method_of(config.peft_type)
-    if made_by is None:
-        return [_refusal(config.peft_type)] if isinstance(config.peft_type, str) else []
+    from veneer.core.methods import method  # asked late: a method is made from a config, and knows it
+
+    if not isinstance(config.peft_type, str):
+        return []
+    try:
+        made_by = method(config.peft_type)
+    except AdapterError as error:
+        return [str(error)]
     found = []
     how, known = config.init_lora_weights, made_by.options
     if isinstance(how, (bool, str)) and start_of(config) not in made_by.starts:
@@ -74,19 +87,9 @@ def _method_problems(config: "LoraConfig") -> list[str]:
 
 def method_of(peft_type: object) -> "type[Update] | None":
     """The method of that name, if there is one."""
-    from veneer.core.methods import METHODS  # asked late: a method is made from a config, and knows it
+    from veneer.core.methods import METHODS
 
     return METHODS.get(peft_type) if isinstance(peft_type, str) else None
-
-
-def _refusal(peft_type: str) -> str:
-    from veneer.core.methods import method
-
-    try:
-        method(peft_type)
-    except AdapterError as error:
-        return str(error)
-    return ""
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -108,7 +111,17 @@ def _is_layers(value: object) -> bool:
     return value is None or _is_whole(value, 0)
 
 
-def _is_names(value: object) -> bool:
+def _is_tokens(value: object) -> bool:
+    whole = isinstance(value, list) and all(_is_whole(number, 0) for number in value)
+    return whole and 0 < len(set(value)) == len(value)  # type: ignore[call-overload,arg-type]
+
+
+def _trains_more(config: "LoraConfig") -> bool:
+    """Whether there is something to train beside a method's layers."""
+    return bool(config.modules_to_save or config.trainable_token_indices or config.bias == "all")
+
+
+def is_names(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(name, str) and name for name in value)
     return value is None or (isinstance(value, str) and bool(value))

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest, shown
+from veneer.core.errors import AdapterError, listed, nearest, shown, unmatched
 from veneer.core.expression import Expression, Path
 from veneer.core.kinds import kind_of
+from veneer.core.methods import method
 from veneer.core.roles import ROLES
 
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
@@ -31,9 +32,8 @@ class Search:
         found = ending_with(names, self.modules)
         if missing := [name for name in found if not found[name]]:
             ends = last_parts(self.modules)
-            hints = [f"{shown(name)} matches no module{nearest(name, [*ends, *self.modules])}" for name in missing[:8]]
-            hints += [f"nor do {len(missing) - 8} more"] if len(missing) > 8 else []
-            self.faults.append(f"{what}: {'; '.join(hints)}; the linear layers end with {listed(ends)}")
+            said = unmatched(missing, "module", [*ends, *self.modules])
+            self.faults.append(f"{what}: {said}; the linear layers end with {listed(ends)}")
         wanted = {path for paths in found.values() for path in paths}
         return [path for path in self.modules if path in wanted]
 
@@ -49,9 +49,10 @@ class Search:
             suffix = any(path.endswith(f".{text}") for path in self.modules)
             hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
             hint = hint or nearest(text, [*ROLES, *last_parts(self.modules)])
-            said = f"{what}={shown(text)} is a regular expression for the whole path and matches none{hint}"
-            self.faults.append(said)
-        return [path for path in matches if kind_of(self.modules[path]) or _is_bare_layer(self.modules[path])]
+            self.faults.append(
+                f"{what}={shown(text)} is a regular expression for the whole path and matches none{hint}"
+            )
+        return [path for path in matches if kind_of(self.modules[path]) or _is_bare(self.modules[path])]
 
     def in_layers(self, paths: list[str], config: LoraConfig) -> list[str]:
         """Those paths that stand in one of `layers_to_transform`, numbered under `layers_pattern` (or any list)."""
@@ -92,10 +93,20 @@ class Search:
                     own[place].setdefault(name, value)
         if missing:
             ends = [path.rpartition(".")[2] for path, _ in places]
-            hints = [f"{shown(key)} matches no adapted layer{nearest(key, ends)}" for key in list(missing)[:8]]
-            hints += [f"nor do {len(missing) - 8} more"] if len(missing) > 8 else []
-            self.faults.append(f"rank_pattern, alpha_pattern: {'; '.join(hints)}")
+            self.faults.append(f"rank_pattern, alpha_pattern: {unmatched(missing, 'adapted layer', ends)}")
         return own
+
+    def named_layers(self, chosen: list[str], config: LoraConfig) -> dict[str, list[str]]:
+        """For each of the method's options that name layers, which of the chosen ones it means."""
+        among = Search({path: self.modules[path] for path in chosen})
+        options = method(config.peft_type).options
+        found = {
+            name: among.matching(config.options[name], f"{name} among the adapted layers")
+            for name, option in options.items()
+            if option.layers
+        }
+        self.faults += among.faults if chosen else []
+        return found
 
     def _ends_with(self, expression: Expression, path: str, part: str) -> bool:
         names = [f"{path}.{part}", path] if part else [path]
@@ -124,15 +135,11 @@ def _number(path: Path, expressions: list[Expression]) -> int | None:
     return None
 
 
-def _is_bare_layer(module: nn.Module) -> bool:
+def _is_bare(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
 
 def last_parts(modules: dict[str, nn.Module]) -> list[str]:
     """The last parts of the linear layers' paths, each once, in the model's order."""
-    return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module)))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    kind = kind_of(module)
-    return kind is not None and kind.linear
+    is_linear = ROLES["all-linear"]
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in modules if is_linear(path, modules)))

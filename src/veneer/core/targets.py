@@ -1,18 +1,28 @@
 """Which layers a config means: names to layers, and nothing silently missed."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest, shown
+from veneer.core.errors import AdapterError, listed, shown, unmatched
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.reclass import is_fixed
+from veneer.core.kinds.module import AdaptedModule
+from veneer.core.methods import method
+from veneer.core.methods.copy import Copy
+from veneer.core.methods.tokens import Tokens
+from veneer.core.reclass import is_fixed, mixin_of
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
+from veneer.core.tied import tie
+from veneer.core.trained import clashes, inside, other_biases, saved_modules, token_tables, with_heads
+from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
 _USUAL = {
@@ -38,43 +48,98 @@ class Target:
     layer: nn.Module
     kind: type[AdaptedLayer]
     configs: dict[str, LoraConfig]
+    own: Callable[[Tensor], Update] | None = None  # makes what is trained here, where it is not the config's method
+    rows: list[int] | None = None  # of a table that are trained by themselves
+    tied_to: str | None = None  # the path of the layer whose change this one has, as it has its weight
 
     def matrices(self) -> dict[str, Tensor]:
         """What of the layer changes, by part."""
         return self.kind.matrices(self.layer)
+
+    def bias(self) -> Tensor | None:
+        """The layer's bias, where it is trained beside the method."""
+        trains = self.own is None and self.kind.biased and self.config.bias != "none"
+        return getattr(self.layer, "bias", None) if trains else None
+
+    def parameters(self) -> set[str]:
+        """The names of what changes."""
+        parts = {part: own for part, own in self.matrices().items() if part in self.configs or "" in self.configs}
+        return set(self.kind.values(self.layer, parts))
 
     @property
     def config(self) -> LoraConfig:
         return next(iter(self.configs.values()))
 
 
-def select(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Target], LoraConfig]:
+def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[dict[str, Target], LoraConfig]:
     """The layers that `config` means, by path, and the config with `target_modules` spelled out.
 
-    Raises `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no
-    kind can adapt.
+    A `fresh` adapter has the heads of its task, and is warned of where it changes a shared weight in one layer alone.
+    Raises `AdapterError` for every entry, pattern or layer number that matches nothing, and for layers that no kind can
+    adapt.
     """
     modules = base_modules(model)
     search = Search(modules)
-    if config.target_parameters and config.target_modules is None:
+    saved, config = saved_modules(modules, with_heads(config) if fresh else config, search.faults)
+    tables = token_tables(model, modules, config, search.faults)
+    if config.target_modules == [] or (config.target_parameters and config.target_modules is None):
         chosen: list[str] = []
         resolved = config
     else:
         chosen, resolved = _select_modules(model, search, config)
-    _find_unadaptable(modules, chosen, config, search.faults)
-    places = [*((path, "") for path in chosen), *_matching_parameters(search, config, chosen)]
+    chosen = [path for path in chosen if path not in saved and not inside(path, saved)]
+    places = [(path, "") for path in chosen] + _matching_parameters(search, config)
+    kinds = {place: AdaptedParameters if place[1] else kind_of(modules[place[0]]) for place in places}
+    _find_unadaptable(search, config, kinds, saved)
+    options, wrong = method(config.peft_type).placed(config, modules, list({path: None for path, _ in places}))
+    search.faults += wrong
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers([(path, "") for path in modules] if search.faults else places, config)
+    named = search.named_layers(chosen, config)
     if search.faults:
         raise AdapterError("\n".join(search.faults))
     targets: dict[str, Target] = {}
     for path, part in places:
-        kind = AdaptedParameters if part else kind_of(modules[path])
+        kind = kinds[path, part]
         assert kind is not None
-        numbers = own[path, part]
         target = targets.setdefault(path, Target(modules[path], kind, {}))
-        target.configs[part] = replace(resolved, **numbers) if numbers else resolved
+        # checked before, for all layers at once
+        meant = {name: path in paths for name, paths in named.items()}
+        target.configs[part] = copy(resolved)
+        options_here = {**options.get(path, resolved.options), **meant}
+        vars(target.configs[part]).update({**own[path, part], "options": options_here})
+    alone = _add_trained(modules, targets, saved, tables, resolved)
+    if alone and fresh:
+        advice = "merging will need untie=True; ensure_weight_tying=True changes both"
+        warnings.warn(f"{'; '.join(alone)}: {advice}", stacklevel=6)
     return targets, resolved
+
+
+def _add_trained(
+    modules: dict[str, nn.Module],
+    targets: dict[str, Target],
+    saved: Iterable[str],
+    tables: dict[str, list[int]],
+    config: LoraConfig,
+) -> list[str]:
+    """What is trained beside the method, and the layers that follow; returns what is changed in one layer alone."""
+    twice = [path for path in tables if path in targets or path in saved]
+    targets |= {path: Target(modules[path], AdaptedModule, {"": config}, Copy) for path in saved}
+    for path, ids in tables.items():
+        kind = kind_of(modules[path])
+        assert kind is not None
+        targets[path] = Target(modules[path], kind, {"": config}, partial(Tokens, ids=ids), ids)
+    biases, problems = other_biases(modules, config, {path: target.kind for path, target in targets.items()})
+    targets |= {path: Target(modules[path], AdaptedModule, {"bias": config}, Copy) for path in biases}
+    alone, unfollowed = tie(modules, targets, config.ensure_weight_tying)
+    more = {path: target.layer for path, target in targets.items() if target.own or target.tied_to is not None}
+    hooked = {path: _not_free(layer) for path, layer in more.items()}
+    problems += [f"{path} is a {type(more[path]).__name__} {reason}" for path, reason in hooked.items() if reason]
+    problems += [f"{path} is changed in two ways: target it in one" for path in twice]
+    problems += [*unfollowed, *clashes(modules, {path: target.kind for path, target in targets.items()})]
+    if problems:
+        raise AdapterError(_told(problems))
+    return alone
 
 
 def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tuple[list[str], LoraConfig]:
@@ -93,40 +158,27 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
             f"target_modules={shown(names)} leaves no layer of {type(model).__name__} to adapt; "
             f'its linear layers end with {listed(last_parts(modules))}, or say "all-linear"'
         )
-    # PEFT does not read an expression together with layer numbers, nor roles
-    spell = role is not None or (isinstance(names, str) and config.layers_to_transform is not None)
+    # PEFT does not read an expression together with layer numbers, and for some methods not these either, nor roles
+    numbered = method(config.peft_type).peft_names.get("layers_to_transform", "") is not None
+    spell = role is not None or (config.layers_to_transform is not None and (isinstance(names, str) or not numbered))
     return chosen, replace(config, target_modules=_shortest(modules, chosen) if spell and chosen else names)
 
 
-def _matching_parameters(search: Search, config: LoraConfig, chosen: Iterable[str]) -> list[Place]:
+def _matching_parameters(search: Search, config: LoraConfig) -> list[Place]:
     """Those that `target_parameters` names."""
-    if not config.target_parameters:
-        return []
-    modules = search.modules
     known = {
         f"{path}.{name}": (path, name)
-        for path, module in modules.items()
+        for path, module in (search.modules.items() if config.target_parameters else ())
         for name, parameter in module.named_parameters(recurse=False)
         if 1 <= parameter.ndim <= 3
     }
-    ends = [".".join(full.rsplit(".", 2)[-2:]) for full in known]
-    matches = ending_with(config.target_parameters, known)
-    problems = [
-        f"{shown(wanted)} matches no parameter of one to three dimensions{nearest(wanted, ends)}"
-        for wanted, paths in matches.items()
-        if not paths
-    ]
+    matches = ending_with(config.target_parameters or [], known)
+    if missing := [name for name in matches if not matches[name]]:
+        ends = [".".join(full.rsplit(".", 2)[-2:]) for full in known]
+        said = unmatched(missing, "parameter of one to three dimensions", ends)
+        search.faults.append(f"target_parameters: {said}")
     found = {full for paths in matches.values() for full in paths}
-    places = [place for full, place in known.items() if full in found]
-    for path in dict.fromkeys(path for path, _ in places):
-        layer = modules[path]
-        if path in chosen or (isinstance(layer, AdaptedLayer) and not isinstance(layer, AdaptedParameters)):
-            problems.append(f"{path} is adapted as a layer: target it in one way only")
-        elif reason := _not_free(layer) or AdaptedParameters.refusal(layer, config):
-            problems.append(f"{path} is a {type(layer).__name__} {reason}")
-    if problems:
-        search.faults.append("target_parameters: " + _told(problems))
-    return places
+    return [place for full, place in known.items() if full in found]
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -156,19 +208,30 @@ def _usual(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     )
 
 
-def _find_unadaptable(modules: dict[str, nn.Module], chosen: list[str], config: LoraConfig, faults: list[str]) -> None:
-    problems = []
-    for path in chosen:
-        layer = modules[path]
-        kind = kind_of(layer)
+def _find_unadaptable(
+    search: Search, config: LoraConfig, kinds: Mapping[Place, type[AdaptedLayer] | None], saved: Iterable[str]
+) -> None:
+    asked = [
+        ("target_parameters" if part else "target_modules", path, part, kind) for (path, part), kind in kinds.items()
+    ]
+    asked += [("modules_to_save", path, "", AdaptedModule) for path in saved]
+    problems: dict[str, dict[str, None]] = {what: {} for what, *_ in asked}
+    for what, path, part, kind in asked:
+        layer = search.modules[path]
+        name = type(layer).__name__
         if kind is None:
             inner = [name for name, child in layer.named_modules() if kind_of(child)]
-            hint = f"; it holds {listed(inner)}: name those" if inner else ""
-            problems.append(f"{path} is a {type(layer).__name__}, which cannot be adapted{hint}")
-        elif reason := _not_free(layer) or kind.refusal(layer, config):
-            problems.append(f"{path} is a {type(layer).__name__} {reason}")
-    if problems:
-        faults.append("target_modules: " + _told(problems))
+            name += ","
+            reason: str | None = "which cannot be adapted" + (
+                f"; it holds {listed(inner)}: name those" if inner else ""
+            )
+        elif part and ((path, "") in kinds or (isinstance(layer, AdaptedLayer) and mixin_of(layer) is not kind)):
+            reason = "that is adapted as a layer too: target it in one way only"
+        else:
+            reason = _not_free(layer) or kind.refusal(layer, config)
+        if reason:
+            problems[what][f"{path} is a {name} {reason}"] = None
+    search.faults += [f"{what}: {_told(list(said))}" for what, said in problems.items() if said]
 
 
 def _told(problems: list[str]) -> str:

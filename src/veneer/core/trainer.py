@@ -1,5 +1,6 @@
 """What training asks of a model with adapters: what trains, and checkpoints that transformers' Trainer reads back."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, gathered
 from veneer.core.plan import Plan, Term
@@ -21,9 +23,33 @@ class Trainable(Reclassed):
     """The part of a `PeftModel` that is for training, by transformers' Trainer too."""
 
     adapter_plan: Plan
+    get_adapter: Callable[[str | None], Adapter]
     _refuse_merged: Callable[[str], None]
     _carried: Callable[[tuple[Term, ...]], tuple[Term, ...]]
     _hf_peft_config_loaded = True  # asked before a quantised model is trained, and when layers are checkpointed
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], adapter_name: str | None = None, is_main_process: bool = True, **_: Any
+    ) -> Path:
+        """Write one adapter as a PEFT folder: `adapter_name`, or the only one, or the only one that acts.
+
+        In a folder of transformers' Trainer (`checkpoint-500`) stands what Trainer resumes from too, and of several
+        adapters that act each has a folder inside. Only the main process writes. Other keywords, which Trainer
+        passes, say nothing here. Of a model that `fully_shard` spread, every process calls this. No network call is
+        made.
+        """
+        folder = Path(folder)
+        acting = [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
+        several = is_checkpoint(folder) and len(acting) > 1 and adapter_name is None
+        names = {folder / name: name for name in acting} if several else {folder: adapter_name}
+        adapters = {path: self.get_adapter(name) for path, name in names.items()}
+        state = own_state(self) if is_checkpoint(folder) else {}
+        if is_main_process:
+            for path, adapter in adapters.items():
+                adapter.save(path)
+            if state:
+                save_state(state, folder)
+        return folder
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch, but for the checkpoint of adapters, which is loaded with `strict=False`.

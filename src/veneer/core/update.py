@@ -1,10 +1,11 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 LYCORIS_NAMES: dict[str, str | None] = {
     "lora_alpha": "alpha",
     "init_lora_weights": "init_weights",
-    **dict.fromkeys(("bias", "fan_in_fan_out", "lora_dropout", "target_parameters", "use_dora", "use_rslora")),
+    **dict.fromkeys(("bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "target_parameters")),
+    **dict.fromkeys(("trainable_token_indices", "use_dora", "use_rslora")),
 }
 
 
@@ -28,6 +30,7 @@ class Option(NamedTuple):
     default: Any
     holds: Callable[[Any], bool]
     expected: str
+    layers: bool = False  # it names layers; in one layer's config, whether it is one of them
 
 
 # (a weight as `(out, in)`, its config, what the kind of layer does to the starting values) → a fresh update
@@ -43,10 +46,24 @@ class Factors(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rescaled rows and a low-rank change: ΔW = gain ⊙ W + scale · B A."""
+    """Rescaled rows, and perhaps a low-rank change: ΔW = gain ⊙ W + scale · B A."""
 
     gain: Tensor  # (out)
-    factors: Factors
+    factors: Factors | None
+
+
+class Few(NamedTuple):
+    """A change of a few tokens: what is added to their rows of a table, or of a head's weight."""
+
+    ids: Tensor  # (number)
+    values: Tensor  # (number, width)
+
+    def at(self, x: Tensor) -> Tensor:
+        """What is added for tokens x `(…)`, few of which may be among them: `(…, width)`."""
+        ids, order = self.ids.sort()
+        place = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
+        found = F.embedding(order[place], self.values)
+        return torch.where((ids[place] == x).unsqueeze(-1), found, found.new_zeros(()))
 
 
 class Update(nn.Module, ABC):
@@ -57,14 +74,35 @@ class Update(nn.Module, ABC):
     """
 
     file_names: ClassVar[dict[str, str]]  # own parameter name → its name in a PEFT file
+    # own parameter name → "A" `(r, in)`, "B" `(out, r)` or "l", one for each row or column: in PEFT's files these have
+    # other shapes where a layer's weight is no matrix
+    forms: ClassVar[dict[str, str]] = {}
     peft_names: ClassVar[dict[str, str | None]] = {}  # config field → its name in PEFT's config, None where it has none
     options: ClassVar[dict[str, Option]] = {}
     starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     reads_weight: ClassVar[bool] = True  # whether ΔW depends on more of W than its size
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
+    bias: nn.Parameter | None  # b′, where the adapter trains the layer's bias beside its method
     simple: bool = False  # whether `factors` are its parameters A and B with `scale`, as they are
     dropout: float = 0.0  # probability that an input of the change is dropped in training
+    scale: float = 1.0  # what a product of its parameters is multiplied by
+
+    @classmethod
+    def fresh(cls, *given: Any) -> "Update":
+        """The update for a weight, its config and, where the method shares something, that."""
+        return cls(*given)
+
+    @classmethod
+    def placed(
+        cls, config: "LoraConfig", modules: Mapping[str, nn.Module], paths: list[str]
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """The `options` of layers that have their own, by path, and what is wrong with those of `config`."""
+        return {}, []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parameters["bias"] = None
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
@@ -74,6 +112,10 @@ class Update(nn.Module, ABC):
         """`delta` in that precision under autocast too: a change of weights is no activation."""
         with torch.autocast(weight.device.type, enabled=False):
             return self.delta(weight)
+
+    def onto(self, weight: Tensor) -> Tensor:
+        """W + ΔW, in that precision; a method may know it without the sum."""
+        return self.added(weight.to(own_precision(weight)), weight, 1)
 
     def added(self, total: Tensor, weight: Tensor, share: float) -> Tensor:
         """total + share · ΔW, in the precision of `total`."""
@@ -86,6 +128,26 @@ class Update(nn.Module, ABC):
         """The same change as two thin matrices, where it is one."""
         return None
 
+    def few(self, weight: Tensor) -> Few | None:
+        """The same change as that of a few tokens, where it is one: columns of a table's matrix, rows of a head's."""
+        return None
+
+    @classmethod
+    def shifts(cls, config: "LoraConfig") -> bool:
+        """Whether such updates change the layer's bias too; only kinds that are `biased` take them."""
+        return False
+
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        """Δb `(out)` for the layer's `bias`, or None where it stays as it is."""
+        return None
+
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
+        """Δb `(out)` in all: the method's shift, and b′ - b."""
+        shift = self.shift(bias)
+        if self.bias is None or bias is None:
+            return shift
+        return self.bias - bias if shift is None else self.bias - bias + shift
+
     def parts(self) -> dict[str, "Update"]:
         """The updates of the layer's matrices, by part; most layers are one matrix, called ""."""
         return {"": self}
@@ -94,9 +156,13 @@ class Update(nn.Module, ABC):
         """The same change as rescaled rows of `weight` and two thin matrices, where it is one."""
         return None
 
+    def by_columns(self) -> Tensor | None:
+        """The same change as c `(in)` with ΔW = W ⊙ c, where all that it does is to rescale the inputs."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it, by the names in `file_names`; the live tensors, not copies."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if name != "bias"}
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """What a file holds once for all layers of the adapter."""
@@ -130,13 +196,14 @@ class Stack(Update):
     def __init__(self, build: Callable[[Tensor, Any], Update], weight: Tensor, config: Any) -> None:
         super().__init__()
         each = [build(matrix, config) for matrix in weight]
-        if [*each[0].children(), *each[0].buffers()]:
+        filed = each[0].tensors().keys()
+        if [*each[0].children(), *each[0].buffers()] or filed != each[0]._parameters.keys():
             raise AdapterError(
                 f"a stack of matrices {tuple(weight.shape)} is adapted by trained factors alone: "
                 "without use_dora, and without a start from the weight"
             )
-        self.file_names, self.faster = each[0].file_names, each[0].faster  # type: ignore[misc]
-        self.dropout = each[0].dropout
+        self.file_names, self.forms, self.faster = each[0].file_names, each[0].forms, each[0].faster  # type: ignore[misc]
+        self.dropout, self.scale = each[0].dropout, each[0].scale
         for name, first in each[0].named_parameters():
             stacked = torch.stack([update.get_parameter(name) for update in each])
             self.register_parameter(name, nn.Parameter(stacked, requires_grad=first.requires_grad))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from veneer.core.config import MEANINGS, LoraConfig
+from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, nearest
 
 
@@ -118,9 +118,37 @@ def described(schema: type[Any]) -> Iterator[tuple[str, str, str]]:
         if inner is LoraConfig:
             usual = LoraConfig()
             for own in fields(LoraConfig):
-                yield f"{name}.{own.name}", repr(getattr(usual, own.name)), MEANINGS.get(own.name, "")
+                yield f"{name}.{own.name}", repr(getattr(usual, own.name)), MEANINGS[own.name]
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from ((f"{name}.{key}", default, text) for key, default, text in described(inner))
         else:
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             yield name, default, field.description or ""
+
+
+# What each field of an adapter's config means, for the list of settings.
+MEANINGS = {
+    "r": "The rank: how many columns A and B share.",
+    "lora_alpha": "The change is scaled by lora_alpha / r (lora_alpha / √r with use_rslora).",
+    "target_modules": "Which layers: names or last parts of names, a regular expression for whole names, all-linear.",
+    "exclude_modules": "Layers that are left out, named in the same way.",
+    "lora_dropout": "The share of the change's inputs that is dropped in training.",
+    "use_rslora": "Scale by lora_alpha / √r, which keeps large ranks learning.",
+    "rank_pattern": "Other ranks for layers whose names end with a key: {q_proj: 8}.",
+    "alpha_pattern": "Other values of lora_alpha, in the same way.",
+    "layers_to_transform": "Only in these layers, counted from 0.",
+    "layers_pattern": "What the list of layers is called, where it is not plain.",
+    "init_lora_weights": "How A and B start.",
+    "peft_type": "The method: LORA, LOHA, LOKR, VERA or IA3.",
+    "use_dora": "Learn the length of each row of W + ΔW apart from its direction (DoRA), over any method.",
+    "options": "What only one method knows.",
+    "task_type": "What PEFT should load the base as; found by itself.",
+    "base_model_name_or_path": "The base that the adapter is for; found by itself.",
+    "revision": "The revision of the base on the hub.",
+    "inference_mode": "Kept for PEFT; says nothing here.",
+    "target_parameters": "Parameters that are adapted by name, stacked experts included.",
+    "modules_to_save": "Modules that are trained whole, as copies that the adapter holds: a new head, say.",
+    "trainable_token_indices": "Tokens whose rows of the embedding are trained by themselves: new ones, say.",
+    "ensure_weight_tying": "What changes a weight that layers share (embedding and head) changes it in all of them.",
+    "bias": "Which biases are trained too: none, lora_only (those of adapted layers) or all.",
+}

@@ -8,6 +8,7 @@ from veneer.core.kinds.dense import AdaptedNorm, AdaptedParameters
 from veneer.core.kinds.embedding import AdaptedEmbedding, AdaptedOwnEmbedding
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear, AdaptedOwnLinear
+from veneer.core.kinds.module import AdaptedModule
 from veneer.core.reclass import mixin_of
 
 KINDS: tuple[type[AdaptedLayer], ...] = (
@@ -26,5 +27,5 @@ KINDS: tuple[type[AdaptedLayer], ...] = (
 def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:
     """The kind that can adapt `layer` (or already does) when the layer itself is named, or None."""
     if isinstance(layer, AdaptedLayer):
-        return None if isinstance(layer, AdaptedParameters) else mixin_of(layer)  # type: ignore[return-value]
+        return None if isinstance(layer, AdaptedParameters | AdaptedModule) else mixin_of(layer)  # type: ignore[return-value]
     return next((kind for kind in KINDS if kind.handles(layer)), None)

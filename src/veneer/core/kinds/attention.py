@@ -12,6 +12,8 @@ class AdaptedAttention(AdaptedParts):
     The inputs' projections are one matrix `(3 · dim, dim)`, or three where keys or values have sizes of their own.
     """
 
+    rowwise = False  # batch_first and the masks say which dimension it is
+
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.MultiheadAttention)

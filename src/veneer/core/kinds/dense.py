@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,22 @@ from torch import Tensor, nn
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.kinds.rows import forward_by_row
 from veneer.core.update import Make, Parts, Stack, Update
 
 
 class AdaptedDense(AdaptedLayer):
-    """y = f(x; W + Σ weight · ΔW), where f is the layer's own forward."""
+    """y = f(x; W + Σ weight · ΔW), where f is the layer's own forward.
+
+    In a mixed batch, f runs once for each set of adapters that some rows share, on these rows.
+    """
 
     drops = False
+    rowwise: ClassVar[bool] = True  # the first dimension of its inputs is the batch's
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rowwise and (terms := self.adapters.by_row()):
+            return forward_by_row(self, terms, args, kwargs)
         return self.own_forward(self.changed(), *args, **kwargs)
 
 
@@ -67,17 +74,23 @@ class AdaptedParts(AdaptedDense):
 
     @classmethod
     def build(cls, make: Make, layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Any:
-        def one(weight: Tensor, config: LoraConfig) -> Update:
-            return make(weight, config, cls.start)
-
         updates = Parts()
         for part, matrix in cls.matrices(layer).items():
             config = configs.get(part, configs.get(""))
             if config is not None:
                 if hasattr(updates, part):
                     raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
-                updates[part] = one(matrix, config) if matrix.ndim == 2 else Stack(one, matrix, config)
+                updates[part] = cls.part(make, matrix, config)
         return updates
+
+    @classmethod
+    def part(cls, make: Make, matrix: Tensor, config: LoraConfig) -> Update:
+        """The update of one of them."""
+
+        def one(weight: Tensor, config: LoraConfig) -> Update:
+            return make(weight, config, cls.start)
+
+        return one(matrix, config) if matrix.ndim == 2 else Stack(one, matrix, config)
 
 
 class AdaptedParameters(AdaptedParts):
@@ -106,18 +119,18 @@ class AdaptedParameters(AdaptedParts):
         return {part: ".base_layer" * (len(parts) - 1 - i) for i, part in enumerate(parts)}
 
     @classmethod
-    def filed(cls, layer: nn.Module, ending: str, tensor: Tensor) -> Tensor:
+    def filed(cls, layer: nn.Module, form: str, tensor: Tensor) -> Tensor:
         """PEFT's files hold a stack's A as `(number · r, in)` and B as `(out, r · number)`."""
-        if tensor.ndim == 3 and ending == "lora_A.weight":
+        if tensor.ndim == 3 and form == "A":
             return tensor.flatten(0, 1)
-        return tensor.permute(1, 2, 0).flatten(1) if tensor.ndim == 3 and ending == "lora_B.weight" else tensor
+        return tensor.permute(1, 2, 0).flatten(1) if tensor.ndim == 3 and form == "B" else tensor
 
     @classmethod
-    def unfiled(cls, ending: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-        if len(shape) == 3 and ending == "lora_B.weight":
+    def unfiled(cls, form: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+        if len(shape) == 3 and form == "B":
             number, rows, r = shape
             return tensor.reshape(rows, r, number).permute(2, 0, 1)
-        return super().unfiled(ending, tensor, shape)
+        return super().unfiled(form, tensor, shape)
 
 
 def _as_matrix(parameter: Tensor) -> Tensor:

@@ -52,10 +52,12 @@ class AdaptedEmbedding(AdaptedLayer):
             if factors := update.factors():
                 h = F.embedding(x, factors.A.t()).to(y.dtype)  # (..., r)
                 change = F.linear(h, factors.B.to(y.dtype)) * (weight * factors.scale)
+            elif few := update.few(self.matrix(self.weight)):
+                change = weight * few.at(x)
             else:
                 change = F.embedding(x, weight * update(self.matrix(self.weight)).t())
             change = change if rows is None else by_row(change, rows)
-            y = y + self._kept(change, x, update.dropout).to(y.dtype)
+            y = (y + self._kept(change, x, update.dropout)).to(y.dtype)  # rounded once
         return y
 
     def _kept(self, change: Tensor, x: Tensor, dropout: float) -> Tensor:

@@ -12,7 +12,7 @@ from veneer.core.joint import Joint, joined, parted
 from veneer.core.methods import method
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed, base_of
-from veneer.core.update import Make, Update
+from veneer.core.update import Make, Update, own_precision
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -30,13 +30,12 @@ def _never_called(module: nn.Module, inputs: object) -> None:
 class Adapters(nn.ModuleDict):
     """The one child that an adapted layer has more than its base: an `Update` for each adapter name."""
 
-    original: dict[str, Tensor] | None  # the layer's parameters as they were, while adapters are merged into them
-    joint: Joint | None  # the memory that the factors of several adapters share, once rows were mixed
+    original: dict[str, Tensor] | None = None  # the layer's own parameters, while adapters are merged
+    joint: Joint | None = None  # the memory that the factors of several adapters share, once rows were mixed
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan, self.key = plan, plan.new_key()
-        self.original = self.joint = None
         # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
         self.register_forward_pre_hook(_never_called)
 
@@ -69,6 +68,10 @@ class Adapters(nn.ModuleDict):
                         "a kind of layer that runs on changed weights cannot be mixed by rows: run them apart"
                     )
                 yield own[self.key], term.weight
+
+    def by_row(self) -> tuple[Term, ...]:
+        """In a mixed batch, the terms that act on this layer."""
+        return tuple(term for term in self.plan.terms if term.rows is not None and term.adapter in self._modules)
 
     def _save_to_state_dict(self, *into: Any) -> None:
         if self.joint is not None:
@@ -111,9 +114,11 @@ class AdaptedLayer(Reclassed):
 
     adapters: Adapters
     weight: Tensor
+    bias: Tensor | None
     linear: ClassVar[bool] = False  # belongs to "all-linear"
     norm: ClassVar[bool] = False  # belongs to "norm"
     drops: ClassVar[bool] = True  # its change has an input of its own, which dropout can drop
+    biased: ClassVar[bool] = False  # y = W x + b, where b, called `bias`, may be None and may change
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
@@ -127,6 +132,8 @@ class AdaptedLayer(Reclassed):
             return f"whose change has no input that lora_dropout={config.lora_dropout} could drop: set it to 0"
         if method(config.peft_type).share and not cls.linear:
             return f"and {config.peft_type} adapts linear layers alone: its projections are shared among these"
+        if method(config.peft_type).shifts(config) and not cls.biased:
+            return "and this adapter changes biases too, which it does for linear layers and convolutions alone"
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and not is_plain(weight):
             return cls.quantised(layer, config)
@@ -163,12 +170,12 @@ class AdaptedLayer(Reclassed):
         return {"": ""}
 
     @classmethod
-    def filed(cls, layer: nn.Module, ending: str, tensor: Tensor) -> Tensor:
-        """A method's parameter in the shape that PEFT's files give it on this kind; `ending` is its name there."""
+    def filed(cls, layer: nn.Module, form: str, tensor: Tensor) -> Tensor:
+        """A method's parameter of that form (`Update.forms`) in the shape that PEFT's files give it on this kind."""
         return tensor
 
     @classmethod
-    def unfiled(cls, ending: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    def unfiled(cls, form: str, tensor: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `filed`."""
         return tensor.reshape(shape)
 
@@ -177,23 +184,41 @@ class AdaptedLayer(Reclassed):
         """Starting values that this kind wants in the place of the method's own."""
 
     def changed(self, terms: tuple[Term, ...] | None = None) -> dict[str, Tensor]:
-        """W + Σ weight · ΔW by parameter name, over `terms` or those of the plan.
+        """W + Σ weight · ΔW, and b + Σ weight · Δb, by parameter name, over `terms` or those of the plan.
 
         Summed in fp32 (fp64 for an fp64 base), rounded once to the base's dtype.
         """
         originals = self.matrices(self)
-        totals: dict[str, Tensor] = {}
+        acting: dict[str, list[tuple[Update, float]]] = {}
         for update, weight in self.adapters.acting(terms):
             for part, own in update.parts().items():
-                original = originals[part]
-                total = totals.get(part, original.to(torch.promote_types(original.dtype, torch.float32)))
-                totals[part] = own.added(total, original, weight)
-        return self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
+                acting.setdefault(part, []).append((own, weight))
+        totals = {}
+        for part, changes in acting.items():
+            original, alone = originals[part], len(changes) == 1 and changes[0][1] == 1
+            total = original.to(own_precision(original))
+            for update, share in changes:
+                total = update.onto(original) if alone else update.added(total, original, share)
+            totals[part] = total
+        values = self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
+        return {**values, **self.shifted(terms)}
+
+    def shifted(self, terms: tuple[Term, ...] | None = None) -> dict[str, Tensor]:
+        """b + Σ weight · Δb, likewise, where a change has one; a layer that has no b gets one."""
+        shifts = []
+        if self.biased:
+            own = ((weight, update.bias_change(self.bias)) for update, weight in self.adapters.acting(terms))
+            shifts = [weight * shift for weight, shift in own if shift is not None]
+        if not shifts:
+            return {}
+        bias = self.weight.new_zeros(len(shifts[0])) if self.bias is None else self.bias
+        return {"bias": sum(shifts, bias.to(own_precision(bias))).to(bias.dtype)}
 
     def changing(self, terms: tuple[Term, ...]) -> list[str]:
         """The names of the parameters that `changed` would give."""
         parts = {part for update, _ in self.adapters.acting(terms) for part in update.parts()}
-        return list(self.values(self, {part: m for part, m in self.matrices(self).items() if part in parts}))
+        values = self.values(self, {part: m for part, m in self.matrices(self).items() if part in parts})
+        return [*values, *self.shifted(terms)]
 
     def own_forward(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The base class's own forward, with these parameters in the place of the layer's."""

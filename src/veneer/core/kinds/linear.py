@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from veneer.core.config import LoraConfig
-from veneer.core.fused import FEW, Change, few_linear, fused_linear, thin_linear
+from veneer.core.fused import FEW, Change, few_linear, fused_linear, is_traced, thin_linear
 from veneer.core.kinds.layer import AdaptedLayer, is_plain
 from veneer.core.methods import method
 from veneer.core.plan import by_row
@@ -18,7 +18,7 @@ from veneer.core.update import Update
 
 
 class Dense(NamedTuple):
-    """weight · ΔW · drop(x), for a method that gives ΔW only."""
+    """weight · ΔW · drop(x), for a method that gives no thin matrices."""
 
     update: Update
     weight: float
@@ -27,10 +27,9 @@ class Dense(NamedTuple):
 
 
 class AdaptedLinear(AdaptedLayer):
-    """y = W x + b + Σ weight · ΔW · drop(x), weight `(out, in)`."""
+    """y = W x + b + Σ weight · (ΔW · drop(x) + Δb), weight `(out, in)`."""
 
-    linear = True
-    bias: Tensor | None
+    linear = biased = True
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
@@ -42,41 +41,53 @@ class AdaptedLinear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         adapters: Any = self._modules["adapters"]
-        matrix = self.matrix(self.weight)
-        if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        matrix, bias = self.matrix(self.weight), self.bias
+        if not torch.is_grad_enabled() and not is_traced():
             if (alone := adapters.alone(self.training)) and x.numel() <= FEW * x.shape[-1]:
-                return few_linear(x, matrix, self.bias, *alone)
+                return few_linear(x, matrix, bias, *alone)
             if (change := adapters.jointly(x)) is not None:
-                return F.linear(x, matrix, self.bias).add_(change)
-        thin, dense, gains = self._changes(x, matrix)
-        if not thin and not dense:
+                return F.linear(x, matrix, bias).add_(change)
+        thin, dense, gains, shifts = self._changes(x, matrix, bias)
+        if not thin and not dense and not gains:
             return super().forward(x)
-        y = fused_linear(x, matrix, self.bias, thin, sum(gains[1:], gains[0]) if gains else None)
+        y = fused_linear(x, matrix, bias, thin, sum(gains[1:], gains[0]) if gains else None)
+        for shift in shifts:
+            y = (y.reshape(len(shift), -1, len(matrix)) + shift.unsqueeze(1).to(y.dtype)).view(y.shape)
         return self._with_dense(y, x, dense)
 
-    def _changes(self, x: Tensor, matrix: Tensor | None) -> tuple[list[Change], list[Dense], list[Tensor]]:
-        """What acts: products of thin matrices, the rest, and, where the base's `matrix` is given, by how much more
-        its rows count: `(1, out)`, in a mixed batch `(rows, out)`.
+    def _changes(
+        self, x: Tensor, matrix: Tensor | None, bias: Tensor | None
+    ) -> tuple[list[Change], list[Dense], list[Tensor], list[Tensor]]:
+        """What acts: products of thin matrices; the rest; where the base's `matrix` is given, by how much more its
+        rows count; what is added to the `bias`. The last two are `(1, out)`, in a mixed batch `(rows, out)`.
         """
-        thin, dense, gains = [], [], []
+        thin, dense, gains, shifts = [], [], [], []
         for update, weight, rows in self.adapters.acting_on(x):
             dropout = update.dropout if self.training else 0.0
             factors = update.factors()
-            if matrix is not None and (rescaled := update.by_rows(matrix)):
-                gains.append(
-                    weight * (rescaled.gain if rows is None else rows[:, None] * rescaled.gain).view(-1, len(matrix))
-                )
+            rescaled = None if matrix is None else update.by_rows(matrix)
+            if rescaled:
+                gains.append(_weighted(rescaled.gain, weight, rows))
                 factors = rescaled.factors
+            if (shift := update.bias_change(bias)) is not None:
+                shifts.append(_weighted(shift, weight, rows))
             if factors:
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout, rows))
-            else:
+            elif not rescaled:
                 dense.append(Dense(update, weight, dropout, rows))
-        return thin, dense, gains
+        return thin, dense, gains, shifts
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
         for update, weight, dropout, rows in dense:
-            delta = weight * update(self.matrices(self)[""])
-            change = F.linear(F.dropout(x, dropout), delta.to(x.dtype)).to(y.dtype)
+            matrix, columns, dropped = self.matrices(self)[""], update.by_columns(), F.dropout(x, dropout)
+            if few := update.few(matrix):
+                change = F.linear(dropped, (weight * few.values).to(x.dtype)).to(y.dtype)
+                y = y.index_add(-1, few.ids, change if rows is None else by_row(change, rows))
+                continue
+            if columns is None:
+                change = F.linear(dropped, (weight * update(matrix)).to(x.dtype)).to(y.dtype)
+            else:
+                change = F.linear(dropped * (weight * columns).to(x.dtype), matrix).to(y.dtype)
             y = y + (change if rows is None else by_row(change, rows))
         return y
 
@@ -101,6 +112,8 @@ class AdaptedOwnLinear(AdaptedLinear):
                 f"whose weight is quantised ({layer.weight.dtype}) and cannot be read, as use_dora, a start from the "
                 "weight and some methods want: use LoRA without them"
             )
+        if layer.bias is None and method(config.peft_type).shifts(config):
+            return "whose weight is quantised and which has no bias, as a change of biases wants there: set it off"
         return None
 
     @classmethod
@@ -113,8 +126,9 @@ class AdaptedOwnLinear(AdaptedLinear):
         return {"": unknown.expand(layer.out_features, layer.in_features)}
 
     def forward(self, x: Tensor) -> Tensor:
-        thin, dense, _ = self._changes(x, None)  # its own forward tells nothing about the rows of W x
-        y = super(AdaptedLinear, self).forward(x)
+        # its own forward tells nothing about the rows of W x, nor about what it does with b
+        thin, dense, _, shifts = self._changes(x, None, self.bias)
+        y = self.own_forward(self.shifted() if shifts else {}, x)
         for change in thin:
             y = y + thin_linear(x, change).to(y.dtype)
         return self._with_dense(y, x, dense)
@@ -130,6 +144,11 @@ class AdaptedConv1D(AdaptedLinear):
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
         return weight.t()
+
+
+def _weighted(value: Tensor, weight: float, rows: Tensor | None) -> Tensor:
+    """`(1, out)`, or in a mixed batch `(rows, out)`, for a value `(out)`."""
+    return weight * (value.unsqueeze(0) if rows is None else rows[:, None] * value)
 
 
 def _is_called(layer: nn.Linear) -> bool:

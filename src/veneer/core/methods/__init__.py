@@ -7,14 +7,17 @@ from torch import Tensor
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown
+from veneer.core.methods.copy import Copy
 from veneer.core.methods.dora import Dora
+from veneer.core.methods.ia3 import Ia3
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora
+from veneer.core.methods.tokens import Tokens
 from veneer.core.methods.vera import Vera
 from veneer.core.update import Make, Update
 
-METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera}
+METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3}
 
 
 def method(peft_type: str) -> type[Update]:
@@ -28,10 +31,11 @@ def method(peft_type: str) -> type[Update]:
 def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Make:
     """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config."""
     made_by: Any = method(config.peft_type)
-    common = [made_by.share(list(layers))] if made_by.share else []
+    layers = list(layers)
+    common = [made_by.share(layers)] if made_by.share and layers else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
-        update = made_by(weight, own, *common)
+        update = made_by.fresh(weight, own, *common)
         start(update, own.init_lora_weights)
         return Dora(weight, update) if own.use_dora else update
 
@@ -40,4 +44,9 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ma
 
 def file_names(config: LoraConfig) -> dict[str, str]:
     """Name of a tensor of such an update → its name in a PEFT file."""
-    return {**method(config.peft_type).file_names, **(Dora.file_names if config.use_dora else {})}
+    return {
+        **Copy.file_names,
+        **Tokens.file_names,
+        **method(config.peft_type).file_names,
+        **(Dora.file_names if config.use_dora else {}),
+    }

@@ -10,6 +10,7 @@ from veneer.core.update import Rows, Update, own_precision
 
 class Dora(Update):
     """W + ΔW = g ⊙ (W + ΔV) with g = m / ‖W + ΔV‖, row by row: ΔV is the change of `inner`, the magnitude m is learned.
+    What ΔV's method does to a bias stays as it is.
 
     m `(out)` starts as ‖W + ΔV‖, by the same sums as later, so that g is 1 to the bit. The norm counts as a
     constant in the gradient (§4.3). A row that is all zero has g = 1. Dropout acts on ΔV alone where the layer
@@ -17,12 +18,14 @@ class Dora(Update):
     """
 
     file_names: ClassVar = {"magnitude": "lora_magnitude_vector"}
+    forms: ClassVar = {"magnitude": "l"}
 
     def __init__(self, weight: Tensor, inner: Update) -> None:
         super().__init__()
         self.inner = inner
         self.file_names = {**inner.file_names, **Dora.file_names}  # type: ignore[misc]
-        self.dropout = inner.dropout
+        self.forms = {**inner.forms, **Dora.forms}  # type: ignore[misc]
+        self.dropout, self.scale = inner.dropout, inner.scale
         unknown = weight.new_empty(len(weight), dtype=own_precision(weight))
         self.magnitude = nn.Parameter(unknown if weight.is_meta else row_norms(weight, inner))
 
@@ -35,6 +38,9 @@ class Dora(Update):
             return None
         gain = self._gain(weight)
         return Rows(gain - 1, factors._replace(B=gain[:, None] * factors.B))
+
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        return self.inner.shift(bias)
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.inner.tensors(), "magnitude": self.magnitude.detach()}

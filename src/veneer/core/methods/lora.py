@@ -1,36 +1,46 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685), with rsLoRA's scale."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
+from veneer.core.methods.parted import PartedLora, is_fused, ordinary, placed
 from veneer.core.ranges import start_of
-from veneer.core.start import FROM_WEIGHT, PLAIN, start, start_from_weight
+from veneer.core.start import FROM_DATA, FROM_THE_START, FROM_WEIGHT, PLAIN, start, start_from_weight
 from veneer.core.update import Factors, Option, Update, own_precision
 
 
 class Lora(Update):
     """ΔW = scale · B A, with A `(r, in)`, B `(out, r)` and scale = α / r, or α / √r with rsLoRA.
 
-    Where A and B start from W (PiSSA, OLoRA), ΔW = scale · (B A - B₀ A₀) is counted from the start, and the base is
-    never touched: its trajectory is that of B A on the base W - scale · B₀ A₀. It is a LoRA of rank 2r,
-    [B - B₀, B₀] [A; A - A₀], which is zero to the bit at the start, and is computed and saved as such.
+    Where A and B start from W (PiSSA, OLoRA) or its gradient (LoRA-GA), ΔW = scale · (B A - B₀ A₀) is counted from the
+    start, and the base is never touched: its trajectory is that of B A on the base W - scale · B₀ A₀. It is a LoRA of
+    rank 2r, [B - B₀, B₀] [A; A - A₀], which is zero to the bit at the start, and is computed and saved as such.
 
-    With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+    With `freeze_A`, only B learns (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). With `lora_bias`, B has a bias b
+    `(out)`, which starts at 0: Δb = scale · b. The layers that `fused` names are changed in their parts, each with a
+    rank of its own (`PartedLora`).
     """
 
-    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias"}
     reads_weight: ClassVar = False
-    options: ClassVar = {"freeze_A": Option(False, lambda value: isinstance(value, bool), "true or false")}
-    peft_names: ClassVar = {"freeze_A": None}
+    forms: ClassVar = {"A": "A", "B": "B"}
+    options: ClassVar = {
+        **dict.fromkeys(
+            ("freeze_A", "lora_bias"), Option(False, lambda value: isinstance(value, bool), "true or false")
+        ),
+        "fused": Option({}, is_fused, '{name: ranks of its parts}, as {"c_attn": [8, 0, 4]}'),
+    }
+    peft_names: ClassVar = {"freeze_A": None, "fused": None}
     faster: ClassVar = ("B",)
-    starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT)
-    A0: Tensor | None
-    B0: Tensor | None
+    starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT, *FROM_DATA)
+    A0: Tensor  # only where the change is counted from the start
+    B0: Tensor
 
     def __init__(self, weight: Tensor, config: LoraConfig) -> None:
         super().__init__()
@@ -40,15 +50,17 @@ class Lora(Update):
         saved = self.saved_config(config)
         self.scale = scaling(saved.r, saved.lora_alpha, saved.use_rslora)
         self.dropout = config.lora_dropout
-        self.A0 = self.B0 = None
-        self.simple = not _from_weight(config)
-        if isinstance(config.init_lora_weights, str) and not self.simple:
-            start_from_weight(self.A, self.B, config.init_lora_weights, weight, self.scale)
-            del self.A0, self.B0
-            self.register_buffer("A0", self.A.detach().clone())
-            self.register_buffer("B0", self.B.detach().clone())
+        if config.options["lora_bias"]:
+            self.register_parameter("b", nn.Parameter(weight.new_zeros(rows, dtype=dtype)))
+        how = start_of(config)
+        self.simple = how not in FROM_THE_START and not config.options["lora_bias"]
+        if how in FROM_WEIGHT:
+            start_from_weight(self.A, self.B, str(config.init_lora_weights), weight, self.scale)
         else:
             start(self.A, self.B, config.init_lora_weights)
+        if how in FROM_THE_START:
+            self.register_buffer("A0", self.A.detach().clone())
+            self.register_buffer("B0", self.B.detach().clone())
         self.A.requires_grad_(not config.options["freeze_A"])
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -56,19 +68,52 @@ class Lora(Update):
         return scale * (B @ A)
 
     def factors(self) -> Factors:
-        if self.A0 is None or self.B0 is None:
+        if "A0" not in self._buffers:
             return Factors(self.A, self.B, self.scale)
         A = torch.cat([self.A, self.A - self.A0])
         return Factors(A, torch.cat([self.B - self.B0, self.B0], dim=1), self.scale)
 
+    @classmethod
+    def shifts(cls, config: LoraConfig) -> bool:
+        return config.options["lora_bias"]
+
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        b = self._parameters.get("b")
+        return None if b is None else self.scale * b
+
+    @torch.no_grad()
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Start again, from these; the change is zero to the bit if B is, or if it is counted from the start."""
+        self.A.data, self.B.data = (new.to(self.A.dtype, copy=True).contiguous() for new in (A, B))  # of any rank
+        if "A0" in self._buffers:
+            self.A0.copy_(self.A)
+            self.B0.copy_(self.B)
+
+    def is_fresh(self) -> bool:
+        """Whether nothing was learned yet."""
+        if "A0" not in self._buffers:
+            return not self.B.any()
+        return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
+
     def tensors(self) -> dict[str, Tensor]:
         A, B, _ = self.factors()
-        return {"A": A.detach(), "B": B.detach()}
+        return {**super().tensors(), "A": A.detach(), "B": B.detach()}
+
+    @classmethod
+    def fresh(cls, weight: Tensor, config: LoraConfig) -> Update:
+        return PartedLora(weight, config) if config.options["fused"] else cls(weight, config)
+
+    @classmethod
+    def placed(
+        cls, config: LoraConfig, modules: Mapping[str, nn.Module], paths: list[str]
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        return placed(config, modules, paths) if config.options["fused"] else ({}, [])
 
     @classmethod
     def saved_config(cls, config: LoraConfig) -> LoraConfig:
-        if not _from_weight(config):
-            return config
+        how = start_of(config)
+        if how not in FROM_THE_START:
+            return ordinary(replace(config, init_lora_weights=True) if how in FROM_DATA else config)
         more = math.sqrt(2) if config.use_rslora else 2  # that the scale is the same at twice the rank
         return replace(
             config,
@@ -78,7 +123,3 @@ class Lora(Update):
             alpha_pattern={key: more * alpha for key, alpha in config.alpha_pattern.items()},
             init_lora_weights=True,
         )
-
-
-def _from_weight(config: LoraConfig) -> bool:
-    return start_of(config) in FROM_WEIGHT

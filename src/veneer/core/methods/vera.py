@@ -12,7 +12,8 @@ from veneer.core.ranges import is_finite
 from veneer.core.update import Factors, Option, Update, own_precision
 
 _UNKNOWN_TO_PEFT = (
-    "alpha_pattern", "exclude_modules", "lora_alpha", "rank_pattern", "target_parameters", "use_dora", "use_rslora"
+    "alpha_pattern", "ensure_weight_tying", "exclude_modules", "lora_alpha", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_dora", "use_rslora"
 )  # fmt: skip
 
 

@@ -1,0 +1,61 @@
+"""(IA)³ (Liu et al. 2022, arXiv:2205.05638)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.config import LoraConfig
+from veneer.core.ranges import is_names
+from veneer.core.update import Option, Rows, Update, own_precision
+
+_UNKNOWN_TO_PEFT = (
+    "alpha_pattern", "bias", "ensure_weight_tying", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
+)  # fmt: skip
+
+
+class Ia3(Update):
+    """y = l ⊙ (W x + b), that is ΔW = (l - 1) ⊙ W by rows and Δb = (l - 1) ⊙ b, with l `(out, 1)`.
+
+    In the layers that `feedforward_modules` names, whose inputs are the feed-forward's inner activations,
+    y = W (l ⊙ x) + b, that is ΔW = W ⊙ (l - 1) by columns, with l `(1, in)`. l starts at 1. There is neither rank nor
+    scale: `r` and `lora_alpha` say nothing here. On a convolution a column is an input channel at one place of the
+    kernel, which for a kernel of a single point is what PEFT's files hold.
+    """
+
+    file_names: ClassVar = {"l": "ia3_l"}
+    forms: ClassVar = {"l": "l"}
+    peft_names: ClassVar = {"init_lora_weights": "init_ia3_weights", **dict.fromkeys(_UNKNOWN_TO_PEFT)}
+    options: ClassVar = {
+        "feedforward_modules": Option(
+            [], lambda value: value == [] or (value is not None and is_names(value)), "names of layers", layers=True
+        )
+    }
+
+    def __init__(self, weight: Tensor, config: LoraConfig) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.scales_inputs = bool(config.options["feedforward_modules"])
+        shape = (1, columns) if self.scales_inputs else (rows, 1)
+        self.l = nn.Parameter(torch.ones(shape, dtype=own_precision(weight), device=weight.device))
+        self.dropout = config.lora_dropout
+        if config.init_lora_weights is False:
+            nn.init.normal_(self.l)
+
+    @classmethod
+    def shifts(cls, config: LoraConfig) -> bool:
+        return True
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return weight * (self.l - 1)
+
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        return None if self.scales_inputs or bias is None else bias * (self.l.squeeze(1) - 1)
+
+    def by_rows(self, weight: Tensor) -> Rows | None:
+        """Not where an input of the change is dropped."""
+        return None if self.scales_inputs or self.dropout else Rows(self.l.squeeze(1) - 1, None)
+
+    def by_columns(self) -> Tensor | None:
+        return self.l.squeeze(0) - 1 if self.scales_inputs else None
