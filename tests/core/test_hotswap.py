@@ -158,8 +158,8 @@ def test_a_spoilt_folder_is_refused_as_it_is_when_loading(tmp_path, bits):
     model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), _config(2, target_modules=["0"]))
     model.save_pretrained(tmp_path)
     config, before = tmp_path / "adapter_config.json", bits(model)
-    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 1, "bias": "all"}))
-    with pytest.raises(AdapterError, match=r"bias='all'(.|\n)*of another shape: 0.A expected \(1, 6\) found \(2, 6\)"):
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 1, "rank_dropout": 0.5}))
+    with pytest.raises(AdapterError, match=r"rank_dropout=0.5(.|\n)*of another shape: 0.A expected \(1, 6\) found \(2, 6\)"):
         model.hotswap_adapter(tmp_path)
     assert bits(model) == before
 

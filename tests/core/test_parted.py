@@ -127,8 +127,8 @@ def test_parts_do_not_start_from_the_weight_and_are_lora_alone():
 
 def test_parts_stand_beside_parameters_by_name_that_have_none():
     more = {"target_modules": ["c_attn"], "options": {"fused": {"c_attn": [1, 0, 1]}}}
-    model = get_peft_model(_gpt2(), LoraConfig(r=2, target_parameters=["wte.weight"], **more))
-    assert model.transformer.wte.adapters["default"]["weight"].A.shape == (2, 16)
+    model = get_peft_model(_gpt2(), LoraConfig(r=2, target_parameters=["wpe.weight"], **more))
+    assert model.transformer.wpe.adapters["default"]["weight"].A.shape == (2, 16)
 
 
 def test_the_file_is_an_ordinary_lora_and_so_is_what_is_read(tmp_path):

@@ -71,7 +71,7 @@ def _agree(ours: nn.Module, theirs: nn.Module) -> None:
     assert gradients
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():
-        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (gradients[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("settings", [*CHOICES, *NOT_IN_PEFT], indirect=True)

@@ -109,8 +109,7 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
         if target.tied_to is not None:
             updates[path] = _tied(updates[target.tied_to], target, targets[target.tied_to])
         if (bias := target.bias()) is not None:
-            updates[path].simple = False
-            updates[path].bias = nn.Parameter(on(bias.detach()).to(own_precision(bias), copy=True))
+            updates[path].own_bias = on(bias.detach()).to(own_precision(bias), copy=True)
     return updates
 
 
@@ -188,8 +187,8 @@ def _entries(layers: Mapping[str, _Layer]) -> dict[tuple[str, str], _Entry]:
             own = update.parts()[part]
             for name, tensor in own.shared_tensors().items():
                 entries["", name] = _Entry(tensor, tensor, "", kind)
-            if own.bias is not None:
-                entries[f"{path}.bias", "value"] = _Entry(own.bias.detach(), own.bias.detach(), "", kind)
+            if (bias := own.own_bias) is not None:
+                entries[f"{path}.bias", "value"] = _Entry(bias.detach(), bias.detach(), "", kind)
             for name, tensor in own.tensors().items():
                 form = own.forms.get(name, "")
                 entries[path + place, name] = _Entry(tensor, kind.filed(layer, form, tensor), form, kind)
@@ -232,7 +231,7 @@ def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: A
         matrices = targets[path].matrices()
         for part, own in update.parts().items():
             own.materialise(matrices[part].device)
-            if own.bias is not None:
-                own.bias = nn.Parameter(torch.empty_like(own.bias, device=matrices[part].device))
+            if (bias := own.own_bias) is not None:
+                own.own_bias = torch.empty_like(bias, device=matrices[part].device)
     for (path, key), (tensor, _, form, kind) in _entries(layers).items():
         tensor.copy_(kind.unfiled(form, values.tensors[path][key], tensor.shape))

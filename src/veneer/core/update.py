@@ -83,8 +83,7 @@ class Update(nn.Module, ABC):
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     reads_weight: ClassVar[bool] = True  # whether ΔW depends on more of W than its size
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
-    bias: nn.Parameter | None  # b′, where the adapter trains the layer's bias beside its method
-    simple: bool = False  # whether `factors` are its parameters A and B with `scale`, as they are
+    simple: bool = False  # whether all that it does is `scale` · B A, of its parameters as they are
     dropout: float = 0.0  # probability that an input of the change is dropped in training
     scale: float = 1.0  # what a product of its parameters is multiplied by
 
@@ -99,10 +98,6 @@ class Update(nn.Module, ABC):
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """The `options` of layers that have their own, by path, and what is wrong with those of `config`."""
         return {}, []
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._parameters["bias"] = None
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
@@ -141,12 +136,22 @@ class Update(nn.Module, ABC):
         """Δb `(out)` for the layer's `bias`, or None where it stays as it is."""
         return None
 
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """b′, where the adapter trains the layer's bias beside its method."""
+        return self._parameters.get("bias")
+
+    @own_bias.setter
+    def own_bias(self, bias: Tensor) -> None:
+        self.register_parameter("bias", nn.Parameter(bias))
+        self.simple = False
+
     def bias_change(self, bias: Tensor | None) -> Tensor | None:
         """Δb `(out)` in all: the method's shift, and b′ - b."""
-        shift = self.shift(bias)
-        if self.bias is None or bias is None:
+        shift, own = self.shift(bias), self.own_bias
+        if own is None or bias is None:
             return shift
-        return self.bias - bias if shift is None else self.bias - bias + shift
+        return own - bias if shift is None else own - bias + shift
 
     def parts(self) -> dict[str, "Update"]:
         """The updates of the layer's matrices, by part; most layers are one matrix, called ""."""
