@@ -1,11 +1,12 @@
 """An object keeps its place and its name and gets another class."""
 
 import copy
+from abc import ABC
 
 import pytest
 from torch import nn
 
-from veneer import LoraConfig, get_peft_model
+from veneer import AdapterError, LoraConfig, get_peft_model
 from veneer.core.reclass import Reclassed, mixin_of, reclass, restore
 
 
@@ -62,3 +63,18 @@ def test_a_model_may_have_parts_with_our_words(name):
 
     model = get_peft_model(Model(), LoraConfig(target_modules=[name]))
     assert type(model.unload()) is Model
+
+
+def test_a_class_that_cannot_be_exchanged_is_refused_before_anything_is_done():
+    class Abstract(ABC, nn.Linear):
+        pass
+
+    base = nn.Sequential(nn.Linear(2, 2), Abstract(2, 2))
+    with pytest.raises(AdapterError, match="1 is a Abstract of a class that Python cannot exchange"):
+        get_peft_model(base, LoraConfig(target_modules=["0", "1"]))
+    assert [type(module) for module in base] == [nn.Linear, Abstract]
+    assert not hasattr(base[0], "adapters")
+    with pytest.raises(AdapterError, match=r"AbstractModel inherits from something else before nn\.Module"):
+        get_peft_model(
+            type("AbstractModel", (ABC, nn.Sequential), {})(nn.Linear(2, 2)), LoraConfig(target_modules=["0"])
+        )

@@ -23,6 +23,14 @@ class Change(NamedTuple):
     rows: Tensor | None = None  # (rows), in a mixed batch: what each row's part is multiplied by
 
 
+def is_traced() -> bool:
+    """Whether a compiler or `torch.func` makes something else of the operations: then they are plain ones.
+
+    Inductor (torch 2.13) loses the alpha of `add`.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change], gain: Tensor | None = None
 ) -> Tensor:
@@ -36,6 +44,8 @@ def fused_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if is_traced():
+        return sum((thin_linear(x, change) for change in changes), _base_linear(x, weight, bias, gain))
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
     if torch.is_grad_enabled():
         masks = [_mask(flat, change.dropout) for change in changes]
@@ -52,9 +62,7 @@ def _plain_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change], gain: Tensor | None
 ) -> Tensor:
     """`fused_linear` without gradients, x `(tokens, in)`."""
-    y = F.linear(x, weight, bias)
-    if gain is not None:
-        y = y + by_row(y if bias is None else y - bias, gain.to(x.dtype))
+    y = _base_linear(x, weight, bias, gain)
     for A, B, scale, dropout, rows in changes:
         few = len(x) <= FEW
         A, B = (A, B) if few else (A.to(x.dtype), B.to(x.dtype))
@@ -62,6 +70,11 @@ def _plain_linear(
         h = h if rows is None else by_row(h, rows)
         y = y.add_(torch.mm(h, B.t()), alpha=scale) if few else y.addmm_(h, B.t(), alpha=scale)
     return y
+
+
+def _base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y if gain is None else y + by_row(y if bias is None else y - bias, gain.to(x.dtype))
 
 
 def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:

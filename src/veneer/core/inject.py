@@ -48,6 +48,7 @@ def inject(
     targets, updates, resolved = prepared(model, config, values, faults)
     for path, update in updates.items():
         _attach(targets[path], plan, name, update)
+    settle(model)
     return resolved
 
 
@@ -74,6 +75,18 @@ def prepared(
     if values is not None:
         _fill(targets, layers, values)
     return targets, updates, resolved
+
+
+def settle(model: nn.Module) -> None:
+    """Keep `nn.TransformerEncoder` from nested tensors while layers in it are adapted, and only then.
+
+    None but its fast path can take them, which reads weights and calls no layer.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
+            if module.use_nested_tensor is (True if adapted else None):
+                module.use_nested_tensor = None if adapted else True  # type: ignore[assignment]
 
 
 def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) -> dict[str, Update]:
@@ -109,7 +122,10 @@ def _tied(update: Any, target: Target, source: Target) -> Any:
 
 
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
-    """The adapter called `name` as plain data: live tensors, not copies, where it is saved as it is."""
+    """The adapter called `name` as plain data: live tensors, not copies, where it is saved as it is.
+
+    Tensors that `fully_shard` spread over processes are gathered, for which all of these call it.
+    """
     layers = {
         path: (_kind(layer), layer, layer.adapters[name])
         for path, layer in adapted_layers(model)
@@ -117,9 +133,14 @@ def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     }
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (path, key), entry in _entries(layers).items():
-        tensors[path][key] = entry.filed
+        tensors[path][key] = gathered(entry.filed)
     embeddings = frozenset(path for path, (kind, _, _) in layers.items() if issubclass(kind, AdaptedEmbedding))
     return Adapter(method(config.peft_type).saved_config(config), dict(tensors), embeddings)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def detach(layer: AdaptedLayer, name: str | None = None) -> None:

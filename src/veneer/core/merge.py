@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
-from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.kinds.layer import AdaptedLayer, is_plain
 from veneer.core.plan import Plan, Term
 from veneer.core.tied import tied_parameters
 
@@ -20,12 +20,14 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
 
     The original is kept for `unmerge`. With `untie`, a layer that shares its weight with one that the change is not
     meant for gets a weight of its own. Raises `AdapterError`, with nothing changed, when a weight is so shared without
-    that, is computed from others (`weight_norm`), or would not be finite; or when a bias is changed that is not there.
+    that, is computed from others (`weight_norm`), is quantised or spread over processes, or would not be
+    finite; or when a bias is changed that is not there.
     """
     layers = {path: layer for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))}
     changing = {f"{path}.{name}": (layer, name) for path, layer in layers.items() for name in layer.changing(terms)}
     _refuse_absent(changing)
     _refuse_computed(changing)
+    _refuse_unreadable(changing)
     changed = {
         f"{path}.{name}": value.clone() if isinstance(value, nn.Parameter) else value.contiguous()
         for path, layer in layers.items()
@@ -87,6 +89,14 @@ def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
 def _is_parameter(layer: AdaptedLayer, name: str) -> bool:
     path, _, last = name.rpartition(".")
     return last in layer.get_submodule(path)._parameters
+
+
+def _refuse_unreadable(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
+    if told := [path for path, (layer, name) in changing.items() if not is_plain(layer.get_parameter(name))]:
+        raise AdapterError(
+            f"cannot merge into weights that are quantised or spread over processes: {listed(told)}; "
+            "save the adapter, and merge it into the base model as it was before"
+        )
 
 
 def _apart(model: nn.Module, changed: Mapping[str, Tensor]) -> list[list[str]]:

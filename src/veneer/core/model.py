@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +12,16 @@ from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.hotswap import hotswap
-from veneer.core.inject import adapted_layers, detach, extract, inject
+from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
-from veneer.core.reclass import Reclassed, reclass, restore
+from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore
 from veneer.core.status import get_layer_status, get_model_status
+from veneer.core.trainer import Trainable
 from veneer.core.watch import watching
 
 
-class PeftModel(Reclassed):
+class PeftModel(Trainable):
     """A model with adapters: `isinstance(model, type_of_the_base)` stays true, and so do its paths and keys.
 
     One `Plan` says which adapters act; switching sets one attribute of it, whatever the model's size. Nothing
@@ -38,25 +38,26 @@ class PeftModel(Reclassed):
         folder: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        low_cpu_mem_usage: bool = True,
     ) -> "PeftModel":
         """Put the adapter of a PEFT folder on `model`, freeze the base, and let the adapter act.
 
-        Raises `AdapterError` that lists all that does not fit; the model is then as it was.
+        `low_cpu_mem_usage`, which PEFT has, says nothing here: adapters are read straight into their place, and draw
+        no random numbers. Raises `AdapterError` that lists all that does not fit; the model is then as it was.
         """
         adapter, faults = examine(folder)
         return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable, faults)
 
-    def load_adapter(self, folder: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False) -> None:
+    def load_adapter(
+        self,
+        folder: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        low_cpu_mem_usage: bool = True,
+    ) -> None:
         """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
         adapter, faults = examine(folder)
         self._add(adapter_name, adapter.config, adapter, is_trainable, faults)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], adapter_name: str | None = None, **_: Any) -> Path:
-        """Write one adapter as a PEFT folder: `adapter_name`, or the only one, or the only one that acts.
-
-        Other keywords, which transformers' Trainer passes, say nothing here. No network call is made.
-        """
-        return self.get_adapter(adapter_name).save(folder)
 
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones."""
@@ -94,6 +95,8 @@ class PeftModel(Reclassed):
         for _, layer in list(adapted_layers(self)):
             detach(layer, adapter_name)
         del self.peft_config[adapter_name]
+        self.adapter_plan.updates.pop(adapter_name, None)
+        settle(self)
         self.adapter_plan.act(self._carried(self.adapter_plan.terms))
 
     @contextmanager
@@ -182,16 +185,6 @@ class PeftModel(Reclassed):
             self.unmerge_adapter()
         return self._strip()
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(parameters that train, all parameters), adapters included."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many, and the share."""
-        trains, every = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trains:,} || all params: {every:,} || trainable%: {100 * trains / every:.4f}")
-
     get_layer_status, get_model_status = get_layer_status, get_model_status
 
     def hotswap_adapter(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -234,8 +227,12 @@ class PeftModel(Reclassed):
             raise AdapterError(f"{doing} while {names} is merged would be wrong: call unmerge_adapter() first")
 
     def _strip(self) -> nn.Module:
+        for module in self.modules():
+            if isinstance(module, Reclassed):
+                refuse_changed(module)
         for _, layer in list(adapted_layers(self)):
             detach(layer)
+        settle(self)
         del self.adapter_plan, self.peft_config
         restore(self)
         return self
@@ -273,6 +270,10 @@ def _first_adapter(
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
     if taken := _taken(model):
         raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}, as a PeftModel has")
+    if is_fixed(model):
+        raise AdapterError(
+            f"{type(model).__name__} inherits from something else before nn.Module: adapt the model before fully_shard"
+        )
     base = list(model.parameters())
     reclass(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
     assert isinstance(model, PeftModel)

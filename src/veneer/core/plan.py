@@ -1,6 +1,7 @@
 """`Plan`: which adapters act now, with which weights. One object per model, shared by all its layers."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -46,15 +47,39 @@ class Plan:
     resting: tuple[Term, ...] = ()
     repeats: bool = False  # whether a row may stand several times in a row, as beams do
     watched: bool = False  # whether a forward in training was looked at for layers that are not called
+    # adapter → layer → its update, which every layer enters: a compiled model looks its layers up, which are always the
+    # same, and never an adapter's name, so that one graph serves all adapters of the same shapes
+    updates: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict), repr=False, compare=False)
+    acting: tuple[tuple[Term, dict[str, Any]], ...] = field(default=(), repr=False, compare=False)  # found(terms)
+    layers: int = field(default=0, compare=False)
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what was made for `terms`, once
 
     def act(self, terms: tuple[Term, ...]) -> None:
         """Let these terms act from now on."""
-        self.terms, self.tables = terms, {}
+        self.terms, self.tables, self.acting = terms, {}, self.found(terms)
+
+    def found(self, terms: tuple[Term, ...]) -> tuple[tuple[Term, dict[str, Any]], ...]:
+        """The terms with the updates, by layer, of their adapters."""
+        return tuple((term, self.updates[term.adapter]) for term in terms)
+
+    def new_key(self) -> str:
+        """By which a layer is known here."""
+        self.layers += 1
+        return str(self.layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what layers enter: the copy of one layer is not one of all."""
+        return {**vars(self), "updates": defaultdict(dict), "acting": (), "tables": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.act(self.terms)
 
     def row_weights(self, term: Term, like: Tensor) -> Tensor:
         """The weights `(rows)` of a mixed batch's term for `like`, whose first dimension holds the rows."""
         self.count(like)
+        if torch.compiler.is_compiling():
+            return like.new_tensor(term.rows)
         return self._table((term.adapter, like.dtype, like.device), lambda: like.new_tensor(term.rows))
 
     def groups(self, names: tuple[str, ...], like: Tensor) -> Groups:

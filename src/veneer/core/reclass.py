@@ -44,11 +44,28 @@ def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
     module.__class__ = _joined(mixin, type(module))
 
 
+def is_fixed(module: nn.Module) -> bool:
+    """Whether Python cannot change the object's class, as it cannot where a base class comes before `nn.Module` and
+    has a layout of its own (`abc.ABC`).
+    """
+    base = type(module)
+    try:
+        object.__setattr__(base.__new__(base), "__class__", _joined(Reclassed, base))
+    except TypeError:
+        return True
+    return False
+
+
 def restore(module: Reclassed) -> None:
     """Give the module its own class back."""
+    refuse_changed(module)
+    module.__class__ = base_of(module)  # type: ignore[assignment]
+
+
+def refuse_changed(module: Reclassed) -> None:
+    """Raise `AdapterError` for a module whose class something else changed again, as `fully_shard` does."""
     if type(module) not in _PARTS:
         raise AdapterError(f"something else changed the class of this {type(module).__name__} since: undo that first")
-    module.__class__ = base_of(module)  # type: ignore[assignment]
 
 
 def mixin_of(module: Reclassed) -> type[Reclassed]:

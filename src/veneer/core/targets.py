@@ -17,7 +17,7 @@ from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import method
 from veneer.core.methods.copy import Copy
 from veneer.core.methods.tokens import Tokens
-from veneer.core.reclass import mixin_of
+from veneer.core.reclass import is_fixed, mixin_of
 from veneer.core.roles import ROLES
 from veneer.core.search import Place, Search, ending_with, last_parts
 from veneer.core.tied import tie
@@ -228,7 +228,7 @@ def _find_unadaptable(
         elif part and ((path, "") in kinds or (isinstance(layer, AdaptedLayer) and mixin_of(layer) is not kind)):
             reason = "that is adapted as a layer too: target it in one way only"
         else:
-            reason = kind.refusal(layer, config) or _not_free(layer)
+            reason = _not_free(layer) or kind.refusal(layer, config)
         if reason:
             problems[what][f"{path} is a {name} {reason}"] = None
     search.faults += [f"{what}: {_told(list(said))}" for what, said in problems.items() if said]
@@ -243,6 +243,10 @@ def _not_free(layer: nn.Module) -> str | None:
         return "that has a forward put on the object by a hook: adapt the model before hooking it"
     if hasattr(layer, "adapters") and not isinstance(layer.adapters, Adapters):
         return "that already has something named 'adapters'"
+    if not isinstance(layer, AdaptedLayer) and is_fixed(layer):
+        return "of a class that Python cannot exchange: it inherits from something else before nn.Module"
+    if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters(recurse=False)):
+        return "that is spread over processes already: adapt the model before fully_shard"
     return None
 
 

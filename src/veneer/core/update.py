@@ -81,6 +81,7 @@ class Update(nn.Module, ABC):
     options: ClassVar[dict[str, Option]] = {}
     starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
+    reads_weight: ClassVar[bool] = True  # whether ΔW depends on more of W than its size
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
     simple: bool = False  # whether all that it does is `scale` · B A, of its parameters as they are
     dropout: float = 0.0  # probability that an input of the change is dropped in training

@@ -15,6 +15,14 @@ from veneer.core.reclass import Reclassed, base_of
 from veneer.core.update import Make, Update, own_precision
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether its values can be read as they stand: floats, of two bytes at least, in an ordinary tensor.
+
+    Of a quantised weight, or one that is spread over processes, only the layer knows what it stands for.
+    """
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
 def _never_called(module: nn.Module, inputs: object) -> None:
     """Adapters are a container: nobody calls them."""
 
@@ -27,9 +35,22 @@ class Adapters(nn.ModuleDict):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.key = plan, plan.new_key()
         # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
         self.register_forward_pre_hook(_never_called)
+
+    def __setitem__(self, name: str, update: nn.Module) -> None:
+        super().__setitem__(name, update)
+        self.plan.updates[name][self.key] = update
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self.plan.updates[name][self.key]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, update in self.items():
+            self.plan.updates[name][self.key] = update
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapters":
         super()._apply(fn, recurse)
@@ -40,13 +61,13 @@ class Adapters(nn.ModuleDict):
 
     def acting(self, terms: tuple[Term, ...] | None = None) -> Iterator[tuple[Update, float]]:
         """The updates that act on this layer, with their weights: those of `terms`, or of the plan."""
-        for term in self.plan.terms if terms is None else terms:
-            if term.adapter in self._modules:
+        for term, own in self.plan.acting if terms is None else self.plan.found(terms):
+            if self.key in own:
                 if term.rows is not None:
                     raise AdapterError(
                         "a kind of layer that runs on changed weights cannot be mixed by rows: run them apart"
                     )
-                yield self._modules[term.adapter], term.weight  # type: ignore[misc]
+                yield own[self.key], term.weight
 
     def by_row(self) -> tuple[Term, ...]:
         """In a mixed batch, the terms that act on this layer."""
@@ -60,29 +81,32 @@ class Adapters(nn.ModuleDict):
 
     def alone(self, training: bool) -> tuple[Tensor, Tensor, float] | None:
         """A, B and weight · scale, where one such product on every row is all that acts."""
-        terms = self.plan.terms
-        if len(terms) != 1 or terms[0].rows is not None:
+        acting = self.plan.acting
+        if len(acting) != 1 or acting[0][0].rows is not None:
             return None
-        update: Any = self._modules.get(terms[0].adapter)
+        term, own = acting[0]
+        update: Any = own.get(self.key)
         if update is None or not update.simple or (training and update.dropout):
             return None
-        return update._parameters["A"], update._parameters["B"], terms[0].weight * update.scale
+        return update._parameters["A"], update._parameters["B"], term.weight * update.scale
 
     def jointly(self, x: Tensor) -> Tensor | None:
         """Σ weight · ΔW x of all that acts on x `(rows, …, in)` in a mixed batch, if it can be had at once."""
         terms, modules = self.plan.terms, self._modules
+        if not terms or terms[0].rows is None or torch.compiler.is_compiling():
+            return None
         names = tuple(term.adapter for term in terms if term.adapter in modules)
-        if len(names) < 2 or terms[0].rows is None or torch.compiler.is_compiling():
+        if len(names) < 2:
             return None
         self.joint = joined(self.joint, self, names)
         return None if self.joint is None else self.joint.change(x, names, self.plan.groups(names, x))
 
     def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
         """The same for an input or output x `(rows, …)`, and in a mixed batch the weight `(rows)` of each row."""
-        for term in self.plan.terms:
-            if term.adapter in self._modules:
+        for term, own in self.plan.acting:
+            if self.key in own:
                 rows = None if term.rows is None else self.plan.row_weights(term, x)
-                yield self._modules[term.adapter], term.weight, rows  # type: ignore[misc]
+                yield own[self.key], term.weight, rows
 
 
 class AdaptedLayer(Reclassed):
@@ -111,9 +135,14 @@ class AdaptedLayer(Reclassed):
         if method(config.peft_type).shifts(config) and not cls.biased:
             return "and this adapter changes biases too, which it does for linear layers and convolutions alone"
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
-            return f"whose weight is of {weight.dtype}: quantised layers are not adapted yet"
+        if isinstance(weight, Tensor) and not is_plain(weight):
+            return cls.quantised(layer, config)
         return None
+
+    @classmethod
+    def quantised(cls, layer: nn.Module, config: LoraConfig) -> str | None:
+        """Why a layer with a quantised weight cannot be adapted so, as the end of a sentence."""
+        return f"whose weight is quantised ({layer.weight.dtype}), which is adapted in linear layers alone"
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:

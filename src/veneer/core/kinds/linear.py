@@ -7,9 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veneer.core.fused import FEW, Change, few_linear, fused_linear, thin_linear
-from veneer.core.kinds.layer import AdaptedLayer
+from veneer.core.config import LoraConfig
+from veneer.core.fused import FEW, Change, few_linear, fused_linear, is_traced, thin_linear
+from veneer.core.kinds.layer import AdaptedLayer, is_plain
+from veneer.core.methods import method
 from veneer.core.plan import by_row
+from veneer.core.ranges import start_of
+from veneer.core.start import FROM_WEIGHT
 from veneer.core.update import Update
 
 
@@ -29,7 +33,7 @@ class AdaptedLinear(AdaptedLayer):
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and _is_called(layer)
+        return isinstance(layer, nn.Linear) and _is_called(layer) and not _runs_itself(layer)
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ class AdaptedLinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         adapters: Any = self._modules["adapters"]
         matrix, bias = self.matrix(self.weight), self.bias
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not is_traced():
             if (alone := adapters.alone(self.training)) and x.numel() <= FEW * x.shape[-1]:
                 return few_linear(x, matrix, bias, *alone)
             if (change := adapters.jointly(x)) is not None:
@@ -75,7 +79,7 @@ class AdaptedLinear(AdaptedLayer):
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
         for update, weight, dropout, rows in dense:
-            matrix, columns, dropped = self.matrix(self.weight), update.by_columns(), F.dropout(x, dropout)
+            matrix, columns, dropped = self.matrices(self)[""], update.by_columns(), F.dropout(x, dropout)
             if few := update.few(matrix):
                 change = F.linear(dropped, (weight * few.values).to(x.dtype)).to(y.dtype)
                 y = y.index_add(-1, few.ids, change if rows is None else by_row(change, rows))
@@ -89,11 +93,37 @@ class AdaptedLinear(AdaptedLayer):
 
 
 class AdaptedOwnLinear(AdaptedLinear):
-    """A subclass of `nn.Linear` with a forward of its own (Falcon's, say): it runs, and the changes are added."""
+    """A subclass of `nn.Linear` with a forward of its own (Falcon's, say): it runs, and the changes are added.
+
+    So it is with quantised weights: bitsandbytes' `Linear8bitLt` and `Linear4bit`, torchao's tensors.
+    Where a weight cannot be read, all that is known of W is its size, and its entries are NaN.
+    """
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and _is_called(layer)
+        return isinstance(layer, nn.Linear) and _is_called(layer) and _runs_itself(layer)
+
+    @classmethod
+    def quantised(cls, layer: Any, config: LoraConfig) -> str | None:
+        from_weight = isinstance(config.init_lora_weights, str) and start_of(config) in FROM_WEIGHT
+        reads = config.use_dora or from_weight or method(config.peft_type).reads_weight
+        if reads and not _can_be_read(layer.weight):
+            return (
+                f"whose weight is quantised ({layer.weight.dtype}) and cannot be read, as use_dora, a start from the "
+                "weight and some methods want: use LoRA without them"
+            )
+        if layer.bias is None and method(config.peft_type).shifts(config):
+            return "whose weight is quantised and which has no bias, as a change of biases wants there: set it off"
+        return None
+
+    @classmethod
+    def matrices(cls, layer: Any) -> dict[str, Tensor]:
+        if is_plain(layer.weight):
+            return {"": layer.weight}
+        if _can_be_read(layer.weight):
+            return {"": layer.weight.dequantize()}
+        unknown = torch.full((), torch.nan, device=layer.weight.device)
+        return {"": unknown.expand(layer.out_features, layer.in_features)}
 
     def forward(self, x: Tensor) -> Tensor:
         # its own forward tells nothing about the rows of W x, nor about what it does with b
@@ -124,3 +154,12 @@ def _weighted(value: Tensor, weight: float, rows: Tensor | None) -> Tensor:
 def _is_called(layer: nn.Linear) -> bool:
     """Whether the layer is called: `nn.MultiheadAttention` only reads its out_proj's weight, so no change would act."""
     return not isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
+def _runs_itself(layer: nn.Linear) -> bool:
+    return type(layer).forward is not nn.Linear.forward or not is_plain(layer.weight)
+
+
+def _can_be_read(weight: Tensor) -> bool:
+    """Whether a quantised weight says itself which matrix it stands for."""
+    return type(weight).dequantize is not Tensor.dequantize

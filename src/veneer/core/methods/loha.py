@@ -18,6 +18,7 @@ class Loha(Update):
     """
 
     file_names: ClassVar = {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}
+    reads_weight: ClassVar = False
     peft_names: ClassVar = LYCORIS_NAMES
 
     def __init__(self, weight: Tensor, config: LoraConfig) -> None:

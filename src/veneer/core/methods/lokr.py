@@ -18,6 +18,7 @@ class Lokr(Update):
     `decompose_factor` is the most that l and m may be; -1 takes the divisors nearest to the square roots.
     """
 
+    reads_weight: ClassVar = False
     file_names: ClassVar = {
         "C": "lokr_w1", "C_B": "lokr_w1_a", "C_A": "lokr_w1_b", "D": "lokr_w2", "D_B": "lokr_w2_a", "D_A": "lokr_w2_b"
     }  # fmt: skip

@@ -28,6 +28,7 @@ class Lora(Update):
     """
 
     file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias"}
+    reads_weight: ClassVar = False
     forms: ClassVar = {"A": "A", "B": "B"}
     options: ClassVar = {
         **dict.fromkeys(

@@ -54,6 +54,7 @@ class Vera(Update):
     """
 
     file_names: ClassVar = {"b": "vera_lambda_b", "d": "vera_lambda_d", "A": "vera_A", "B": "vera_B"}
+    reads_weight: ClassVar = False
     peft_names: ClassVar = {
         "lora_dropout": "vera_dropout",
         "init_lora_weights": "init_weights",

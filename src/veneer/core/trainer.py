@@ -1,0 +1,116 @@
+"""What training asks of a model with adapters: what trains, and checkpoints that transformers' Trainer reads back."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter
+from veneer.core.errors import AdapterError, collapsed
+from veneer.core.inject import adapted_layers, gathered
+from veneer.core.plan import Plan, Term
+from veneer.core.reclass import Reclassed
+from veneer.core.whole import write_whole
+
+_STATE = "model.safetensors"  # all that Trainer reads back into a model that is not of PEFT's own class
+
+
+class Trainable(Reclassed):
+    """The part of a `PeftModel` that is for training, by transformers' Trainer too."""
+
+    adapter_plan: Plan
+    get_adapter: Callable[[str | None], Adapter]
+    _refuse_merged: Callable[[str], None]
+    _carried: Callable[[tuple[Term, ...]], tuple[Term, ...]]
+    _hf_peft_config_loaded = True  # asked before a quantised model is trained, and when layers are checkpointed
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], adapter_name: str | None = None, is_main_process: bool = True, **_: Any
+    ) -> Path:
+        """Write one adapter as a PEFT folder: `adapter_name`, or the only one, or the only one that acts.
+
+        In a folder of transformers' Trainer (`checkpoint-500`) stands what Trainer resumes from too, and of several
+        adapters that act each has a folder inside. Only the main process writes. Other keywords, which Trainer
+        passes, say nothing here. Of a model that `fully_shard` spread, every process calls this. No network call is
+        made.
+        """
+        folder = Path(folder)
+        acting = [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
+        several = is_checkpoint(folder) and len(acting) > 1 and adapter_name is None
+        names = {folder / name: name for name in acting} if several else {folder: adapter_name}
+        adapters = {path: self.get_adapter(name) for path, name in names.items()}
+        state = own_state(self) if is_checkpoint(folder) else {}
+        if is_main_process:
+            for path, adapter in adapters.items():
+                adapter.save(path)
+            if state:
+                save_state(state, folder)
+        return folder
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch, but for the checkpoint of adapters, which is loaded with `strict=False`.
+
+        Its tensors fit the adapters that the model carries, or `AdapterError` is raised and nothing is loaded; what of
+        the base is missing there is not told.
+        """
+        own = own_state(self)
+        given = {key: value for key, value in state_dict.items() if ".adapters." in key}
+        wrong = [key for key, value in given.items() if key not in own or value.shape != own[key].shape]
+        if wrong and not strict:
+            raise AdapterError(
+                f"the weights are of other adapters than the model has: {collapsed(wrong)}; give it the same ones first"
+            )
+        partial = not strict and given.keys() == state_dict.keys()
+        if not partial:
+            self._refuse_merged("loading the base's weights")
+        result = super().load_state_dict(state_dict, strict, assign)
+        return result._replace(missing_keys=[key for key in own if key not in given]) if partial else result
+
+    def disable_adapters(self) -> None:
+        """The base model acts from now on, until `enable_adapters`; for a block there is `disable_adapter`."""
+        plan = self.adapter_plan
+        self._refuse_merged("disabling adapters")
+        plan.resting = plan.terms or plan.resting
+        plan.act(())
+
+    def enable_adapters(self) -> None:
+        """What acted before `disable_adapters` acts again."""
+        plan = self.adapter_plan
+        self._refuse_merged("enabling adapters")
+        plan.act(plan.terms or self._carried(plan.resting))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters that train, all parameters), adapters included."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many, and the share."""
+        trains, every = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trains:,} || all params: {every:,} || trainable%: {100 * trains / every:.4f}")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether Trainer gives the folders of its checkpoints such names."""
+    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+
+
+def save_state(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write all that adapters are, to the bit and under the model's own names, for Trainer to go on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole({folder / _STATE: lambda path: save_file(dict(state), path, metadata={"format": "pt"})})
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """What adapters add to the model's state dict."""
+    layers = adapted_layers(model)
+    states = {path: layer.adapters.state_dict() for path, layer in layers}
+    return {
+        f"{path}.adapters.{key}": gathered(tensor).contiguous()
+        for path, own in states.items()
+        for key, tensor in own.items()
+    }
