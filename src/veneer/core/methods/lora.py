@@ -39,6 +39,8 @@ class Lora(Update):
     peft_names: ClassVar = {"freeze_A": None, "fused": None}
     faster: ClassVar = ("B",)
     starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT, *FROM_DATA)
+    A: nn.Parameter
+    B: nn.Parameter
     A0: Tensor  # only where the change is counted from the start
     B0: Tensor
 
