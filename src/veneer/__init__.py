@@ -14,8 +14,8 @@ _HOMES = {
     "LoraConfig": "veneer.core.config",
     "PeftModel": "veneer.core.model",
     "get_peft_model": "veneer.core.model",
-    "initialize_lora_eva_weights": "veneer.core.data_starts",
-    "initialize_lora_ga_weights": "veneer.core.data_starts",
+    "initialize_lora_eva_weights": "veneer.starts.eva",
+    "initialize_lora_ga_weights": "veneer.starts.lora_ga",
     "zoo": "veneer.zoo",
 }
 __all__ = [
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from veneer import zoo
     from veneer.core.adapter import Adapter
     from veneer.core.config import LoraConfig
-    from veneer.core.data_starts import initialize_lora_eva_weights, initialize_lora_ga_weights
     from veneer.core.errors import AdapterError
     from veneer.core.model import PeftModel, get_peft_model
+    from veneer.starts.eva import initialize_lora_eva_weights
+    from veneer.starts.lora_ga import initialize_lora_ga_weights
 
 
 def __getattr__(name: str) -> object:

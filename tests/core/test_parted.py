@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, PeftModel, get_peft_model
-from veneer.core.groups import lora_plus_groups
+from veneer.train.optimizers import lora_plus_groups
 
 
 def _gpt2() -> nn.Module:

@@ -231,7 +231,5 @@ def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: A
         matrices = targets[path].matrices()
         for part, own in update.parts().items():
             own.materialise(matrices[part].device)
-            if (bias := own.own_bias) is not None:
-                own.own_bias = torch.empty_like(bias, device=matrices[part].device)
     for (path, key), (tensor, _, form, kind) in _entries(layers).items():
         tensor.copy_(kind.unfiled(form, values.tensors[path][key], tensor.shape))

@@ -88,11 +88,6 @@ class Update(nn.Module, ABC):
     scale: float = 1.0  # what a product of its parameters is multiplied by
 
     @classmethod
-    def fresh(cls, *given: Any) -> "Update":
-        """The update for a weight, its config and, where the method shares something, that."""
-        return cls(*given)
-
-    @classmethod
     def placed(
         cls, config: "LoraConfig", modules: Mapping[str, nn.Module], paths: list[str]
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -175,7 +170,10 @@ class Update(nn.Module, ABC):
 
     def materialise(self, device: torch.device) -> None:
         """Memory on `device` for what was built on "meta", to be filled from a file."""
-        self.to_empty(device=device)
+        for inner in self.children():
+            if isinstance(inner, Update):
+                inner.materialise(device)
+        self._apply(lambda own: torch.empty_like(own, device=device) if own.is_meta else own, recurse=False)
 
     @classmethod
     def saved_config(cls, config: "LoraConfig") -> "LoraConfig":

@@ -45,10 +45,6 @@ class Dora(Update):
     def tensors(self) -> dict[str, Tensor]:
         return {**self.inner.tensors(), "magnitude": self.magnitude.detach()}
 
-    def materialise(self, device: torch.device) -> None:
-        self.to_empty(device=device, recurse=False)
-        self.inner.materialise(device)
-
     def shared_tensors(self) -> dict[str, Tensor]:
         return self.inner.shared_tensors()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
-from veneer.core.methods.parted import PartedLora, is_fused, ordinary, placed
+from veneer.core.methods.parted import is_fused, ordinary, placed
 from veneer.core.ranges import start_of
 from veneer.core.start import FROM_DATA, FROM_THE_START, FROM_WEIGHT, PLAIN, start, start_from_weight
 from veneer.core.update import Factors, Option, Update, own_precision
@@ -103,10 +103,6 @@ class Lora(Update):
     def tensors(self) -> dict[str, Tensor]:
         A, B, _ = self.factors()
         return {**super().tensors(), "A": A.detach(), "B": B.detach()}
-
-    @classmethod
-    def fresh(cls, weight: Tensor, config: LoraConfig) -> Update:
-        return PartedLora(weight, config) if config.options["fused"] else cls(weight, config)
 
     @classmethod
     def placed(

@@ -88,7 +88,7 @@ class Vera(Update):
         return Factors(self.d[:, None] * A, self.b[:, None] * B, 1.0)
 
     def materialise(self, device: torch.device) -> None:
-        self.to_empty(device=device, recurse=False)
+        super().materialise(device)
         if self.shared.A.is_meta:
             self.shared.draw(device)
 

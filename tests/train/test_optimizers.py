@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.core.groups import lora_plus_groups
+from veneer.train.optimizers import lora_plus_groups
 
 
 @pytest.mark.parametrize("dora", [False, True])
