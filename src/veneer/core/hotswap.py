@@ -1,6 +1,6 @@
 """Hot swap: a live LoRA takes the values of another one, and every tensor stays where it is."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,14 @@ from veneer.core.methods import method
 
 
 @torch.no_grad()
-def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter, faults: Iterable[str] = ()) -> None:
+def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) -> None:
     """Copy `values` into the live adapter `name`: compiled code, CUDA graphs and optimizers go on with its tensors.
 
     A smaller rank is filled up with zeros. The live scale stays, as compiled code holds it: B is multiplied by the
     ratio of the scales. So the config stays too, and what is saved gives the same outputs. Raises one `AdapterError`
     with all that does not fit, before anything is copied.
     """
-    faults, found = list(faults), values.config
+    faults, found = values.faults, values.config
     if found.peft_type != "LORA" or config.peft_type != "LORA" or found.use_dora != config.use_dora:
         one, other = (own.peft_type + " with use_dora" * own.use_dora for own in (config, found))
         faults.append(
@@ -32,7 +32,7 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter, fa
         faults.append(
             f"{name!r} did not start as the LoRA that its file holds, and cannot be hot-swapped: load it again"
         )
-    _, updates, _ = prepared(model, found, values, faults)
+    _, updates, _ = prepared(model, found, values)
     live = _held({path: own.adapters[name] for path, own in adapted_layers(model) if name in own.adapters})
     new = _held(updates)
     fitted, larger = {}, []

@@ -1,7 +1,7 @@
 """`PeftModel`: the model itself, once it carries adapters."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from veneer.core.status import get_layer_status, get_model_status
 from veneer.core.trainer import Trainable
 from veneer.core.watch import watching
 
+Folder = str | os.PathLike[str]
+
 
 class PeftModel(Trainable):
     """A model with adapters: `isinstance(model, type_of_the_base)` stays true, and so do its paths and keys.
@@ -35,7 +37,7 @@ class PeftModel(Trainable):
     def from_pretrained(
         cls,
         model: nn.Module,
-        folder: str | os.PathLike[str],
+        folder: Folder,
         adapter_name: str = "default",
         is_trainable: bool = False,
         low_cpu_mem_usage: bool = True,
@@ -45,19 +47,15 @@ class PeftModel(Trainable):
         `low_cpu_mem_usage`, which PEFT has, says nothing here: adapters are read straight into their place, and draw
         no random numbers. Raises `AdapterError` that lists all that does not fit; the model is then as it was.
         """
-        adapter, faults = examine(folder)
-        return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable, faults)
+        adapter = examine(folder)
+        return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable)
 
     def load_adapter(
-        self,
-        folder: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        low_cpu_mem_usage: bool = True,
+        self, folder: Folder, adapter_name: str, is_trainable: bool = False, low_cpu_mem_usage: bool = True
     ) -> None:
         """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
-        adapter, faults = examine(folder)
-        self._add(adapter_name, adapter.config, adapter, is_trainable, faults)
+        adapter = examine(folder)
+        self._add(adapter_name, adapter.config, adapter, is_trainable)
 
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones."""
@@ -138,7 +136,7 @@ class PeftModel(Trainable):
     def _mixed(self, adapter_names: Rows, repeats: bool = False) -> Iterator[None]:
         terms = terms_by_row(adapter_names, self.peft_config)
         self._refuse_merged("mixing rows")
-        if self.training and torch.is_grad_enabled() and any(_recomputes(module) for module in self.modules()):
+        if self.training and torch.is_grad_enabled() and self._recomputes():
             raise AdapterError("mixed rows cannot be trained with gradient checkpointing: it runs layers again later")
         before = self.adapter_plan.terms
         self.adapter_plan.act(terms)
@@ -148,6 +146,9 @@ class PeftModel(Trainable):
         finally:
             self.adapter_plan.act(before)
             self.adapter_plan.repeats = False
+
+    def _recomputes(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def disable_adapter(self) -> Any:
         """`with model.disable_adapter():` the base model acts inside, to the bit. `requires_grad` is not touched."""
@@ -187,22 +188,20 @@ class PeftModel(Trainable):
 
     get_layer_status, get_model_status = get_layer_status, get_model_status
 
-    def hotswap_adapter(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    def hotswap_adapter(self, folder: Folder, adapter_name: str = "default") -> None:
         """Read a PEFT folder into a live adapter of the same layers: only the values of its tensors change.
 
         Raises `AdapterError`, with nothing changed, when it holds a larger rank, other layers or another method.
         """
         config = self._config(adapter_name)
         self._refuse_merged("a hot swap")
-        hotswap(self, adapter_name, config, *examine(folder))
+        hotswap(self, adapter_name, config, examine(folder))
 
-    def _add(
-        self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool, faults: Iterable[str] = ()
-    ) -> None:
+    def _add(self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool) -> None:
         if name in self.peft_config:
             raise AdapterError(f"the model already carries an adapter named {name!r}; delete it or take another name")
         self._refuse_merged("adding an adapter")
-        resolved = inject(self, self.adapter_plan, name, config, values, faults)
+        resolved = inject(self, self.adapter_plan, name, config, values)
         if not is_trainable:
             for _, layer in adapted_layers(self):
                 if name in layer.adapters:
@@ -259,12 +258,7 @@ def get_peft_model(model: nn.Module, config: LoraConfig, adapter_name: str = "de
 
 
 def _first_adapter(
-    model: nn.Module,
-    name: str,
-    config: LoraConfig,
-    values: Adapter | None,
-    is_trainable: bool,
-    faults: Iterable[str] = (),
+    model: nn.Module, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool
 ) -> PeftModel:
     if isinstance(model, PeftModel):
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
@@ -279,7 +273,7 @@ def _first_adapter(
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}
     try:
-        model._add(name, config, values, is_trainable, faults)
+        model._add(name, config, values, is_trainable)
     except BaseException:
         model._strip()
         raise
@@ -294,7 +288,3 @@ def _taken(model: nn.Module) -> list[str]:
     own = set(dir(PeftModel)) - set(dir(nn.Module))
     held = {*vars(model), *model._modules, *model._parameters, *model._buffers}
     return sorted(own & held | {word for word in ("adapter_plan", "peft_config") if hasattr(model, word)})
-
-
-def _recomputes(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))

@@ -1,6 +1,5 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -66,11 +65,11 @@ class Few(NamedTuple):
         return torch.where((ids[place] == x).unsqueeze(-1), found, found.new_zeros(()))
 
 
-class Update(nn.Module, ABC):
+class Update(nn.Module):
     """What a method must say: its parameters (`__init__`) and what it does to a matrix (`delta`).
 
-    Everything else, merging, exporting, combining, is derived from `delta`; a method whose change is a product
-    of two thin matrices may also give its `factors`, and gets the fast forward of its layer's kind.
+    Everything else, merging, exporting, combining, is derived from `delta`. A method whose change is a product of two
+    thin matrices says these (`factors`), and gets the fast forward of its layer's kind.
     """
 
     file_names: ClassVar[dict[str, str]]  # own parameter name → its name in a PEFT file
@@ -94,9 +93,11 @@ class Update(nn.Module, ABC):
         """The `options` of layers that have their own, by path, and what is wrong with those of `config`."""
         return {}, []
 
-    @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW for the base's `weight`, both `(out, in)`, in the precision of the method's parameters."""
+        factors = self.factors()
+        assert factors is not None, "a method says `delta`, or `factors`, or both"
+        return factors.scale * (factors.B @ factors.A)
 
     def forward(self, weight: Tensor) -> Tensor:
         """`delta` in that precision under autocast too: a change of weights is no activation."""

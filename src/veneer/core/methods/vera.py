@@ -78,10 +78,6 @@ class Vera(Update):
         self.b = nn.Parameter(weight.new_full((rows,), float(config.init_lora_weights is False), dtype=dtype))
         self.d = nn.Parameter(weight.new_full((config.r,), config.options["d_initial"], dtype=dtype))
 
-    def delta(self, weight: Tensor) -> Tensor:
-        A, B, _ = self.factors()
-        return B @ A
-
     def factors(self) -> Factors:
         A = self.shared.A[: len(self.d), : self.columns].to(self.d.device)
         B = self.shared.B[: len(self.b), : len(self.d)].to(self.b.device)
