@@ -79,7 +79,7 @@ def joined(before: Joint | None, adapters: nn.ModuleDict, names: tuple[str, ...]
 
 
 def parted(adapters: nn.ModuleDict) -> None:
-    """Give the parameters memory of their own again, for those who tell tensors by their storage."""
+    """Give the parameters memory of their own again, for those who save, train or spread them."""
     with torch.inference_mode(False), torch.no_grad():
         for parameter in adapters.parameters():
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

@@ -74,10 +74,18 @@ class Adapters(nn.ModuleDict):
         return tuple(term for term in self.plan.terms if term.rows is not None and term.adapter in self._modules)
 
     def _save_to_state_dict(self, *into: Any) -> None:
+        self._part()
+        super()._save_to_state_dict(*into)
+
+    def train(self, mode: bool = True) -> "Adapters":
+        if mode:
+            self._part()
+        return super().train(mode)
+
+    def _part(self) -> None:
         if self.joint is not None:
             parted(self)
             self.joint = None
-        super()._save_to_state_dict(*into)
 
     def alone(self, training: bool) -> tuple[Tensor, Tensor, float] | None:
         """A, B and weight · scale, where one such product on every row is all that acts."""
