@@ -32,7 +32,7 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) ->
         faults.append(
             f"{name!r} did not start as the LoRA that its file holds, and cannot be hot-swapped: load it again"
         )
-    _, updates, _ = prepared(model, found, values)
+    _, updates, _ = prepared(model, values)
     live = _held({path: own.adapters[name] for path, own in adapted_layers(model) if name in own.adapters})
     new = _held(updates)
     fitted, larger = {}, []

@@ -31,27 +31,26 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
             yield path, module
 
 
-def inject(model: nn.Module, plan: Plan, name: str, config: LoraConfig, values: Adapter | None = None) -> LoraConfig:
-    """Give the layers that `config` means an update called `name`, with the tensors of `values` or fresh ones.
+def inject(model: nn.Module, plan: Plan, name: str, what: LoraConfig | Adapter) -> LoraConfig:
+    """Give the layers that a config means an update called `name`: a fresh one, or one with an adapter's tensors.
 
-    Returns the config with its targets spelled out. Raises one `AdapterError` with the faults of `values` and all
+    Returns the config with its targets spelled out. Raises one `AdapterError` with the adapter's own faults and all
     that does not fit, before anything is changed.
     """
     _refuse_name(name)
-    targets, updates, resolved = prepared(model, config, values)
+    targets, updates, resolved = prepared(model, what)
     for path, update in updates.items():
         _attach(targets[path], plan, name, update)
     settle(model)
     return resolved
 
 
-def prepared(
-    model: nn.Module, config: LoraConfig, values: Adapter | None
-) -> tuple[dict[str, Target], dict[str, Update], LoraConfig]:
-    """The layers that `config` means and their updates, not attached yet, and the config with its targets spelled out.
+def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Target], dict[str, Update], LoraConfig]:
+    """The layers that are meant and their updates, not attached yet, and the config with its targets spelled out.
 
     Raises as `inject` does.
     """
+    config, values = (what.config, what) if isinstance(what, Adapter) else (what, None)
     faults = list(values.faults) if values else []
     try:
         targets, resolved = select(model, config, fresh=values is None)

@@ -10,7 +10,7 @@ from torch import nn
 
 from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.errors import AdapterError, listed
 from veneer.core.hotswap import hotswap
 from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
@@ -47,28 +47,30 @@ class PeftModel(Trainable):
         `low_cpu_mem_usage`, which PEFT has, says nothing here: adapters are read straight into their place, and draw
         no random numbers. Raises `AdapterError` that lists all that does not fit; the model is then as it was.
         """
-        adapter = examine(folder)
-        return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable)
+        return _first_adapter(model, adapter_name, examine(folder), is_trainable)
 
     def load_adapter(
         self, folder: Folder, adapter_name: str, is_trainable: bool = False, low_cpu_mem_usage: bool = True
     ) -> None:
         """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
-        adapter = examine(folder)
-        self._add(adapter_name, adapter.config, adapter, is_trainable)
+        self._add(adapter_name, examine(folder), is_trainable)
 
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones."""
-        if name is None:
-            names = list(self.peft_config) if len(self.peft_config) == 1 else self.active_adapters
-            if len(names) != 1:
-                raise AdapterError(f"which adapter? the model carries {listed(self.peft_config)}: give adapter_name")
-            name = names[0]
-        return extract(self, name, self._config(name))
+        names = (
+            [name]
+            if name is not None
+            else list(self.peft_config)
+            if len(self.peft_config) == 1
+            else self.active_adapters
+        )
+        if len(names) != 1:
+            raise AdapterError(f"which adapter? the model carries {listed(self.peft_config)}: give adapter_name")
+        return extract(self, names[0], self._config(names[0]))
 
     def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Give the layers that `config` means a fresh, trainable update. It does not act until `set_adapter`."""
-        self._add(adapter_name, config, None, True)
+        self._add(adapter_name, config, True)
 
     def set_adapter(self, adapters: Spec) -> None:
         """Let these adapters act: a name, a list of names (their sum), or `{name: weight}` (a blend)."""
@@ -136,7 +138,8 @@ class PeftModel(Trainable):
     def _mixed(self, adapter_names: Rows, repeats: bool = False) -> Iterator[None]:
         terms = terms_by_row(adapter_names, self.peft_config)
         self._refuse_merged("mixing rows")
-        if self.training and torch.is_grad_enabled() and self._recomputes():
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        if self.training and torch.is_grad_enabled() and recomputes:
             raise AdapterError("mixed rows cannot be trained with gradient checkpointing: it runs layers again later")
         before = self.adapter_plan.terms
         self.adapter_plan.act(terms)
@@ -146,9 +149,6 @@ class PeftModel(Trainable):
         finally:
             self.adapter_plan.act(before)
             self.adapter_plan.repeats = False
-
-    def _recomputes(self) -> bool:
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def disable_adapter(self) -> Any:
         """`with model.disable_adapter():` the base model acts inside, to the bit. `requires_grad` is not touched."""
@@ -197,11 +197,11 @@ class PeftModel(Trainable):
         self._refuse_merged("a hot swap")
         hotswap(self, adapter_name, config, examine(folder))
 
-    def _add(self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool) -> None:
+    def _add(self, name: str, what: LoraConfig | Adapter, is_trainable: bool) -> None:
         if name in self.peft_config:
             raise AdapterError(f"the model already carries an adapter named {name!r}; delete it or take another name")
         self._refuse_merged("adding an adapter")
-        resolved = inject(self, self.adapter_plan, name, config, values)
+        resolved = inject(self, self.adapter_plan, name, what)
         if not is_trainable:
             for _, layer in adapted_layers(self):
                 if name in layer.adapters:
@@ -210,11 +210,7 @@ class PeftModel(Trainable):
         self.peft_config[name] = resolved
 
     def _config(self, name: str) -> LoraConfig:
-        if name not in self.peft_config:
-            raise AdapterError(
-                f"no adapter named {name!r}; the model carries {listed(self.peft_config)}"
-                f"{nearest(name, self.peft_config)}"
-            )
+        terms_of([name], self.peft_config)
         return self.peft_config[name]
 
     def _carried(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -254,12 +250,10 @@ def get_peft_model(model: nn.Module, config: LoraConfig, adapter_name: str = "de
     The returned object is `model` itself, which now is a `PeftModel` too. Raises `AdapterError`, with the model
     as it was, when a target matches nothing or cannot be adapted.
     """
-    return _first_adapter(model, adapter_name, config, None, True)
+    return _first_adapter(model, adapter_name, config, True)
 
 
-def _first_adapter(
-    model: nn.Module, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool
-) -> PeftModel:
+def _first_adapter(model: nn.Module, name: str, what: LoraConfig | Adapter, is_trainable: bool) -> PeftModel:
     if isinstance(model, PeftModel):
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
     if taken := _taken(model):
@@ -273,7 +267,7 @@ def _first_adapter(
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}
     try:
-        model._add(name, config, values, is_trainable)
+        model._add(name, what, is_trainable)
     except BaseException:
         model._strip()
         raise
