@@ -40,10 +40,10 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
             "merge_and_unload(untie=True) gives the changed layer a weight of its own"
         )
     for path, (layer, name) in changing.items():
-        layer.adapters.original = {**(layer.adapters.original or {}), name: layer.get_parameter(name).data}
+        old = layer.get_parameter(name)
+        layer.adapters.original = {**(layer.adapters.original or {}), name: old.data}
         if any(path in paths for paths in apart):
             owner, _, last = name.rpartition(".")
-            old = layer.get_parameter(name)
             layer.get_submodule(owner)._parameters[last] = nn.Parameter(old.detach(), requires_grad=old.requires_grad)
     for path, (layer, name) in changing.items():
         layer.get_parameter(name).data = changed[path]
@@ -55,7 +55,9 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
 
 
 def unmerge(model: nn.Module, plan: Plan) -> None:
-    """The original weights, bit for bit; what acted before the merge acts again."""
+    """The original weights, bit for bit, where something is merged; what acted before the merge acts again."""
+    if not plan.merged:
+        return
     for _, layer in adapted_layers(model):
         for name, value in (layer.adapters.original or {}).items():
             layer.get_parameter(name).data = value

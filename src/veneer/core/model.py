@@ -57,16 +57,12 @@ class PeftModel(Trainable):
 
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones."""
-        names = (
-            [name]
-            if name is not None
-            else list(self.peft_config)
-            if len(self.peft_config) == 1
-            else self.active_adapters
-        )
-        if len(names) != 1:
-            raise AdapterError(f"which adapter? the model carries {listed(self.peft_config)}: give adapter_name")
-        return extract(self, names[0], self._config(names[0]))
+        if name is None:
+            names = list(self.peft_config) if len(self.peft_config) == 1 else self.active_adapters
+            if len(names) != 1:
+                raise AdapterError(f"which adapter? the model carries {listed(self.peft_config)}: give adapter_name")
+            name = names[0]
+        return extract(self, name, self._config(name))
 
     def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Give the layers that `config` means a fresh, trainable update. It does not act until `set_adapter`."""
@@ -104,15 +100,13 @@ class PeftModel(Trainable):
         """`with model.using("fr"):` these adapters act inside, and what acted before acts after, also on an error."""
         terms = terms_of(adapters, self.peft_config)
         merged = self.adapter_plan.merged
-        if merged:
-            self.unmerge_adapter()
+        unmerge(self, self.adapter_plan)
         before = self.adapter_plan.terms
         self.adapter_plan.act(terms)
         try:
             yield
         finally:
-            if self.adapter_plan.merged:
-                self.unmerge_adapter()
+            unmerge(self, self.adapter_plan)
             self.adapter_plan.act(self._carried(before))
             if merged := self._carried(merged):
                 merge(self, self.adapter_plan, merged)
@@ -138,8 +132,8 @@ class PeftModel(Trainable):
     def _mixed(self, adapter_names: Rows, repeats: bool = False) -> Iterator[None]:
         terms = terms_by_row(adapter_names, self.peft_config)
         self._refuse_merged("mixing rows")
-        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-        if self.training and torch.is_grad_enabled() and recomputes:
+        trains = self.training and torch.is_grad_enabled()
+        if trains and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise AdapterError("mixed rows cannot be trained with gradient checkpointing: it runs layers again later")
         before = self.adapter_plan.terms
         self.adapter_plan.act(terms)
@@ -182,8 +176,7 @@ class PeftModel(Trainable):
 
     def unload(self) -> nn.Module:
         """The plain base model as it was, bit for bit, without adapters; its parameters stay frozen."""
-        if self.adapter_plan.merged:
-            self.unmerge_adapter()
+        unmerge(self, self.adapter_plan)
         return self._strip()
 
     get_layer_status, get_model_status = get_layer_status, get_model_status

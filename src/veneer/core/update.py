@@ -206,7 +206,7 @@ class Stack(Update):
                 f"a stack of matrices {tuple(weight.shape)} is adapted by trained factors alone: "
                 "without use_dora, and without a start from the weight"
             )
-        self.file_names, self.forms, self.faster = each[0].file_names, each[0].forms, each[0].faster  # type: ignore[misc]
+        self.forms, self.faster = each[0].forms, each[0].faster  # type: ignore[misc]
         self.dropout, self.scale = each[0].dropout, each[0].scale
         for name, first in each[0].named_parameters():
             stacked = torch.stack([update.get_parameter(name) for update in each])
