@@ -39,7 +39,7 @@ def fresh(
     }
     if others := [path for path in loras if not carrying[path].linear]:
         raise AdapterError(f"init_lora_weights={how!r} is for linear layers, not for {collapsed(others)}")
-    if begun := [path for path, lora in loras.items() if not lora.is_fresh()]:
+    if begun := [path for path, lora in loras.items() if lora.delta(lora.A).any()]:
         raise AdapterError(f"{name!r} has learned something already, in {collapsed(begun)}: start a fresh adapter")
     return batches, {path: carrying[path] for path in loras}, loras
 

@@ -92,12 +92,6 @@ class Lora(Update):
             self.A0.copy_(self.A)
             self.B0.copy_(self.B)
 
-    def is_fresh(self) -> bool:
-        """Whether nothing was learned yet."""
-        if "A0" not in self._buffers:
-            return not self.B.any()
-        return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
-
     def tensors(self) -> dict[str, Tensor]:
         A, B, _ = self.factors()
         b = self._parameters.get("b")
