@@ -16,6 +16,7 @@ _HOMES = {
     "get_peft_model": "veneer.core.model",
     "initialize_lora_eva_weights": "veneer.starts.eva",
     "initialize_lora_ga_weights": "veneer.starts.lora_ga",
+    "lora_plus_groups": "veneer.train.optimizers",
     "zoo": "veneer.zoo",
 }
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "get_peft_model",
     "initialize_lora_eva_weights",
     "initialize_lora_ga_weights",
+    "lora_plus_groups",
     "zoo",
 ]
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from veneer.core.model import PeftModel, get_peft_model
     from veneer.starts.eva import initialize_lora_eva_weights
     from veneer.starts.lora_ga import initialize_lora_ga_weights
+    from veneer.train.optimizers import lora_plus_groups
 
 
 def __getattr__(name: str) -> object:

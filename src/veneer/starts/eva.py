@@ -1,5 +1,6 @@
 """EVA (Paischer et al. 2024, arXiv:2410.07170): LoRA's A starts at what its inputs vary along."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -96,8 +97,8 @@ def _with_ranks(config: LoraConfig, ranks: Mapping[str, int], loras: Mapping[str
     alphas = {path: loras[path].scale / scaling(r, 1.0, config.use_rslora) for path, r in ranks.items()}
     return replace(
         config,
-        rank_pattern={f"^{path}": r for path, r in ranks.items()},
-        alpha_pattern={f"^{path}": alpha for path, alpha in alphas.items()},
+        rank_pattern={f"^{re.escape(path)}": r for path, r in ranks.items()},
+        alpha_pattern={f"^{re.escape(path)}": alpha for path, alpha in alphas.items()},
     )
 
 
