@@ -14,8 +14,9 @@ _HOMES = {
     "LoraConfig": "veneer.core.config",
     "PeftModel": "veneer.core.model",
     "get_peft_model": "veneer.core.model",
-    "initialize_lora_eva_weights": "veneer.core.data_starts",
-    "initialize_lora_ga_weights": "veneer.core.data_starts",
+    "initialize_lora_eva_weights": "veneer.starts.eva",
+    "initialize_lora_ga_weights": "veneer.starts.lora_ga",
+    "lora_plus_groups": "veneer.train.optimizers",
     "zoo": "veneer.zoo",
 }
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "get_peft_model",
     "initialize_lora_eva_weights",
     "initialize_lora_ga_weights",
+    "lora_plus_groups",
     "zoo",
 ]
 
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
     from veneer import zoo
     from veneer.core.adapter import Adapter
     from veneer.core.config import LoraConfig
-    from veneer.core.data_starts import initialize_lora_eva_weights, initialize_lora_ga_weights
     from veneer.core.errors import AdapterError
     from veneer.core.model import PeftModel, get_peft_model
+    from veneer.starts.eva import initialize_lora_eva_weights
+    from veneer.starts.lora_ga import initialize_lora_ga_weights
+    from veneer.train.optimizers import lora_plus_groups
 
 
 def __getattr__(name: str) -> object:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from veneer import AdapterError, LoraConfig, PeftModel, get_peft_model
-from veneer.core.groups import lora_plus_groups
+from veneer import AdapterError, LoraConfig, PeftModel, get_peft_model, lora_plus_groups
 
 
 def _gpt2() -> nn.Module:

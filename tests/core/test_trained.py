@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.core.data_starts import initialize_lora_eva_weights
 from veneer.core.inject import adapted_layers
+from veneer.starts.eva import initialize_lora_eva_weights
 
 TOKENS = torch.arange(3, 15).view(3, 4)
 

@@ -33,13 +33,14 @@ class Adapter:
 
     `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`; what all layers
     share stands under "". `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise;
-    `bases` are tables of the base that PEFT's files repeat.
+    `bases` are tables of the base that PEFT's files repeat; `faults` is what is wrong with the file that it is from.
     """
 
     config: LoraConfig
     tensors: dict[str, dict[str, Tensor]]
     embeddings: frozenset[str] = frozenset()
     bases: dict[str, Tensor] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list, repr=False)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; both whole or not at all.
@@ -48,17 +49,13 @@ class Adapter:
 
         Raises `AdapterError` when the folder cannot be written.
         """
-        names = file_names(self.config)
-        flat = {
-            self._key(path, names[name]): tensor.detach().contiguous().cpu()
-            for path, tensors in self.tensors.items()
-            for name, tensor in tensors.items()
-        }
-        homes: dict[int, str] = {}  # a file has no two tensors of one memory
-        flat = {
-            name: tensor if homes.setdefault(tensor.data_ptr(), name) == name else tensor.clone()
-            for name, tensor in flat.items()
-        }
+        names, flat, homes = file_names(self.config), {}, set()
+        for path, tensors in self.tensors.items():
+            for name, tensor in tensors.items():
+                tensor = tensor.detach().contiguous().cpu()
+                # a file has no two tensors of one memory
+                flat[self._key(path, names[name])] = tensor.clone() if tensor.data_ptr() in homes else tensor
+                homes.add(tensor.data_ptr())
         text = json.dumps(dict(sorted(self.config.to_dict().items())), indent=2) + "\n"
         folder = Path(folder)
         try:
@@ -86,50 +83,48 @@ class Adapter:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
         """Read a PEFT folder. Raises `AdapterError` that says all that is missing or wrong in it."""
-        adapter, faults = examine(folder)
+        adapter = examine(folder)
         own = {(path, name): tensor for path, own in adapter.tensors.items() for name, tensor in own.items()}
         if broken := [".".join(filter(None, key)) for key, tensor in own.items() if not is_finite(tensor)]:
-            faults.append(f"NaN or infinity in: {collapsed(broken)}")
-        if faults:
-            raise AdapterError("\n".join(faults))
+            adapter.faults.append(f"NaN or infinity in: {collapsed(broken)}")
+        if adapter.faults:
+            raise AdapterError("\n".join(adapter.faults))
         return adapter
 
 
-def examine(folder: str | os.PathLike[str]) -> tuple[Adapter, list[str]]:
-    """What a PEFT folder holds, and all that is wrong with it, for more faults to be found before they are told.
+def examine(folder: str | os.PathLike[str]) -> Adapter:
+    """What a PEFT folder holds, with its `faults`, for more of them to be found before they are told.
 
     The tensors' values are not read yet: let their shapes be compared first. Raises `AdapterError` when there is no
     config or no tensors to go on with.
     """
     folder = Path(folder)
     faults: list[str] = []
-    config, header, flat = None, None, None
+    about: dict[str, str] = {}
+    config = flat = None
     try:
         header, about = read_header(existing(folder, WEIGHTS))
         flat, wrong = read_tensors(folder / WEIGHTS, header)
         faults += [f"{folder / WEIGHTS}: {'; '.join(wrong)}"] if wrong else []
     except AdapterError as error:
         faults.append(str(error))
-        about = {}
     try:
         config, wrong = judged(*_current(folder, about))
         faults += [f"{folder / CONFIG}: {'; '.join(wrong)}"] if wrong else []
     except AdapterError as error:
-        config = None
         faults.insert(0, str(error))
     if config is None or flat is None:
         raise AdapterError("\n".join(dict.fromkeys(faults)))
     adapter, strangers = _by_layer(flat, config)
-    strangers += [name for name in header or {} if name not in flat]
-    faults += [f"{folder / WEIGHTS}: unexpected tensors: {collapsed(strangers)}"] if strangers else []
-    return adapter, faults
+    strangers += [name for name in header if name not in flat]
+    adapter.faults = faults + [f"{folder / WEIGHTS}: unexpected tensors: {collapsed(strangers)}"] * bool(strangers)
+    return adapter
 
 
 def read_config(folder: Path) -> LoraConfig:
     """The config of a PEFT folder. Raises `AdapterError`."""
     about = read_header(folder / WEIGHTS)[1] if (folder / WEIGHTS).is_file() else {}
-    values, where = _current(folder, about)
-    return LoraConfig.from_dict(values, where)
+    return LoraConfig.from_dict(*_current(folder, about))
 
 
 def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, list[str]]:

@@ -1,7 +1,7 @@
 """Adapters onto layers and off again: all of them, or none."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,35 +31,27 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
             yield path, module
 
 
-def inject(
-    model: nn.Module,
-    plan: Plan,
-    name: str,
-    config: LoraConfig,
-    values: Adapter | None = None,
-    faults: Iterable[str] = (),
-) -> LoraConfig:
-    """Give the layers that `config` means an update called `name`, with the tensors of `values` or fresh ones.
+def inject(model: nn.Module, plan: Plan, name: str, what: LoraConfig | Adapter) -> LoraConfig:
+    """Give the layers that a config means an update called `name`: a fresh one, or one with an adapter's tensors.
 
-    Returns the config with its targets spelled out. Raises one `AdapterError` with `faults` (those that `values` had
-    of its own) and all that does not fit, before anything is changed.
+    Returns the config with its targets spelled out. Raises one `AdapterError` with the adapter's own faults and all
+    that does not fit, before anything is changed.
     """
     _refuse_name(name)
-    targets, updates, resolved = prepared(model, config, values, faults)
+    targets, updates, resolved = prepared(model, what)
     for path, update in updates.items():
         _attach(targets[path], plan, name, update)
     settle(model)
     return resolved
 
 
-def prepared(
-    model: nn.Module, config: LoraConfig, values: Adapter | None, faults: Iterable[str] = ()
-) -> tuple[dict[str, Target], dict[str, Update], LoraConfig]:
-    """The layers that `config` means and their updates, not attached yet, and the config with its targets spelled out.
+def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Target], dict[str, Update], LoraConfig]:
+    """The layers that are meant and their updates, not attached yet, and the config with its targets spelled out.
 
     Raises as `inject` does.
     """
-    faults = list(faults)
+    config, values = (what.config, what) if isinstance(what, Adapter) else (what, None)
+    faults = list(values.faults) if values else []
     try:
         targets, resolved = select(model, config, fresh=values is None)
         updates = _built(targets, resolved, sketched=values is not None)
@@ -126,10 +118,8 @@ def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
 
     Tensors that `fully_shard` spread over processes are gathered, for which all of these call it.
     """
-    layers = {
-        path: (_kind(layer), layer, layer.adapters[name])
-        for path, layer in adapted_layers(model)
-        if name in layer.adapters
+    layers: dict[str, Any] = {
+        path: (mixin_of(own), own, own.adapters[name]) for path, own in adapted_layers(model) if name in own.adapters
     }
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (path, key), entry in _entries(layers).items():
@@ -195,23 +185,19 @@ def _entries(layers: Mapping[str, _Layer]) -> dict[tuple[str, str], _Entry]:
     return entries
 
 
-def _kind(layer: AdaptedLayer) -> Any:
-    return mixin_of(layer)
-
-
 def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) -> list[str]:
     """All in the file that does not fit the model."""
     wanted = {place: entry.filed.shape for place, entry in _entries(layers).items()}
     found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
-    missing = [".".join(filter(None, key)) for key in wanted if key not in found]
-    strangers = [".".join(filter(None, key)) for key in found if key not in wanted]
-    misshaped = [
-        f"{'.'.join(filter(None, key))} expected {tuple(shape)} found {tuple(found[key].shape)}"
-        for key, shape in wanted.items()
-        if key in found and shape != found[key].shape
-    ]
-    fitting = [key for key, shape in wanted.items() if key in found and shape == found[key].shape]
-    broken = [".".join(filter(None, key)) for key in fitting if not is_finite(found[key])]
+    missing, misshaped, broken = [], [], []
+    for key, shape in wanted.items():
+        if key not in found:
+            missing.append(_said(key))
+        elif shape != found[key].shape:
+            misshaped.append(f"{_said(key)} expected {tuple(shape)} found {tuple(found[key].shape)}")
+        elif not is_finite(found[key]):
+            broken.append(_said(key))
+    strangers = [_said(key) for key in found if key not in wanted]
     for path, base in values.bases.items():
         weight = layers[path][1].get_parameter("weight").detach() if path in layers else None
         if weight is None or weight.shape != base.shape or not torch.equal(weight.to(base.device, base.dtype), base):
@@ -225,13 +211,15 @@ def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) ->
     return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
 
 
+def _said(key: tuple[str, str]) -> str:
+    return ".".join(filter(None, key))
+
+
 @torch.no_grad()
 def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: Adapter) -> None:
     for path, (_, _, update) in layers.items():
         matrices = targets[path].matrices()
         for part, own in update.parts().items():
             own.materialise(matrices[part].device)
-            if (bias := own.own_bias) is not None:
-                own.own_bias = torch.empty_like(bias, device=matrices[part].device)
     for (path, key), (tensor, _, form, kind) in _entries(layers).items():
         tensor.copy_(kind.unfiled(form, values.tensors[path][key], tensor.shape))

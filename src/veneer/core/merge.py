@@ -25,9 +25,7 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
     """
     layers = {path: layer for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))}
     changing = {f"{path}.{name}": (layer, name) for path, layer in layers.items() for name in layer.changing(terms)}
-    _refuse_absent(changing)
-    _refuse_computed(changing)
-    _refuse_unreadable(changing)
+    _refuse(changing)
     changed = {
         f"{path}.{name}": value.clone() if isinstance(value, nn.Parameter) else value.contiguous()
         for path, layer in layers.items()
@@ -42,10 +40,10 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
             "merge_and_unload(untie=True) gives the changed layer a weight of its own"
         )
     for path, (layer, name) in changing.items():
-        layer.adapters.original = {**(layer.adapters.original or {}), name: layer.get_parameter(name).data}
+        old = layer.get_parameter(name)
+        layer.adapters.original = {**(layer.adapters.original or {}), name: old.data}
         if any(path in paths for paths in apart):
             owner, _, last = name.rpartition(".")
-            old = layer.get_parameter(name)
             layer.get_submodule(owner)._parameters[last] = nn.Parameter(old.detach(), requires_grad=old.requires_grad)
     for path, (layer, name) in changing.items():
         layer.get_parameter(name).data = changed[path]
@@ -57,44 +55,33 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
 
 
 def unmerge(model: nn.Module, plan: Plan) -> None:
-    """The original weights, bit for bit; what acted before the merge acts again."""
+    """The original weights, bit for bit, where something is merged; what acted before the merge acts again."""
+    if not plan.merged:
+        return
     for _, layer in adapted_layers(model):
-        if layer.adapters.original is not None:
-            _put_back(layer)
+        for name, value in (layer.adapters.original or {}).items():
+            layer.get_parameter(name).data = value
+        layer.adapters.original = None
     plan.act(plan.resting)
     plan.merged, plan.resting = (), ()
 
 
-def _put_back(layer: AdaptedLayer) -> None:
-    assert layer.adapters.original is not None
-    for name, value in layer.adapters.original.items():
-        layer.get_parameter(name).data = value
-    layer.adapters.original = None
-
-
-def _refuse_absent(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
-    absent = [path for path, (layer, name) in changing.items() if attrgetter(name)(layer) is None]
+def _refuse(changing: Mapping[str, tuple[AdaptedLayer, str]]) -> None:
+    """Raise `AdapterError` for what is not there, no parameter, or not to be read."""
+    values = {path: attrgetter(name)(layer) for path, (layer, name) in changing.items()}
+    absent = [path for path, value in values.items() if value is None]
+    own = ((path, name, layer.named_parameters(remove_duplicate=False)) for path, (layer, name) in changing.items())
+    computed = [path for path, name, parameters in own if name not in dict(parameters)]
+    unreadable = [path for path, value in values.items() if not is_plain(value)]
     if absent:
         raise AdapterError(
             f"cannot merge a change of the bias into layers that have none: {listed(absent)}; let it act live"
         )
-
-
-def _refuse_computed(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
-    computed = [path for path, (layer, name) in changing.items() if not _is_parameter(layer, name)]
     if computed:
         raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
-
-
-def _is_parameter(layer: AdaptedLayer, name: str) -> bool:
-    path, _, last = name.rpartition(".")
-    return last in layer.get_submodule(path)._parameters
-
-
-def _refuse_unreadable(changing: dict[str, tuple[AdaptedLayer, str]]) -> None:
-    if told := [path for path, (layer, name) in changing.items() if not is_plain(layer.get_parameter(name))]:
+    if unreadable:
         raise AdapterError(
-            f"cannot merge into weights that are quantised or spread over processes: {listed(told)}; "
+            f"cannot merge into weights that are quantised or spread over processes: {listed(unreadable)}; "
             "save the adapter, and merge it into the base model as it was before"
         )
 

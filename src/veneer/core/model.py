@@ -1,7 +1,7 @@
 """`PeftModel`: the model itself, once it carries adapters."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest
+from veneer.core.errors import AdapterError, listed
 from veneer.core.hotswap import hotswap
 from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
@@ -19,6 +19,8 @@ from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, re
 from veneer.core.status import get_layer_status, get_model_status
 from veneer.core.trainer import Trainable
 from veneer.core.watch import watching
+
+Folder = str | os.PathLike[str]
 
 
 class PeftModel(Trainable):
@@ -35,7 +37,7 @@ class PeftModel(Trainable):
     def from_pretrained(
         cls,
         model: nn.Module,
-        folder: str | os.PathLike[str],
+        folder: Folder,
         adapter_name: str = "default",
         is_trainable: bool = False,
         low_cpu_mem_usage: bool = True,
@@ -45,19 +47,13 @@ class PeftModel(Trainable):
         `low_cpu_mem_usage`, which PEFT has, says nothing here: adapters are read straight into their place, and draw
         no random numbers. Raises `AdapterError` that lists all that does not fit; the model is then as it was.
         """
-        adapter, faults = examine(folder)
-        return _first_adapter(model, adapter_name, adapter.config, adapter, is_trainable, faults)
+        return _first_adapter(model, adapter_name, examine(folder), is_trainable)
 
     def load_adapter(
-        self,
-        folder: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        low_cpu_mem_usage: bool = True,
+        self, folder: Folder, adapter_name: str, is_trainable: bool = False, low_cpu_mem_usage: bool = True
     ) -> None:
         """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
-        adapter, faults = examine(folder)
-        self._add(adapter_name, adapter.config, adapter, is_trainable, faults)
+        self._add(adapter_name, examine(folder), is_trainable)
 
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones."""
@@ -70,7 +66,7 @@ class PeftModel(Trainable):
 
     def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Give the layers that `config` means a fresh, trainable update. It does not act until `set_adapter`."""
-        self._add(adapter_name, config, None, True)
+        self._add(adapter_name, config, True)
 
     def set_adapter(self, adapters: Spec) -> None:
         """Let these adapters act: a name, a list of names (their sum), or `{name: weight}` (a blend)."""
@@ -104,15 +100,13 @@ class PeftModel(Trainable):
         """`with model.using("fr"):` these adapters act inside, and what acted before acts after, also on an error."""
         terms = terms_of(adapters, self.peft_config)
         merged = self.adapter_plan.merged
-        if merged:
-            self.unmerge_adapter()
+        unmerge(self, self.adapter_plan)
         before = self.adapter_plan.terms
         self.adapter_plan.act(terms)
         try:
             yield
         finally:
-            if self.adapter_plan.merged:
-                self.unmerge_adapter()
+            unmerge(self, self.adapter_plan)
             self.adapter_plan.act(self._carried(before))
             if merged := self._carried(merged):
                 merge(self, self.adapter_plan, merged)
@@ -138,7 +132,8 @@ class PeftModel(Trainable):
     def _mixed(self, adapter_names: Rows, repeats: bool = False) -> Iterator[None]:
         terms = terms_by_row(adapter_names, self.peft_config)
         self._refuse_merged("mixing rows")
-        if self.training and torch.is_grad_enabled() and any(_recomputes(module) for module in self.modules()):
+        trains = self.training and torch.is_grad_enabled()
+        if trains and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise AdapterError("mixed rows cannot be trained with gradient checkpointing: it runs layers again later")
         before = self.adapter_plan.terms
         self.adapter_plan.act(terms)
@@ -181,28 +176,25 @@ class PeftModel(Trainable):
 
     def unload(self) -> nn.Module:
         """The plain base model as it was, bit for bit, without adapters; its parameters stay frozen."""
-        if self.adapter_plan.merged:
-            self.unmerge_adapter()
+        unmerge(self, self.adapter_plan)
         return self._strip()
 
     get_layer_status, get_model_status = get_layer_status, get_model_status
 
-    def hotswap_adapter(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    def hotswap_adapter(self, folder: Folder, adapter_name: str = "default") -> None:
         """Read a PEFT folder into a live adapter of the same layers: only the values of its tensors change.
 
         Raises `AdapterError`, with nothing changed, when it holds a larger rank, other layers or another method.
         """
         config = self._config(adapter_name)
         self._refuse_merged("a hot swap")
-        hotswap(self, adapter_name, config, *examine(folder))
+        hotswap(self, adapter_name, config, examine(folder))
 
-    def _add(
-        self, name: str, config: LoraConfig, values: Adapter | None, is_trainable: bool, faults: Iterable[str] = ()
-    ) -> None:
+    def _add(self, name: str, what: LoraConfig | Adapter, is_trainable: bool) -> None:
         if name in self.peft_config:
             raise AdapterError(f"the model already carries an adapter named {name!r}; delete it or take another name")
         self._refuse_merged("adding an adapter")
-        resolved = inject(self, self.adapter_plan, name, config, values, faults)
+        resolved = inject(self, self.adapter_plan, name, what)
         if not is_trainable:
             for _, layer in adapted_layers(self):
                 if name in layer.adapters:
@@ -211,11 +203,7 @@ class PeftModel(Trainable):
         self.peft_config[name] = resolved
 
     def _config(self, name: str) -> LoraConfig:
-        if name not in self.peft_config:
-            raise AdapterError(
-                f"no adapter named {name!r}; the model carries {listed(self.peft_config)}"
-                f"{nearest(name, self.peft_config)}"
-            )
+        terms_of([name], self.peft_config)
         return self.peft_config[name]
 
     def _carried(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -255,17 +243,10 @@ def get_peft_model(model: nn.Module, config: LoraConfig, adapter_name: str = "de
     The returned object is `model` itself, which now is a `PeftModel` too. Raises `AdapterError`, with the model
     as it was, when a target matches nothing or cannot be adapted.
     """
-    return _first_adapter(model, adapter_name, config, None, True)
+    return _first_adapter(model, adapter_name, config, True)
 
 
-def _first_adapter(
-    model: nn.Module,
-    name: str,
-    config: LoraConfig,
-    values: Adapter | None,
-    is_trainable: bool,
-    faults: Iterable[str] = (),
-) -> PeftModel:
+def _first_adapter(model: nn.Module, name: str, what: LoraConfig | Adapter, is_trainable: bool) -> PeftModel:
     if isinstance(model, PeftModel):
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
     if taken := _taken(model):
@@ -279,7 +260,7 @@ def _first_adapter(
     assert isinstance(model, PeftModel)
     model.adapter_plan, model.peft_config = Plan(), {}
     try:
-        model._add(name, config, values, is_trainable, faults)
+        model._add(name, what, is_trainable)
     except BaseException:
         model._strip()
         raise
@@ -294,7 +275,3 @@ def _taken(model: nn.Module) -> list[str]:
     own = set(dir(PeftModel)) - set(dir(nn.Module))
     held = {*vars(model), *model._modules, *model._parameters, *model._buffers}
     return sorted(own & held | {word for word in ("adapter_plan", "peft_config") if hasattr(model, word)})
-
-
-def _recomputes(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))

@@ -10,7 +10,7 @@ from veneer.core.errors import AdapterError
 PLAIN = (True, False, "gaussian")
 # those that are found in the base's weight
 FROM_WEIGHT = ("pissa", "pissa_niter_N", "olora")
-# those that are found in data, which comes later; until then the factors start like the default (core/data_starts.py)
+# those that are found in data, which comes later; until then the factors start like the default (veneer/starts)
 FROM_DATA = ("eva", "lora_ga")
 FROM_THE_START = (*FROM_WEIGHT, "lora_ga")  # the change is counted from where it started, for B A is not zero there
 

@@ -1,11 +1,10 @@
 """What a model carries, layer by layer and as a whole: PEFT's names for it, and nothing but reading."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
 from veneer.core.inject import adapted_layers
+from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.reclass import mixin_of
 
 if TYPE_CHECKING:
@@ -33,9 +32,8 @@ class _Status:
         return bool(self.active_adapters)
 
     def __str__(self) -> str:
-        names = sorted((own.name for own in fields(self)), key=lambda name: name in _Status.__annotations__)
-        values = [(name, getattr(self, name)) for name in names]
-        return "\n".join(f"{name}: {f'{value:,}' if isinstance(value, int) else value}" for name, value in values)
+        facts = sorted(vars(self).items(), key=lambda fact: fact[0] in _Status.__annotations__)
+        return "\n".join(f"{name}: {f'{value:,}' if isinstance(value, int) else value}" for name, value in facts)
 
 
 @dataclass(kw_only=True)
@@ -62,7 +60,7 @@ def get_layer_status(model: "PeftModel") -> list[LayerStatus]:
     """What each adapted layer carries, in the model's order."""
     return [
         LayerStatus(
-            **_carried(model, {name: [update] for name, update in layer.adapters.items()}),
+            **_carried(model, [layer]),
             name=path,
             module_type=type(layer).__name__,
             kind=mixin_of(layer).__name__.removeprefix("Adapted"),
@@ -74,11 +72,10 @@ def get_layer_status(model: "PeftModel") -> list[LayerStatus]:
 def get_model_status(model: "PeftModel") -> ModelStatus:
     """What the model carries as a whole; `print` shows it a fact a line."""
     layers = [layer for _, layer in adapted_layers(model)]
-    updates = {name: [layer.adapters[name] for layer in layers if name in layer.adapters] for name in model.peft_config}
     terms = model.adapter_plan.terms or model.adapter_plan.merged
     trainable, total = model.get_nb_trainable_parameters()
     return ModelStatus(
-        **_carried(model, updates),
+        **_carried(model, layers),
         base_model_type=type(model).__name__,
         trainable_params=trainable,
         total_params=total,
@@ -87,14 +84,15 @@ def get_model_status(model: "PeftModel") -> ModelStatus:
     )
 
 
-def _carried(model: "PeftModel", updates: dict[str, list[nn.Module]]) -> dict[str, Any]:
-    configs = {name: model.peft_config[name] for name in updates}
+def _carried(model: "PeftModel", layers: list[AdaptedLayer]) -> dict[str, Any]:
+    configs = {name: own for name, own in model.peft_config.items() if any(name in layer.adapters for layer in layers)}
+    updates = {name: [layer.adapters[name] for layer in layers if name in layer.adapters] for name in configs}
     parameters = {name: [p for update in own for p in update.parameters()] for name, own in updates.items()}
     trains = {name: {p.requires_grad for p in own} for name, own in parameters.items()}
     return {
         "peft_types": {name: own.peft_type + "-DORA" * own.use_dora for name, own in configs.items()},
-        "active_adapters": [name for name in model.active_adapters if name in updates],
-        "merged_adapters": [term.adapter for term in model.adapter_plan.merged if term.adapter in updates],
+        "active_adapters": [name for name in model.active_adapters if name in configs],
+        "merged_adapters": [term.adapter for term in model.adapter_plan.merged if term.adapter in configs],
         "requires_grad": {name: found.pop() if len(found) == 1 else "irregular" for name, found in trains.items()},
         "devices": {name: sorted({str(p.device) for p in own}) for name, own in parameters.items()},
         "dtypes": {name: sorted({str(p.dtype)[len("torch.") :] for p in own}) for name, own in parameters.items()},

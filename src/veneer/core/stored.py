@@ -29,7 +29,8 @@ def existing(folder: Path, name: str) -> Path:
     """The plain file called `name` in `folder`. Raises `AdapterError` that says what is there instead."""
     try:
         if not folder.is_dir():
-            raise AdapterError(f"adapter folder {folder} does not exist{nearest(str(folder), _siblings(folder))}")
+            siblings = map(str, folder.parent.glob("*"))  # none where there is no such folder either
+            raise AdapterError(f"adapter folder {folder} does not exist{nearest(str(folder), siblings)}")
         if not (folder / name).is_file():
             there = sorted(path.name for path in folder.iterdir())
             said = ", ".join(map(named, there[:8])) or "nothing"
@@ -39,10 +40,6 @@ def existing(folder: Path, name: str) -> Path:
     except OSError as error:
         raise AdapterError(f"{folder} cannot be read: {error}") from None
     return folder / name
-
-
-def _siblings(folder: Path) -> list[str]:
-    return [str(sibling) for sibling in folder.parent.glob("*")] if folder.parent.is_dir() else []
 
 
 def read_bytes(path: Path) -> bytes:
@@ -103,7 +100,9 @@ def read_tensors(path: Path, header: dict[str, Any]) -> tuple[dict[str, Tensor],
     Raises `AdapterError` when the file is not whole.
     """
     absurd = {name for name, entry in header.items() if not _is_shape(entry)}
-    strange = [name for name, entry in header.items() if isinstance(entry, dict) and not _is_float(entry)]
+    strange = [
+        name for name, entry in header.items() if isinstance(entry, dict) and entry.get("dtype") not in [*_FLOATS]
+    ]
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in header if name not in absurd}
@@ -124,10 +123,6 @@ def _is_shape(entry: object) -> bool:
         and len(shape) <= _MOST_DIMENSIONS
         and all(isinstance(size, int) and 0 <= size < _LARGEST_DIMENSION for size in shape)
     )
-
-
-def _is_float(entry: dict[str, Any]) -> bool:
-    return isinstance(entry.get("dtype"), str) and entry["dtype"] in _FLOATS
 
 
 def is_finite(tensor: Tensor) -> bool:

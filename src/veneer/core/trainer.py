@@ -16,7 +16,9 @@ from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed
 from veneer.core.whole import write_whole
 
-_STATE = "model.safetensors"  # all that Trainer reads back into a model that is not of PEFT's own class
+# all that adapters are, to the bit and under the model's own names: what Trainer reads back into a model that is not of
+# PEFT's own class
+_STATE = "model.safetensors"
 
 
 class Trainable(Reclassed):
@@ -40,15 +42,16 @@ class Trainable(Reclassed):
         """
         folder = Path(folder)
         acting = [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
-        several = is_checkpoint(folder) and len(acting) > 1 and adapter_name is None
+        resumable = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+        several = resumable and len(acting) > 1 and adapter_name is None
         names = {folder / name: name for name in acting} if several else {folder: adapter_name}
         adapters = {path: self.get_adapter(name) for path, name in names.items()}
-        state = own_state(self) if is_checkpoint(folder) else {}
+        state = own_state(self) if resumable else {}
         if is_main_process:
             for path, adapter in adapters.items():
                 adapter.save(path)
-            if state:
-                save_state(state, folder)
+            if resumable:
+                write_whole({folder / _STATE: lambda path: save_file(state, path, metadata={"format": "pt"})})
         return folder
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -94,23 +97,10 @@ class Trainable(Reclassed):
         print(f"trainable params: {trains:,} || all params: {every:,} || trainable%: {100 * trains / every:.4f}")
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether Trainer gives the folders of its checkpoints such names."""
-    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
-
-
-def save_state(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write all that adapters are, to the bit and under the model's own names, for Trainer to go on from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole({folder / _STATE: lambda path: save_file(dict(state), path, metadata={"format": "pt"})})
-
-
 def own_state(model: nn.Module) -> dict[str, Tensor]:
     """What adapters add to the model's state dict."""
-    layers = adapted_layers(model)
-    states = {path: layer.adapters.state_dict() for path, layer in layers}
     return {
         f"{path}.adapters.{key}": gathered(tensor).contiguous()
-        for path, own in states.items()
-        for key, tensor in own.items()
+        for path, layer in adapted_layers(model)
+        for key, tensor in layer.adapters.state_dict().items()
     }

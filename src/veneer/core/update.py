@@ -1,6 +1,5 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -66,11 +65,11 @@ class Few(NamedTuple):
         return torch.where((ids[place] == x).unsqueeze(-1), found, found.new_zeros(()))
 
 
-class Update(nn.Module, ABC):
+class Update(nn.Module):
     """What a method must say: its parameters (`__init__`) and what it does to a matrix (`delta`).
 
-    Everything else, merging, exporting, combining, is derived from `delta`; a method whose change is a product
-    of two thin matrices may also give its `factors`, and gets the fast forward of its layer's kind.
+    Everything else, merging, exporting, combining, is derived from `delta`. A method whose change is a product of two
+    thin matrices says these (`factors`), and gets the fast forward of its layer's kind.
     """
 
     file_names: ClassVar[dict[str, str]]  # own parameter name → its name in a PEFT file
@@ -88,20 +87,17 @@ class Update(nn.Module, ABC):
     scale: float = 1.0  # what a product of its parameters is multiplied by
 
     @classmethod
-    def fresh(cls, *given: Any) -> "Update":
-        """The update for a weight, its config and, where the method shares something, that."""
-        return cls(*given)
-
-    @classmethod
     def placed(
         cls, config: "LoraConfig", modules: Mapping[str, nn.Module], paths: list[str]
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """The `options` of layers that have their own, by path, and what is wrong with those of `config`."""
         return {}, []
 
-    @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW for the base's `weight`, both `(out, in)`, in the precision of the method's parameters."""
+        factors = self.factors()
+        assert factors is not None, "a method says `delta`, or `factors`, or both"
+        return factors.scale * (factors.B @ factors.A)
 
     def forward(self, weight: Tensor) -> Tensor:
         """`delta` in that precision under autocast too: a change of weights is no activation."""
@@ -175,7 +171,10 @@ class Update(nn.Module, ABC):
 
     def materialise(self, device: torch.device) -> None:
         """Memory on `device` for what was built on "meta", to be filled from a file."""
-        self.to_empty(device=device)
+        for inner in self.children():
+            if isinstance(inner, Update):
+                inner.materialise(device)
+        self._apply(lambda own: torch.empty_like(own, device=device) if own.is_meta else own, recurse=False)
 
     @classmethod
     def saved_config(cls, config: "LoraConfig") -> "LoraConfig":
@@ -207,7 +206,7 @@ class Stack(Update):
                 f"a stack of matrices {tuple(weight.shape)} is adapted by trained factors alone: "
                 "without use_dora, and without a start from the weight"
             )
-        self.file_names, self.forms, self.faster = each[0].file_names, each[0].forms, each[0].faster  # type: ignore[misc]
+        self.forms, self.faster = each[0].forms, each[0].faster  # type: ignore[misc]
         self.dropout, self.scale = each[0].dropout, each[0].scale
         for name, first in each[0].named_parameters():
             stacked = torch.stack([update.get_parameter(name) for update in each])

@@ -14,17 +14,15 @@ from veneer.core.plan import Plan
 @contextmanager
 def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Warn of the layers with acting adapters that were not called inside: they would learn nothing."""
-    idle = {
-        path: layer
-        for path, layer in adapted_layers(model)
-        if any(term.adapter in layer.adapters for term in plan.terms)
+    acting = {term.adapter for term in plan.terms}
+    idle: dict[nn.Module, str] = {
+        layer: path for path, layer in adapted_layers(model) if acting.intersection(layer.adapters)
     }
-    paths: dict[nn.Module, str] = {layer: path for path, layer in idle.items()}
 
     def called(layer: nn.Module, inputs: object) -> None:
-        idle.pop(paths[layer], None)
+        idle.pop(layer, None)
 
-    handles = [layer.register_forward_pre_hook(called) for layer in paths]
+    handles = [layer.register_forward_pre_hook(called) for layer in idle]
     try:
         yield
         plan.watched = True
@@ -32,6 +30,5 @@ def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     if idle:
-        warnings.warn(
-            f"adapted layers that the model did not call, so they learn nothing: {collapsed(idle)}", stacklevel=3
-        )
+        told = collapsed(idle.values())
+        warnings.warn(f"adapted layers that the model did not call, so they learn nothing: {told}", stacklevel=3)

@@ -12,7 +12,7 @@ from veneer.core.methods.dora import Dora
 from veneer.core.methods.ia3 import Ia3
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
-from veneer.core.methods.lora import Lora
+from veneer.core.methods.lora import Lora, PartedLora
 from veneer.core.methods.tokens import Tokens
 from veneer.core.methods.vera import Vera
 from veneer.core.update import Make, Update
@@ -31,11 +31,10 @@ def method(peft_type: str) -> type[Update]:
 def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Make:
     """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config."""
     made_by: Any = method(config.peft_type)
-    layers = list(layers)
-    common = [made_by.share(layers)] if made_by.share and layers else []
+    common = [made_by.share(given)] if made_by.share and (given := list(layers)) else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
-        update = made_by.fresh(weight, own, *common)
+        update = (PartedLora if own.options.get("fused") else made_by)(weight, own, *common)
         start(update, own.init_lora_weights)
         return Dora(weight, update) if own.use_dora else update
 

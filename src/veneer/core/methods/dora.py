@@ -23,7 +23,6 @@ class Dora(Update):
     def __init__(self, weight: Tensor, inner: Update) -> None:
         super().__init__()
         self.inner = inner
-        self.file_names = {**inner.file_names, **Dora.file_names}  # type: ignore[misc]
         self.forms = {**inner.forms, **Dora.forms}  # type: ignore[misc]
         self.dropout, self.scale = inner.dropout, inner.scale
         unknown = weight.new_empty(len(weight), dtype=own_precision(weight))
@@ -44,10 +43,6 @@ class Dora(Update):
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.inner.tensors(), "magnitude": self.magnitude.detach()}
-
-    def materialise(self, device: torch.device) -> None:
-        self.to_empty(device=device, recurse=False)
-        self.inner.materialise(device)
 
     def shared_tensors(self) -> dict[str, Tensor]:
         return self.inner.shared_tensors()

@@ -34,26 +34,22 @@ class Lokr(Update):
         super().__init__()
         factor = config.options["decompose_factor"]
         outer, inner = zip(*(divided(side, factor) for side in weight.shape), strict=True)  # (l, m), (k, n)
-        self._add("C", weight, outer, config.r if config.options["decompose_both"] else max(outer))
-        self._add("D", weight, inner, config.r)
+        most = config.r if config.options["decompose_both"] else max(outer)
+        self._add("C", weight.new_empty(outer, dtype=own_precision(weight)), most, config.init_lora_weights)
+        self._add("D", weight.new_empty(inner, dtype=own_precision(weight)), config.r, False)
         self.scale = scaling(config.r, config.lora_alpha, config.use_rslora)
         self.dropout = config.lora_dropout
-        self._start(config.init_lora_weights)
 
-    def _add(self, name: str, weight: Tensor, shape: tuple[int, int], r: int) -> None:
+    def _add(self, name: str, whole: Tensor, r: int, how: bool | str) -> None:
         """The parameter `name`, or the two whose product it is."""
-        whole = {name: shape} if 2 * r >= max(shape) else None
-        for own, size in (whole or {f"{name}_B": (shape[0], r), f"{name}_A": (r, shape[1])}).items():
-            self.register_parameter(own, nn.Parameter(weight.new_empty(size, dtype=own_precision(weight))))
-
-    def _start(self, how: bool | str) -> None:
-        for name, first in (("C", how), ("D", False)):
-            if name in self._parameters:
-                whole = self._parameters[name]
-                assert whole is not None
-                start(torch.empty_like(whole), whole, first)  # as a B: zero, unless the change is to be seen
-            else:
-                start(getattr(self, f"{name}_A"), getattr(self, f"{name}_B"), first)
+        A, B = whole.new_empty(r, whole.shape[1]), whole.new_empty(len(whole), r)
+        if 2 * r >= max(whole.shape):
+            own, A, B = {name: whole}, torch.empty_like(whole), whole  # as a B: zero, unless the change is to be seen
+        else:
+            own = {f"{name}_B": B, f"{name}_A": A}
+        start(A, B, how)
+        for key, value in own.items():
+            self.register_parameter(key, nn.Parameter(value))
 
     def _product(self, name: str) -> Tensor:
         if name in self._parameters:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
-from veneer.core.methods.parted import PartedLora, is_fused, ordinary, placed
+from veneer.core.errors import AdapterError, shown
+from veneer.core.methods.parted import is_fused, ordinary, placed
 from veneer.core.ranges import start_of
 from veneer.core.start import FROM_DATA, FROM_THE_START, FROM_WEIGHT, PLAIN, start, start_from_weight
 from veneer.core.update import Factors, Option, Update, own_precision
@@ -37,7 +39,7 @@ class Lora(Update):
         "fused": Option({}, is_fused, '{name: ranks of its parts}, as {"c_attn": [8, 0, 4]}'),
     }
     peft_names: ClassVar = {"freeze_A": None, "fused": None}
-    faster: ClassVar = ("B",)
+    faster: ClassVar[tuple[str, ...]] = ("B",)
     starts: ClassVar = (*PLAIN, "orthogonal", *FROM_WEIGHT, *FROM_DATA)
     A: nn.Parameter
     B: nn.Parameter
@@ -68,10 +70,6 @@ class Lora(Update):
         if config.options["freeze_A"]:
             self.A.requires_grad_(False)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        A, B, scale = self.factors()
-        return scale * (B @ A)
-
     def factors(self) -> Factors:
         if "A0" not in self._buffers:
             return Factors(self.A, self.B, self.scale)
@@ -94,19 +92,10 @@ class Lora(Update):
             self.A0.copy_(self.A)
             self.B0.copy_(self.B)
 
-    def is_fresh(self) -> bool:
-        """Whether nothing was learned yet."""
-        if "A0" not in self._buffers:
-            return not self.B.any()
-        return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
-
     def tensors(self) -> dict[str, Tensor]:
         A, B, _ = self.factors()
-        return {**super().tensors(), "A": A.detach(), "B": B.detach()}
-
-    @classmethod
-    def fresh(cls, weight: Tensor, config: LoraConfig) -> Update:
-        return PartedLora(weight, config) if config.options["fused"] else cls(weight, config)
+        b = self._parameters.get("b")
+        return {"A": A.detach(), "B": B.detach(), **({} if b is None else {"b": b.detach()})}
 
     @classmethod
     def placed(
@@ -128,3 +117,46 @@ class Lora(Update):
             alpha_pattern={key: more * alpha for key, alpha in config.alpha_pattern.items()},
             init_lora_weights=True,
         )
+
+
+class PartedLora(Lora):
+    """ΔW = the rows of ΔWₚ for each part p of W's rows, ΔWₚ = scaleₚ · Bₚ Aₚ with a rank rₚ of its own, or 0: loralib's
+    `MergedLinear`, for any ranks, sizes and interleaving.
+
+    A `(Σ rₚ, in)` holds all Aₚ, and Bₚ is `(rows of p, rₚ)`; scaleₚ = α / rₚ, or α / √rₚ with rsLoRA. As a whole it is
+    a LoRA of rank Σ rₚ, whose B `(out, Σ rₚ)` is zero outside of the parts' blocks; it is computed and saved as such.
+    Read back it is one, and all of B trains. Raises `AdapterError` when the parts do not fill W's rows.
+    """
+
+    def __init__(self, weight: Tensor, config: LoraConfig) -> None:
+        nn.Module.__init__(self)
+        ((path, split),) = config.options["fused"].items()
+        self.ranks, self.sizes = split["r"], split["sizes"]
+        (rows, columns), dtype, total = weight.shape, own_precision(weight), sum(self.ranks)
+        if rows % sum(self.sizes) or len(self.ranks) != len(self.sizes):
+            raise AdapterError(
+                f"fused: {path} has {rows} rows in parts of {shown(self.sizes)}, which do not fill it with ranks "
+                f"{shown(self.ranks)}, one for each part"
+            )
+        self.repeats, self.dropout = rows // sum(self.sizes), config.lora_dropout
+        self.scale = scaling(total, config.lora_alpha, config.use_rslora)
+        self.A = nn.Parameter(weight.new_empty(total, columns, dtype=dtype))
+        if config.options["lora_bias"]:
+            self.b = nn.Parameter(weight.new_zeros(rows, dtype=dtype))
+        self.shares = {}  # scaleₚ / scale
+        for part, (r, size) in enumerate(zip(self.ranks, self.sizes, strict=True)):
+            if r:
+                B = weight.new_empty(self.repeats * size, r, dtype=dtype)
+                self.register_parameter(f"B{part}", nn.Parameter(B))
+                start(self.A.detach().split(self.ranks)[part], B, config.init_lora_weights)
+                self.shares[part] = scaling(r, 1, config.use_rslora) / scaling(total, 1, config.use_rslora)
+        self.faster = tuple(f"B{part}" for part in self.shares)  # type: ignore[misc]
+        self.A.requires_grad_(not config.options["freeze_A"])
+
+    def factors(self) -> Factors:
+        before, blocks, total = 0, [], len(self.A)
+        for part, (r, size) in enumerate(zip(self.ranks, self.sizes, strict=True)):
+            B = self.shares[part] * self.get_parameter(f"B{part}") if r else self.A.new_zeros(self.repeats * size, 0)
+            blocks.append(F.pad(B.view(self.repeats, size, r), (before, total - before - r)))  # (repeats, size, Σ r)
+            before += r
+        return Factors(self.A, torch.cat(blocks, 1).flatten(0, 1), self.scale)

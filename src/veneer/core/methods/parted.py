@@ -1,19 +1,16 @@
-"""LoRA on the parts of a fused projection: loralib's `MergedLinear`, for any ranks, sizes and interleaving."""
+"""Which parts a fused projection has, and which ranks the config gives them."""
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from veneer.core.config import LoraConfig, scaling
-from veneer.core.errors import AdapterError, shown, unmatched
+from veneer.core.config import LoraConfig
+from veneer.core.errors import shown, unmatched
 from veneer.core.ranges import start_of
-from veneer.core.start import FROM_DATA, FROM_WEIGHT, start
-from veneer.core.update import Factors, Update, own_precision
+from veneer.core.start import FROM_DATA, FROM_WEIGHT
 
 _MOST = 1_000  # names of fused layers
 
@@ -31,61 +28,6 @@ _KNOWN: dict[str, Callable[[Any], list[int]]] = {
         for heads in (own.num_heads // own.num_kv_heads if own.new_decoder_architecture or own.multi_query else 1, 1, 1)
     ],
 }
-
-
-class PartedLora(Update):
-    """ΔW = the rows of ΔWₚ for each part p of W's rows, ΔWₚ = scaleₚ · Bₚ Aₚ with a rank rₚ of its own, or 0.
-
-    A `(Σ rₚ, in)` holds all Aₚ, and Bₚ is `(rows of p, rₚ)`; scaleₚ = α / rₚ, or α / √rₚ with rsLoRA. As a whole it is
-    a LoRA of rank Σ rₚ, whose B `(out, Σ rₚ)` is zero outside of the parts' blocks; it is computed and saved as such.
-    Read back it is one, and all of B trains. Raises `AdapterError` when the parts do not fill W's rows.
-    """
-
-    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias"}
-    forms: ClassVar = {"A": "A", "B": "B"}
-
-    def __init__(self, weight: Tensor, config: LoraConfig) -> None:
-        super().__init__()
-        ((path, split),) = config.options["fused"].items()
-        self.ranks, self.sizes = split["r"], split["sizes"]
-        (rows, columns), dtype, total = weight.shape, own_precision(weight), sum(self.ranks)
-        if rows % sum(self.sizes) or len(self.ranks) != len(self.sizes):
-            raise AdapterError(
-                f"fused: {path} has {rows} rows in parts of {shown(self.sizes)}, which do not fill it with ranks "
-                f"{shown(self.ranks)}, one for each part"
-            )
-        self.repeats, self.dropout = rows // sum(self.sizes), config.lora_dropout
-        self.scale = scaling(total, config.lora_alpha, config.use_rslora)
-        self.A = nn.Parameter(weight.new_empty(total, columns, dtype=dtype))
-        self.b = nn.Parameter(weight.new_zeros(rows, dtype=dtype)) if config.options["lora_bias"] else None
-        self.shares = {}  # scaleₚ / scale
-        for part, (r, size) in enumerate(zip(self.ranks, self.sizes, strict=True)):
-            if r:
-                B = weight.new_empty(self.repeats * size, r, dtype=dtype)
-                self.register_parameter(f"B{part}", nn.Parameter(B))
-                start(self.A.detach().split(self.ranks)[part], B, config.init_lora_weights)
-                self.shares[part] = scaling(r, 1, config.use_rslora) / scaling(total, 1, config.use_rslora)
-        self.faster = tuple(f"B{part}" for part in self.shares)  # type: ignore[misc]
-        self.A.requires_grad_(not config.options["freeze_A"])
-
-    def delta(self, weight: Tensor) -> Tensor:
-        A, B, scale = self.factors()
-        return scale * (B @ A)
-
-    def factors(self) -> Factors:
-        before, blocks, total = 0, [], len(self.A)
-        for part, (r, size) in enumerate(zip(self.ranks, self.sizes, strict=True)):
-            B = self.shares[part] * self.get_parameter(f"B{part}") if r else self.A.new_zeros(self.repeats * size, 0)
-            blocks.append(F.pad(B.view(self.repeats, size, r), (before, total - before - r)))  # (repeats, size, Σ r)
-            before += r
-        return Factors(self.A, torch.cat(blocks, 1).flatten(0, 1), self.scale)
-
-    def shift(self, bias: Tensor | None) -> Tensor | None:
-        return None if self.b is None else self.scale * self.b
-
-    def tensors(self) -> dict[str, Tensor]:
-        A, B, _ = self.factors()
-        return {"A": A.detach(), "B": B.detach(), **({} if self.b is None else {"b": self.b.detach()})}
 
 
 def is_fused(value: object) -> bool:

@@ -69,6 +69,3 @@ class Tied(Update):
     def tensors(self) -> dict[str, Tensor]:
         factors = self.factors()
         return {"A": factors.A.detach(), "B": factors.B.detach()} if factors else {}
-
-    def materialise(self, device: torch.device) -> None:
-        """The other's own."""

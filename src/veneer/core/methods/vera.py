@@ -78,17 +78,13 @@ class Vera(Update):
         self.b = nn.Parameter(weight.new_full((rows,), float(config.init_lora_weights is False), dtype=dtype))
         self.d = nn.Parameter(weight.new_full((config.r,), config.options["d_initial"], dtype=dtype))
 
-    def delta(self, weight: Tensor) -> Tensor:
-        A, B, _ = self.factors()
-        return B @ A
-
     def factors(self) -> Factors:
         A = self.shared.A[: len(self.d), : self.columns].to(self.d.device)
         B = self.shared.B[: len(self.b), : len(self.d)].to(self.b.device)
         return Factors(self.d[:, None] * A, self.b[:, None] * B, 1.0)
 
     def materialise(self, device: torch.device) -> None:
-        self.to_empty(device=device, recurse=False)
+        super().materialise(device)
         if self.shared.A.is_meta:
             self.shared.draw(device)
 

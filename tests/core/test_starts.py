@@ -6,7 +6,7 @@ from torch import nn
 
 import veneer
 from veneer import AdapterError, LoraConfig, get_peft_model, initialize_lora_eva_weights, initialize_lora_ga_weights
-from veneer.core import data_starts
+from veneer.starts import eva
 
 STARTS = {"eva": initialize_lora_eva_weights, "lora_ga": initialize_lora_ga_weights}
 TARGETS = {"llama": ["q_proj", "k_proj", "o_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
@@ -85,10 +85,8 @@ def test_eva_is_the_svd_of_all_the_inputs_that_count(tiny, family, most):
 
 def test_what_is_shared_is_summed_once(tiny, monkeypatch):
     seen = []
-    directions = data_starts._directions
-    monkeypatch.setattr(
-        data_starts, "_directions", lambda sums, r, path: seen.append(path) or directions(sums, r, path)
-    )
+    directions = eva._directions
+    monkeypatch.setattr(eva, "_directions", lambda sums, r, path: seen.append(path) or directions(sums, r, path))
     model = adapted(tiny("llama"), "eva", rank_pattern={"k_proj": 6})
     initialize_lora_eva_weights(model, BATCHES)
     assert [path.rpartition(".")[2] for path in seen] == ["q_proj", "o_proj", "down_proj"] * 2
@@ -242,8 +240,8 @@ def test_ranks_are_dealt_out_by_explained_variance(tiny, tmp_path, settings):
 
 def test_the_largest_shares_are_dealt_to():
     shares = {"a": torch.tensor([0.5, 0.3, 0.1]), "b": torch.tensor([0.05, 0.04]), "c": torch.tensor([0.6, 0.2])}
-    assert data_starts._dealt(shares, 6) == {"a": 3, "b": 1, "c": 2}
-    assert data_starts._dealt(shares, 4) == {"a": 2, "b": 1, "c": 1}
+    assert eva._dealt(shares, 6) == {"a": 3, "b": 1, "c": 2}
+    assert eva._dealt(shares, 4) == {"a": 2, "b": 1, "c": 1}
 
 
 @pytest.mark.parametrize("rho", [0.5, float("nan"), "2", None])

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.core.groups import lora_plus_groups
+from veneer import AdapterError, LoraConfig, get_peft_model, lora_plus_groups
 
 
 @pytest.mark.parametrize("dora", [False, True])
