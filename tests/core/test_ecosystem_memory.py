@@ -125,8 +125,9 @@ def test_adapters_stand_where_their_layers_do(tiny, tmp_path):
     get_peft_model(tiny("llama"), CONFIG).save_pretrained(tmp_path)
     base = tiny("llama")
     base.model.layers[1].to("meta")
-    model = PeftModel.from_pretrained(base, tmp_path)
-    model.add_adapter("fresh", CONFIG)
+    with pytest.raises(AdapterError, match="would be lost: load its weights first"):
+        PeftModel.from_pretrained(base, tmp_path)
+    model = get_peft_model(base, CONFIG)
     for path, layer in adapted_layers(model):
         assert {p.device for p in layer.adapters.parameters()} == {layer.weight.device}, path
     assert {layer.weight.device.type for _, layer in adapted_layers(model)} == {"cpu", "meta"}

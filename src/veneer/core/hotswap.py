@@ -12,6 +12,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, prepared
 from veneer.core.methods import method
+from veneer.core.methods.tokens import Tied
 
 
 @torch.no_grad()
@@ -32,6 +33,8 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) ->
         faults.append(
             f"{name!r} did not start as the LoRA that its file holds, and cannot be hot-swapped: load it again"
         )
+    if found.trainable_token_indices != config.trainable_token_indices:
+        faults.append("trainable_token_indices are other tokens than the live adapter's")
     _, updates, _ = prepared(model, values)
     live = _held({path: own.adapters[name] for path, own in adapted_layers(model) if name in own.adapters})
     new = _held(updates)
@@ -63,4 +66,5 @@ def _held(updates: Mapping[str, Any]) -> dict[str, tuple[Tensor, float]]:
         for path, update in updates.items()
         for part, own in update.parts().items()
         for key, parameter in own.named_parameters()
+        if not isinstance(own, Tied)  # it has those of another layer
     }

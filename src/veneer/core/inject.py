@@ -1,5 +1,6 @@
 """Adapters onto layers and off again: all of them, or none."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from veneer.core.kinds.layer import AdaptedLayer, Adapters
 from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import maker, method
 from veneer.core.methods.tokens import Tied
-from veneer.core.plan import Plan
+from veneer.core.plan import BASE, Plan
 from veneer.core.reclass import mixin_of, reclass, restore
 from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
@@ -65,6 +66,8 @@ def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Ta
     if faults:
         raise AdapterError("\n".join(faults))
     if values is not None:
+        if any(matrix.is_meta for target in targets.values() for matrix in target.matrices().values()):
+            raise AdapterError("the base is on 'meta', where an adapter's values would be lost: load its weights first")
         _fill(targets, layers, values)
     return targets, updates, resolved
 
@@ -121,6 +124,9 @@ def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     layers: dict[str, Any] = {
         path: (mixin_of(own), own, own.adapters[name]) for path, own in adapted_layers(model) if name in own.adapters
     }
+    plan: Any = model.adapter_plan
+    if lost := len(plan.updates[name]) - len(layers):
+        raise AdapterError(f"{name!r} is on {lost} layers that are no longer in the model: something replaced them")
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (path, key), entry in _entries(layers).items():
         tensors[path][key] = gathered(entry.filed)
@@ -154,9 +160,10 @@ def _attach(target: Target, plan: Plan, name: str, update: Update) -> None:
 
 
 def _refuse_name(name: str) -> None:
-    if not isinstance(name, str) or not name or "." in name or hasattr(Adapters(Plan()), name):
+    fits = isinstance(name, str) and re.fullmatch(r"[\w +-]+", name) and name != BASE
+    if not fits or hasattr(Adapters(Plan()), name):
         raise AdapterError(
-            f"{name!r} cannot be an adapter's name: expected a word without dots that is no attribute of a module"
+            f"{name!r} cannot be an adapter's name: expected letters, digits, _, - and spaces, no attribute of a module"
         )
 
 

@@ -118,7 +118,10 @@ class PeftModel(Trainable):
         bit. Raises `AdapterError` where a layer or a batch cannot be mixed.
         """
         plan = self.adapter_plan
-        first = self.training and not plan.watched and not torch.compiler.is_compiling()
+        eager = self.training and not torch.compiler.is_compiling()
+        first = eager and any(term.adapter not in plan.watched for term in plan.terms)
+        if eager and torch.is_grad_enabled() and self._recomputes():
+            plan.begin()
         if adapter_names is None and not first:
             return super().__call__(*inputs, **more)
         with ExitStack() as around:
@@ -132,8 +135,9 @@ class PeftModel(Trainable):
     def _mixed(self, adapter_names: Rows, repeats: bool = False) -> Iterator[None]:
         terms = terms_by_row(adapter_names, self.peft_config)
         self._refuse_merged("mixing rows")
-        trains = self.training and torch.is_grad_enabled()
-        if trains and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+        if any(term.rows for term in self.adapter_plan.terms):
+            raise AdapterError("another call with adapter_names is under way on this model: one at a time")
+        if self.training and torch.is_grad_enabled() and self._recomputes():
             raise AdapterError("mixed rows cannot be trained with gradient checkpointing: it runs layers again later")
         before = self.adapter_plan.terms
         self.adapter_plan.act(terms)
@@ -143,6 +147,9 @@ class PeftModel(Trainable):
         finally:
             self.adapter_plan.act(before)
             self.adapter_plan.repeats = False
+
+    def _recomputes(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def disable_adapter(self) -> Any:
         """`with model.disable_adapter():` the base model acts inside, to the bit. `requires_grad` is not touched."""
@@ -251,6 +258,8 @@ def _first_adapter(model: nn.Module, name: str, what: LoraConfig | Adapter, is_t
         raise AdapterError("the model already carries adapters: use add_adapter or load_adapter")
     if taken := _taken(model):
         raise AdapterError(f"{type(model).__name__} already has something named {listed(taken)}, as a PeftModel has")
+    if inner := next(adapted_layers(model), None):
+        raise AdapterError(f"{inner[0]} carries adapters already, of a part of this model: unload that part first")
     if is_fixed(model):
         raise AdapterError(
             f"{type(model).__name__} inherits from something else before nn.Module: adapt the model before fully_shard"

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from veneer.core.errors import AdapterError, listed, nearest
 
+_AGAIN = (
+    "with gradient checkpointing the layers run again in backward, and other adapters act by now: call backward() "
+    "before switching, and run what has no backward under torch.no_grad()"
+)
 BASE = "__base__"  # in a mixed batch: a row of the base model
 Spec = str | Iterable[str] | Mapping[str, float]
 Rows = Sequence[str | Mapping[str, float]]
@@ -45,8 +49,10 @@ class Plan:
     terms: tuple[Term, ...] = ()
     merged: tuple[Term, ...] = ()
     resting: tuple[Term, ...] = ()
+    disabled: tuple[Term, ...] = ()  # what acts again after `enable_adapters`
     repeats: bool = False  # whether a row may stand several times in a row, as beams do
-    watched: bool = False  # whether a forward in training was looked at for layers that are not called
+    watched: set[str] = field(default_factory=set)  # adapters of which a forward in training was looked at, once
+    pending: tuple[Term, ...] | None = None  # the terms of a forward whose layers run again in its backward
     # adapter → layer → its update, which every layer enters: a compiled model looks its layers up, which are always the
     # same, and never an adapter's name, so that one graph serves all adapters of the same shapes
     updates: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict), repr=False, compare=False)
@@ -57,6 +63,20 @@ class Plan:
     def act(self, terms: tuple[Term, ...]) -> None:
         """Let these terms act from now on."""
         self.terms, self.tables, self.acting = terms, {}, self.found(terms)
+
+    def now(self) -> tuple[tuple[Term, dict[str, Any]], ...]:
+        """What acts on a layer that runs now. Raises `AdapterError` where it runs again for a forward of others."""
+        if self.pending is not None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+            if self.pending != self.terms:
+                raise AdapterError(_AGAIN)
+            self.pending = None
+        return self.acting
+
+    def begin(self) -> None:
+        """A forward in training begins whose layers will run again in its backward (gradient checkpointing)."""
+        if self.pending not in (None, self.terms):
+            raise AdapterError(_AGAIN)
+        self.pending = self.terms
 
     def found(self, terms: tuple[Term, ...]) -> tuple[tuple[Term, dict[str, Any]], ...]:
         """The terms with the updates, by layer, of their adapters."""

@@ -68,8 +68,7 @@ class Trainable(Reclassed):
                 f"the weights are of other adapters than the model has: {collapsed(wrong)}; give it the same ones first"
             )
         partial = not strict and given.keys() == state_dict.keys()
-        if not partial:
-            self._refuse_merged("loading the base's weights")
+        self._refuse_merged("loading weights")
         result = super().load_state_dict(state_dict, strict, assign)
         return result._replace(missing_keys=[key for key in own if key not in given]) if partial else result
 
@@ -77,14 +76,14 @@ class Trainable(Reclassed):
         """The base model acts from now on, until `enable_adapters`; for a block there is `disable_adapter`."""
         plan = self.adapter_plan
         self._refuse_merged("disabling adapters")
-        plan.resting = plan.terms or plan.resting
+        plan.disabled = plan.terms or plan.disabled
         plan.act(())
 
     def enable_adapters(self) -> None:
         """What acted before `disable_adapters` acts again."""
         plan = self.adapter_plan
         self._refuse_merged("enabling adapters")
-        plan.act(plan.terms or self._carried(plan.resting))
+        plan.act(plan.terms or self._carried(plan.disabled))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters), adapters included."""

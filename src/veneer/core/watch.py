@@ -25,7 +25,7 @@ def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
     handles = [layer.register_forward_pre_hook(called) for layer in idle]
     try:
         yield
-        plan.watched = True
+        plan.watched |= acting
     finally:
         for handle in handles:
             handle.remove()

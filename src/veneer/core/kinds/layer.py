@@ -65,7 +65,7 @@ class Adapters(nn.ModuleDict):
 
     def acting(self, terms: tuple[Term, ...] | None = None) -> Iterator[tuple[Update, float]]:
         """The updates that act on this layer, with their weights: those of `terms`, or of the plan."""
-        for term, own in self.plan.acting if terms is None else self.plan.found(terms):
+        for term, own in self.plan.now() if terms is None else self.plan.found(terms):
             if self.key in own:
                 if term.rows is not None:
                     raise AdapterError(
@@ -115,7 +115,7 @@ class Adapters(nn.ModuleDict):
 
     def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
         """The same for an input or output x `(rows, …)`, and in a mixed batch the weight `(rows)` of each row."""
-        for term, own in self.plan.acting:
+        for term, own in self.plan.now():
             if self.key in own:
                 rows = None if term.rows is None else self.plan.row_weights(term, x)
                 yield own[self.key], term.weight, rows
