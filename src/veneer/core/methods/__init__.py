@@ -35,6 +35,7 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ma
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
         update = (PartedLora if own.options.get("fused") else made_by)(weight, own, *common)
+        update.dropout = own.lora_dropout
         start(update, own.init_lora_weights)
         return Dora(weight, update) if own.use_dora else update
 

@@ -39,7 +39,6 @@ class Ia3(Update):
         self.scales_inputs = bool(config.options["feedforward_modules"])
         shape = (1, columns) if self.scales_inputs else (rows, 1)
         self.l = nn.Parameter(torch.ones(shape, dtype=own_precision(weight), device=weight.device))
-        self.dropout = config.lora_dropout
         if config.init_lora_weights is False:
             nn.init.normal_(self.l)
 

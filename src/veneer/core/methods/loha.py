@@ -27,7 +27,6 @@ class Loha(Update):
         self.A1, self.A2 = (nn.Parameter(weight.new_empty(config.r, columns, dtype=dtype)) for _ in "12")
         self.B1, self.B2 = (nn.Parameter(weight.new_empty(rows, config.r, dtype=dtype)) for _ in "12")
         self.scale = scaling(config.r, config.lora_alpha, config.use_rslora)
-        self.dropout = config.lora_dropout
         start(self.A1, self.B1, False)
         start(self.A2, self.B2, config.init_lora_weights)
 

@@ -38,7 +38,6 @@ class Lokr(Update):
         self._add("C", weight.new_empty(outer, dtype=own_precision(weight)), most, config.init_lora_weights)
         self._add("D", weight.new_empty(inner, dtype=own_precision(weight)), config.r, False)
         self.scale = scaling(config.r, config.lora_alpha, config.use_rslora)
-        self.dropout = config.lora_dropout
 
     def _add(self, name: str, whole: Tensor, r: int, how: bool | str) -> None:
         """The parameter `name`, or the two whose product it is."""

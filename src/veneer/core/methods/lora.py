@@ -57,7 +57,6 @@ class Lora(Update):
         saved = self.saved_config(config) if how in FROM_THE_START else config
         self.__dict__ |= {
             "scale": scaling(saved.r, saved.lora_alpha, saved.use_rslora),
-            "dropout": config.lora_dropout,
             "simple": how not in FROM_THE_START and not config.options["lora_bias"],
         }
         if how in FROM_WEIGHT:
@@ -138,7 +137,7 @@ class PartedLora(Lora):
                 f"fused: {path} has {rows} rows in parts of {shown(self.sizes)}, which do not fill it with ranks "
                 f"{shown(self.ranks)}, one for each part"
             )
-        self.repeats, self.dropout = rows // sum(self.sizes), config.lora_dropout
+        self.repeats = rows // sum(self.sizes)
         self.scale = scaling(total, config.lora_alpha, config.use_rslora)
         self.A = nn.Parameter(weight.new_empty(total, columns, dtype=dtype))
         if config.options["lora_bias"]:

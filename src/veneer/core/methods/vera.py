@@ -73,7 +73,6 @@ class Vera(Update):
         super().__init__()
         self.shared = Projection([(weight, config)]) if shared is None else shared
         self.saved = config.options["save_projection"]
-        self.dropout = config.lora_dropout
         (rows, self.columns), dtype = weight.shape, own_precision(weight)
         self.b = nn.Parameter(weight.new_full((rows,), float(config.init_lora_weights is False), dtype=dtype))
         self.d = nn.Parameter(weight.new_full((config.r,), config.options["d_initial"], dtype=dtype))
