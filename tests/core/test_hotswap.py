@@ -159,7 +159,9 @@ def test_a_spoilt_folder_is_refused_as_it_is_when_loading(tmp_path, bits):
     model.save_pretrained(tmp_path)
     config, before = tmp_path / "adapter_config.json", bits(model)
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 1, "rank_dropout": 0.5}))
-    with pytest.raises(AdapterError, match=r"rank_dropout=0.5(.|\n)*of another shape: 0.A expected \(1, 6\) found \(2, 6\)"):
+    with pytest.raises(
+        AdapterError, match=r"rank_dropout=0.5(.|\n)*of another shape: 0.A expected \(1, 6\) found \(2, 6\)"
+    ):
         model.hotswap_adapter(tmp_path)
     assert bits(model) == before
 

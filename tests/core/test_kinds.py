@@ -115,7 +115,7 @@ def test_attention_takes_what_it_took(sizes, batch_first):
 
 PARAMETERS = [
     (["gate"], r"'gate' matches no parameter .*did you mean"),
-    (["0.weight"], "0 is a Linear that is adapted as a layer too: target it in one way only"),
+    (["0.weight"], "0 is a Linear that is changed in two ways: target it in one way only"),
 ]
 
 

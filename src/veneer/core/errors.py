@@ -36,10 +36,10 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 def listed(
     items: Iterable[Any],
+    most: int = 8,
     say: Callable[[Any], str] = shown,
     between: str = ", ",
     rest: str = " and {} more",
-    most: int = 8,
 ) -> str:
     """`'a', 'b', 'c' and 4 more`: a list that stays readable when it is long."""
     items = list(items)
@@ -50,7 +50,11 @@ def listed(
 def unmatched(names: Iterable[str], what: str, known: Iterable[str]) -> str:
     """What is said of names that match nothing; `known` would."""
     known = list(known)
-    return listed(names, lambda name: f"{shown(name)} matches no {what}{nearest(name, known)}", "; ", "; nor do {} more")
+
+    def said(name: str) -> str:
+        return f"{shown(name)} matches no {what}{nearest(name, known)}"
+
+    return listed(names, say=said, between="; ", rest="; nor do {} more")
 
 
 def collapsed(names: Iterable[str], most: int = 100) -> str:
@@ -59,4 +63,4 @@ def collapsed(names: Iterable[str], most: int = 100) -> str:
     for name in names:
         runs.setdefault(re.sub(r"(?<![^.])\d+(?=\.|$)", "*", name), []).append(name)
     told = {run: named(own[0]) if len(own) == 1 else f"{named(run)} ({len(own)})" for run, own in runs.items()}
-    return listed(told.values(), str, most=most)
+    return listed(told.values(), most, str)
