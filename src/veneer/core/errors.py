@@ -34,27 +34,17 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def listed(
-    items: Iterable[Any],
-    most: int = 8,
-    say: Callable[[Any], str] = shown,
-    between: str = ", ",
-    rest: str = " and {} more",
-) -> str:
-    """`'a', 'b', 'c' and 4 more`: a list that stays readable when it is long."""
+def listed(items: Iterable[Any], most: int = 8, say: Callable[[Any], str] = shown, between: str = ", ") -> str:
+    """`'a', 'b', 'c', and 4 more`: a list that stays readable when it is long."""
     items = list(items)
-    more = rest.format(len(items) - most) if len(items) > most else ""
-    return (between.join(map(say, items[:most])) or "nothing") + more
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return between.join([*map(say, items[:most]), *more]) or "nothing"
 
 
 def unmatched(names: Iterable[str], what: str, known: Iterable[str]) -> str:
     """What is said of names that match nothing; `known` would."""
     known = list(known)
-
-    def said(name: str) -> str:
-        return f"{shown(name)} matches no {what}{nearest(name, known)}"
-
-    return listed(names, say=said, between="; ", rest="; nor do {} more")
+    return listed(names, say=lambda name: f"{shown(name)} matches no {what}{nearest(name, known)}", between="; ")
 
 
 def collapsed(names: Iterable[str], most: int = 100) -> str:

@@ -19,11 +19,11 @@ _DIRECT = {"fc1", "fc2", "linear1", "linear2"}  # OPT and nn.TransformerEncoderL
 
 
 def _is_linear(path: str, search: "Search") -> bool:
-    return getattr(search.kinds[path], "linear", False)
+    return getattr(search.kind(path), "linear", False)
 
 
 def _is_norm(path: str, search: "Search") -> bool:
-    return getattr(search.kinds[path], "norm", False)
+    return getattr(search.kind(path), "norm", False)
 
 
 def _stands_in(path: str, search: "Search", names: re.Pattern[str], classes: tuple[str, ...]) -> bool:
@@ -35,7 +35,7 @@ def _stands_in(path: str, search: "Search", names: re.Pattern[str], classes: tup
 
 def _is_attention(path: str, search: "Search") -> bool:
     linear = _is_linear(path, search)
-    return _stands_in(path, search, *_ATTENTION) if linear else search.kinds[path] is AdaptedAttention
+    return _stands_in(path, search, *_ATTENTION) if linear else search.kind(path) is AdaptedAttention
 
 
 def _is_feed_forward(path: str, search: "Search") -> bool:

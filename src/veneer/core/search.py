@@ -2,7 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,118 +22,106 @@ class Search:
     """Looks for what a config names among the modules, and keeps every fault that it finds."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.modules, self.faults = modules, list[str]()
-        self.kinds = {path: kind_of(module) for path, module in modules.items()}
-        self.path = cache(Path)
+        self.modules, self.path = modules, cache(Path)
+        self.kind: Callable[[str], Any] = cache(lambda path: kind_of(modules[path]))  # that of a layer, or None
+        self.faults = defaultdict[str, list[str]](list)  # by the field of the config that is at fault
 
-    def fault(self, what: str, problems: Iterable[str]) -> None:
-        """Keep the problems with what a field of the config names, each once, if there are any."""
-        if problems := list(dict.fromkeys(problems)):
-            self.faults.append(f"{what}: " + listed(problems, say=str, between="\n", rest="\nand {} more"))
+    def fault(self, field: str, said: str) -> None:
+        """Keep what is wrong with a field of the config."""
+        self.faults[field].append(said)
+
+    def refuse(self, field: str, path: str, reason: str | None) -> None:
+        """Keep why the field cannot mean that layer, if there is a reason."""
+        if reason:
+            self.fault(field, f"{path} is a {type(self.modules[path]).__name__} {reason}")
 
     def stop(self) -> None:
-        """Raise what was found."""
+        """Raise all that was kept."""
         if self.faults:
-            raise AdapterError("\n".join(self.faults))
+            told = {field: listed(dict.fromkeys(own), say=str, between="\n") for field, own in self.faults.items()}
+            raise AdapterError("\n".join(f"{field}: {said}" for field, said in told.items()))
 
-    def matching(self, names: str | list[str], what: str, among: Iterable[str] | None = None) -> list[str]:
+    @contextmanager
+    def _keeping(self, field: str) -> Iterator[None]:
+        try:
+            yield
+        except AdapterError as error:
+            self.fault(field, str(error))
+
+    def matching(self, names: str | list[str], field: str, among: Iterable[str] | None = None) -> list[str]:
         """The paths (all, or `among` those) that an expression matches whole, or that end with one of the names."""
-        among = list(self.modules if among is None else among)
-        if isinstance(names, str):
-            return self._expression(names, what, among)
-        hint = f"; the linear layers end with {listed(self.last_parts())}"
-        wanted = joined(self.named(names, what, among, hint=hint))
-        return [path for path in among if path in wanted]
+        among = self.modules if among is None else among
+        return self._expression(names, field, among) if isinstance(names, str) else [*self.named(names, field, among)]
 
     def named(
-        self,
-        names: Iterable[str],
-        what: str,
-        among: Iterable[str],
-        noun: str = "module",
-        hint: str = "",
-        in_a_word: bool = False,
-        optional: Container[str] = (),
-    ) -> dict[str, list[str]]:
-        """For each name, once, the paths that are the name or end with a dot and it; or just end with it, `in_a_word`.
-
-        A name without any is a fault, and what is `optional` is then left out.
+        self, names: Iterable[str], field: str, among: Iterable[str], what: str = "module", in_a_word: bool = False
+    ) -> dict[str, str]:
+        """The paths that are one of the names or end with a dot and it (or just with it, `in_a_word`), each with the
+        first such name; a name of no path is a fault.
         """
-        found: dict[str, list[str]] = {name: [] for name in names}
-        for path in among if found else ():
-            end = path
-            while end:
-                if end in found:
-                    found[end].append(path)
-                end = end[1:] if in_a_word else end.partition(".")[2]
-        self.missing(what, [name for name in found if not (found[name] or name in optional)], among, noun, hint)
-        return {name: paths for name, paths in found.items() if paths or name not in optional}
-
-    def missing(self, what: str, names: list[str], among: Iterable[str], noun: str, hint: str = "") -> None:
-        """Keep the fault of names that match nothing."""
-        if names:
-            known = dict.fromkeys(".".join(path.split(".")[-parts:]) for parts in (1, 2, 0) for path in among)
-            self.faults.append(f"{what}: {unmatched(names, noun, known)}{hint}")
+        order = {name: i for i, name in reversed(list(enumerate(names)))}
+        found, missing = {}, dict.fromkeys(reversed(order))
+        for path in among if order else ():
+            if ends := [end for end in _ends(path, in_a_word) if end in order]:
+                found[path] = min(ends, key=order.__getitem__)
+                for end in ends:
+                    missing.pop(end, None)
+        if missing:
+            hint = f"; the linear layers end with {listed(self.last_parts())}" if what == "module" else ""
+            self.fault(field, unmatched(missing, what, _tails(among)) + hint)
+        return found
 
     def last_parts(self) -> list[str]:
         """The last parts of the linear layers' paths, each once, in the model's order."""
         is_linear = ROLES["all-linear"]
         return list(dict.fromkeys(path.rpartition(".")[2] for path in self.modules if is_linear(path, self)))
 
-    def _expression(self, text: str, what: str, among: list[str]) -> list[str]:
+    def _expression(self, text: str, field: str, among: Iterable[str]) -> list[str]:
         """Containers and layers without parameters are passed over."""
-        try:
+        with self._keeping(field):
             expression = Expression(text)
             matches = [path for path in among if expression.whole(self.path(path))]
-        except AdapterError as error:
-            self.faults.append(f"{what}: {error}")
-            return []
-        if not matches:
-            suffix = any(path.endswith(f".{text}") for path in among)
-            hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
-            hint = hint or nearest(text, [*ROLES, *self.last_parts()])
-            self.faults.append(
-                f"{what}={shown(text)} is a regular expression for the whole path and matches none{hint}"
-            )
-        return [path for path in matches if self.kinds[path] or _is_bare(self.modules[path])]
+            if not matches:
+                suffix = any(path.endswith(f".{text}") for path in among)
+                hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
+                hint = hint or nearest(text, [*ROLES, *self.last_parts()])
+                self.fault(field, f"{shown(text)} is a regular expression for the whole path and matches none{hint}")
+            return [path for path in matches if self.kind(path) or _is_bare(self.modules[path])]
+        return []
 
     def in_layers(self, paths: list[str], config: LoraConfig) -> list[str]:
         """Those paths that stand in one of `layers_to_transform`, numbered under `layers_pattern` (or any list)."""
-        wanted = config.layers_to_transform
+        wanted, patterns = config.layers_to_transform, config.layers_pattern or r"[^.]+"
         if wanted is None or not paths:
             return paths
-        patterns = config.layers_pattern or r"[^.]+"
-        try:
+        with self._keeping("layers_pattern"):
             expressions = [Expression(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
             number = {path: _number(self.path(path), expressions) for path in paths}
-        except AdapterError as error:
-            self.faults.append(f"layers_pattern: {error}")
-            return paths
-        asked = {wanted} if isinstance(wanted, int) else set(wanted)
-        there = sorted({i for i in number.values() if i is not None})
-        if missing := sorted(asked - set(there)):
-            span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {shown(patterns)}"
-            self.faults.append(f"layers_to_transform: no targeted layer is in {shown(missing)}; there are {span}")
-        return [path for path in paths if number[path] in asked]
+            asked = {wanted} if isinstance(wanted, int) else set(wanted)
+            there = sorted({i for i in number.values() if i is not None})
+            if missing := sorted(asked - set(there)):
+                span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {shown(patterns)}"
+                self.fault("layers_to_transform", f"no targeted layer is in {shown(missing)}; there are {span}")
+            return [path for path in paths if number[path] in asked]
+        return paths
 
     def own_numbers(self, places: Iterable[Place], config: LoraConfig) -> dict[Place, dict[str, Any]]:
         """The `r` and `lora_alpha` of the places that a pattern matches; the first one counts."""
-        places, own, missing = list(places), defaultdict[Place, dict[str, Any]](dict), dict[str, None]()
-        for name, patterns in (("r", config.rank_pattern), ("lora_alpha", config.alpha_pattern)):
+        places, own = list(places), defaultdict[Place, dict[str, Any]](dict)
+        for field, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            patterns, missing = getattr(config, field), []
             if len(patterns) > 4 * len(places) + 16:
-                self.faults.append(f"{len(patterns)} patterns for {name}, of {len(places)} layers, are too many")
+                self.fault(field, f"{len(patterns)} patterns for {name}, of {len(places)} layers, are too many")
                 continue
             for key, value in patterns.items():
-                try:
+                with self._keeping(field):
                     expression = Expression(key)
                     matches = [place for place in places if self._ends_with(expression, *place)]
-                except AdapterError as error:
-                    self.faults.append(f"rank_pattern, alpha_pattern: {error}")
-                    continue
-                missing |= {} if matches else {key: None}
-                for place in matches:
-                    own[place].setdefault(name, value)
-        self.missing("rank_pattern, alpha_pattern", list(missing), dict(places), "adapted layer")
+                    missing += [] if matches else [key]
+                    for place in matches:
+                        own[place].setdefault(name, value)
+            if missing:
+                self.fault(field, unmatched(missing, "adapted layer", _tails(dict(places))))
         return own
 
     def _ends_with(self, expression: Expression, path: str, part: str) -> bool:
@@ -140,9 +129,15 @@ class Search:
         return any(expression.tail(self.path(name)) for name in names)
 
 
-def joined(found: Mapping[str, Iterable[str]]) -> set[str]:
-    """All that was found, whatever name it was found by."""
-    return {path for paths in found.values() for path in paths}
+def _ends(path: str, in_a_word: bool) -> Iterator[str]:
+    while path:
+        yield path
+        path = path[1:] if in_a_word else path.partition(".")[2]
+
+
+def _tails(paths: Iterable[str]) -> list[str]:
+    """What a misspelt name may have meant: the last parts of the paths, their last two, and the whole."""
+    return list(dict.fromkeys(".".join(path.split(".")[-parts:]) for parts in (1, 2, 0) for path in paths))
 
 
 def _number(path: Path, expressions: list[Expression]) -> int | None:

@@ -1,11 +1,11 @@
 """Which layers a config means: names to layers, and nothing silently missed."""
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,9 +21,9 @@ from veneer.core.methods.copy import Copy
 from veneer.core.methods.tokens import Tokens
 from veneer.core.reclass import is_fixed
 from veneer.core.roles import ROLES
-from veneer.core.search import Place, Search, joined
+from veneer.core.search import Place, Search
 from veneer.core.tied import tie
-from veneer.core.trained import clashes, inside, other_biases, saved_modules, token_tables
+from veneer.core.trained import inside, other_biases, refuse_clashes, saved_modules, token_tables
 from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
@@ -80,6 +80,11 @@ class Target:
 
     def refusal(self) -> str | None:
         """Why the layer cannot be adapted so, as the end of a sentence."""
+        if self.kind is None:
+            inner = [name for name, child in self.layer.named_modules() if kind_of(child)]
+            return "which cannot be adapted" + (f"; it holds {listed(inner)}: name those" if inner else "")
+        if self.rows and self.tied_to is None and not issubclass(self.kind, AdaptedEmbedding):
+            return "which is no table that can be adapted"
         if reason := _not_free(self.layer) or self.kind.refusal(self.layer, LoraConfig() if self.own else self.config):
             return reason
         size = len(self.layer.get_parameter("weight")) if self.rows else 0
@@ -96,11 +101,22 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
     """
     search = Search(base_modules(model))
     saved, kept = saved_modules(search, config, fresh)
-    tables = token_tables(model, search, config)
+    rows = token_tables(model, search, config)
     chosen, names = _select_modules(model, search, config)
-    places = [(path, "") for path in chosen if path not in saved and not (saved and inside(path, saved))]
-    places += _matching_parameters(search, config)
-    targets = _found(search, config, places, saved, tables)
+    layers = [(path, "") for path in chosen if not (saved and (path in saved or inside(path, saved)))]
+    places = layers + (parameters := _matching_parameters(search, config))
+    asked: list[Any] = [("target_modules", *place, search.kind(place[0]), None) for place in layers]
+    asked += [("target_parameters", *place, AdaptedParameters, None) for place in parameters]
+    asked += [("modules_to_save", path, "", AdaptedModule, None) for path in saved]
+    asked += [("trainable_token_indices", path, "", search.kind(path), ids) for path, ids in rows.items()]
+    targets: dict[str, Target] = {}
+    for field, path, part, kind, ids in asked:
+        target = Target(search.modules[path], kind, {part: config}, ids)
+        first = targets.setdefault(path, target)
+        first.configs |= target.configs
+        twice = (first.kind, first.rows) != (kind, ids)
+        again = "that is changed in two ways: target it in one way only" if twice else None
+        search.refuse(field, path, target.refusal() or again)
     options = method(config.peft_type).placed(config, search, list(dict.fromkeys(path for path, _ in places)))
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers(dict.fromkeys(search.modules, "").items() if search.faults else places, config)
@@ -113,54 +129,16 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
         if changes := {**options.get(path, {}), **own.get((path, part), {})}:
             targets[path].configs[part] = copy(config)
             vars(targets[path].configs[part]).update(changes)  # checked before, for all layers at once
-    _add_others(search, config, targets, fresh)
-    return targets, config
-
-
-def _found(
-    search: Search, config: LoraConfig, places: list[Place], saved: list[str], tables: dict[str, list[int]]
-) -> dict[str, Target]:
-    """What is to be adapted, or else a fault."""
-    kinds = {place: AdaptedParameters if place[1] else search.kinds[place[0]] for place in places}
-    asked = [("target_parameters" if place[1] else "target_modules", *place, kind) for place, kind in kinds.items()]
-    asked += [("modules_to_save", path, "", AdaptedModule) for path in saved]
-    asked += [("trainable_token_indices", path, "", search.kinds[path]) for path in tables]
-    targets: dict[str, Target] = {}
-    problems = defaultdict[str, list[str]](list)
-    for what, path, part, kind in asked:
-        layer, rows = search.modules[path], tables[path] if what == "trainable_token_indices" else None
-        if kind is None:
-            inner = [name for name, child in layer.named_modules() if kind_of(child)]
-            reason = ", which cannot be adapted" + (f"; it holds {listed(inner)}: name those" if inner else "")
-        elif rows and not issubclass(kind, AdaptedEmbedding):
-            reason = " which is no table that can be adapted"
-        else:
-            target = targets.setdefault(path, Target(layer, kind, {}, rows))
-            target.configs[part] = config
-            twice = (target.kind, target.rows) != (kind, rows)
-            told = "that is changed in two ways: target it in one way only" if twice else target.refusal()
-            reason = told and f" {told}"
-        if reason:
-            problems[what].append(f"{path} is a {type(layer).__name__}{reason}")
-    for what, said in problems.items():
-        search.fault(what, said)
-    return targets
-
-
-def _add_others(search: Search, config: LoraConfig, targets: dict[str, Target], fresh: bool) -> None:
-    """Biases that are trained by themselves, and the layers that share a weight with one that changes."""
-    named = set(targets)
-    biases = other_biases(search, config, targets)
-    targets |= {path: Target(search.modules[path], AdaptedModule, {"bias": config}) for path in biases}
+    for path in other_biases(search, config, targets):
+        targets[path] = Target(search.modules[path], AdaptedModule, {"bias": config})
+        search.refuse("bias", path, _not_free(search.modules[path]))
     alone = tie(search, targets, config.ensure_weight_tying)
-    more = {path: targets[path].layer for path in targets if path not in named}
-    reasons = {path: _not_free(layer) for path, layer in more.items()}
-    problems = [f"{path} is a {type(more[path]).__name__} {reason}" for path, reason in reasons.items() if reason]
-    search.faults += [*problems, *clashes(search, targets)]
+    refuse_clashes(search, targets)
     search.stop()
     if alone and fresh:
         advice = "merging will need untie=True; ensure_weight_tying=True changes both"
-        warnings.warn(f"{'; '.join(alone)}: {advice}", stacklevel=7)
+        warnings.warn(f"{'; '.join(alone)}: {advice}", stacklevel=6)
+    return targets, config
 
 
 def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tuple[list[str], str | list[str] | None]:
@@ -171,16 +149,17 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
     names = _usual(model, search) if names is None else names
     role = ROLES.get(names) if isinstance(names, str) else None
     if role:
-        heads = _heads(model)
+        heads = _heads(model, search)
         named = [path for path, module in search.modules.items() if role(path, search) and module not in heads]
     else:
         named = search.matching(names, "target_modules")
     excluded = set(search.matching(config.exclude_modules or [], "exclude_modules"))
     chosen = search.in_layers([path for path in named if path not in excluded], config)
     if not chosen and not search.faults:
-        search.faults.append(
-            f"target_modules={shown(names)} leaves no layer of {type(model).__name__} to adapt; "
-            f'its linear layers end with {listed(search.last_parts())}, or say "all-linear"'
+        search.fault(
+            "target_modules",
+            f"{shown(names)} leaves no layer of {type(model).__name__} to adapt; "
+            f'its linear layers end with {listed(search.last_parts())}, or say "all-linear"',
         )
     # PEFT does not read an expression together with layer numbers, and for some methods not these either, nor roles
     numbered = method(config.peft_type).peft_names.get("layers_to_transform", "") is not None
@@ -196,9 +175,8 @@ def _matching_parameters(search: Search, config: LoraConfig) -> list[Place]:
         for name, parameter in module.named_parameters(recurse=False)
         if 1 <= parameter.ndim <= 3
     }
-    noun = "parameter of one to three dimensions"
-    found = joined(search.named(config.target_parameters or [], "target_parameters", known, noun))
-    return [place for full, place in known.items() if full in found]
+    what = "parameter of one to three dimensions"
+    return [known[full] for full in search.named(config.target_parameters or [], "target_parameters", known, what)]
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -208,15 +186,12 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in modules.items() if path and module not in added}
 
 
-def _heads(model: nn.Module) -> set[nn.Module]:
+def _heads(model: nn.Module, search: Search) -> set[nn.Module | None]:
     """Output layers: transformers' output embeddings, and what stands outside of its backbone."""
-    heads: set[nn.Module] = set()
-    if output := getattr(model, "get_output_embeddings", lambda: None)():
-        heads.add(output)
     backbone = getattr(model, "base_model", model)
-    if isinstance(backbone, nn.Module) and backbone is not model:
-        heads |= set(model.modules()) - set(backbone.modules())
-    return heads
+    apart = isinstance(backbone, nn.Module) and backbone is not model
+    heads = set(search.modules.values()) - set(backbone.modules()) if apart else set()
+    return heads | {getattr(model, "get_output_embeddings", lambda: None)()}
 
 
 def _usual(model: nn.Module, search: Search) -> list[str]:
@@ -236,7 +211,7 @@ def _not_free(layer: nn.Module) -> str | None:
         return "that already has something named 'adapters'"
     if not isinstance(layer, AdaptedLayer) and is_fixed(layer):
         return "of a class that Python cannot exchange: it inherits from something else before nn.Module"
-    if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters(recurse=False)):
+    if any(hasattr(parameter, "full_tensor") for parameter in layer._parameters.values()):
         return "that is spread over processes already: adapt the model before fully_shard"
     return None
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from veneer.core.kinds.embedding import AdaptedEmbedding
-from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear
 from veneer.core.kinds.module import AdaptedModule
 from veneer.core.search import Search
@@ -37,23 +36,23 @@ def tie(search: Search, targets: dict[str, "Target"], everything: bool) -> list[
         told = " and ".join(paths)
         changed = [path for path in paths if _is_changed(path, targets)]
         layers = [path.rpartition(".")[0] for path in paths]
-        named = {layer: targets[layer] for layer in layers if layer in targets}
-        if not (everything or any(target.rows for target in named.values())):
+        named = [layer for layer in layers if layer in targets]
+        rows = [targets[layer].rows for layer in named]
+        if not (everything or any(rows)):
             if 0 < len(changed) < len(paths):
                 alone.append(f"{told} are one weight, and only {' and '.join(changed)} is changed")
         elif changed:
-            tables = [layer for layer, target in named.items() if issubclass(target.kind, AdaptedEmbedding)]
-            source = next(iter([*tables, *named]), None)
-            same = source is not None and all(target.rows == named[source].rows for target in named.values())
-            kinds = {layer: _following(named[source], search, layer) if source and same else None for layer in layers}
-            if None in kinds.values():
-                search.faults.append(
+            # a table, where one is among them
+            source = min(named, key=lambda layer: not issubclass(targets[layer].kind, AdaptedEmbedding), default="")
+            same = all(own == rows[0] for own in rows)
+            follow = {layer: _following(search, targets, source, layer) for layer in layers} if source and same else {}
+            if not all(follow.values()) or not follow:
+                search.fault(
+                    "ensure_weight_tying" if everything else "trainable_token_indices",
                     f"{told} are one weight: what changes both is LoRA without DoRA, the same trainable_token_indices, "
-                    "or modules_to_save that names just these layers"
+                    "or modules_to_save that names just these layers",
                 )
-            for layer, kind in kinds.items():
-                if layer != source and kind:
-                    targets[layer] = replace(named[source], layer=search.modules[layer], kind=kind, tied_to=source)
+            targets |= {layer: target for layer, target in follow.items() if target and layer != source}
     return alone
 
 
@@ -62,13 +61,13 @@ def _is_changed(path: str, targets: Mapping[str, "Target"]) -> bool:
     return any(path.removeprefix(f"{holder}.") in targets[holder].parameters() for holder in holders)
 
 
-def _following(source: "Target", search: Search, path: str) -> type[AdaptedLayer] | None:
-    """The kind as which a layer may have the change of another one with the same weight."""
-    layer, kind = search.modules[path], search.kinds[path]
-    if source.kind is AdaptedModule:
-        return AdaptedModule if "weight" in layer._parameters else None
-    if source.own is None and (source.config.peft_type != "LORA" or source.config.use_dora):
+def _following(search: Search, targets: Mapping[str, "Target"], source: str, path: str) -> "Target | None":
+    """The layer with the change of another one that has the same weight, where it can have it."""
+    layer, kind, target = search.modules[path], search.kind(path), targets[source]
+    if target.kind is AdaptedModule:
+        return replace(target, layer=layer, tied_to=source) if "weight" in layer._parameters else None
+    if target.own is None and (target.config.peft_type != "LORA" or target.config.use_dora):
         return None
-    if kind is AdaptedConv1D or not issubclass(kind or object, AdaptedEmbedding | AdaptedLinear):
-        return None
-    return None if replace(source, layer=layer, kind=kind).refusal() else kind
+    fits = issubclass(kind or object, AdaptedEmbedding | AdaptedLinear) and kind is not AdaptedConv1D
+    follower = replace(target, layer=layer, kind=kind, tied_to=source)
+    return follower if fits and not follower.refusal() else None

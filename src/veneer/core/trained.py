@@ -10,7 +10,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.module import AdaptedModule
 from veneer.core.reclass import mixin_of
-from veneer.core.search import Search, joined
+from veneer.core.search import Search
 
 if TYPE_CHECKING:
     from veneer.core.targets import Target
@@ -26,9 +26,9 @@ def saved_modules(search: Search, config: LoraConfig, fresh: bool) -> tuple[list
     """
     heads = _HEADS.get(config.task_type or "", [])
     names = [*(config.modules_to_save or []), *(heads if fresh else [])]
-    found = search.named(names, "modules_to_save", search.modules, in_a_word=True, optional=heads)
-    meant = joined(found)
-    return [path for path in search.modules if path in meant and not inside(path, meant)], list(found)
+    there = [name for name in names if name not in heads or any(path.endswith(name) for path in search.modules)]
+    meant = search.named(there, "modules_to_save", search.modules, in_a_word=True)
+    return [path for path in meant if not inside(path, meant)], list(dict.fromkeys(there))
 
 
 def token_tables(model: nn.Module, search: Search, config: LoraConfig) -> dict[str, list[int]]:
@@ -38,7 +38,7 @@ def token_tables(model: nn.Module, search: Search, config: LoraConfig) -> dict[s
         table = getattr(model, "get_input_embeddings", lambda: None)()
         wanted = {next((path for path, module in search.modules.items() if module is table), "embed_tokens"): wanted}
     found = search.named(wanted, "trainable_token_indices", search.modules, in_a_word=True)
-    return {path: wanted[name] for name, paths in found.items() for path in paths}
+    return {path: wanted[name] for path, name in found.items()}
 
 
 def other_biases(search: Search, config: LoraConfig, targets: Mapping[str, "Target"]) -> list[str]:
@@ -53,8 +53,8 @@ def other_biases(search: Search, config: LoraConfig, targets: Mapping[str, "Targ
         trains = target.kind.biased or target.kind.norm or target.kind is AdaptedModule
         if not trains and any(name.rpartition(".")[2] == "bias" for name, _ in target.layer.named_parameters()):
             stuck.append(path)
-    said = "whose bias is not trained beside"
-    search.fault(f"bias={config.bias}", (f"{path} is a {type(search.modules[path]).__name__} {said}" for path in stuck))
+    for path in stuck:
+        search.refuse("bias", path, "whose bias is not trained beside")
     return rest
 
 
@@ -66,12 +66,13 @@ def inside(path: str, others: Container[str]) -> bool:
     return False
 
 
-def clashes(search: Search, targets: Mapping[str, "Target"]) -> list[str]:
-    """What would be changed in two ways, by this adapter or by it and those on the model."""
+def refuse_clashes(search: Search, targets: Mapping[str, "Target"]) -> None:
+    """What would be changed in two ways, by this adapter or by it and those on the model, is a fault."""
     carried = {path: mixin_of(own) for path, own in search.modules.items() if isinstance(own, AdaptedLayer)}
     kinds: dict[str, object] = {**carried, **{path: target.kind for path, target in targets.items()}}
     whole = {path for path, kind in kinds.items() if kind is AdaptedModule}
-    twice = [
-        path for path in kinds if carried.get(path, kinds[path]) is not kinds[path] or (whole and inside(path, whole))
-    ]
-    return [f"{path} is adapted otherwise, or stands in a module that is: target it in one way only" for path in twice]
+    for path, kind in kinds.items():
+        if carried.get(path, kind) is not kind or (whole and inside(path, whole)):
+            search.refuse(
+                "layers", path, "that is adapted otherwise, or stands in a module that is: adapt it in one way"
+            )

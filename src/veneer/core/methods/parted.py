@@ -110,27 +110,21 @@ def _spelt(split: Any) -> dict[str, Any]:
 def placed(config: LoraConfig, search: "Search", paths: list[str]) -> dict[str, dict[str, Any]]:
     """The options of each layer, whose `fused` is `{path: {"r": …, "sizes": …}}` or nothing."""
     fused: dict[str, Any] = {path: {} for path in paths}
-    for name, own in search.named(config.options["fused"], "fused", paths, "adapted layer").items():
-        for path in own:
-            known = _known(search.modules, path)
-            split = {"sizes": known, **_spelt(config.options["fused"][name])}
-            fused[path] = fused[path] or {path: split}
-            if split["sizes"] is None:
-                search.faults.append(
-                    f"fused: how {path} is split is not known: give {{'r': …, 'sizes': …}}, sizes being the rows of "
-                    "its parts (of one head's, where the heads are interleaved)"
-                )
-                break
-            if known and split["sizes"] != known:
-                search.faults.append(
-                    f"fused: {path} is split into parts of {known} rows, not of {shown(split['sizes'])}"
-                )
-                break
+    for path, name in search.named(config.options["fused"], "fused", paths, "adapted layer").items():
+        known = _known(search.modules, path)
+        split = {"sizes": known, **_spelt(config.options["fused"][name])}
+        fused[path] = {path: split}
+        if split["sizes"] is None:
+            search.fault(
+                "fused",
+                f"how {path} is split is not known: give {{'r': …, 'sizes': …}}, sizes being the rows of "
+                "its parts (of one head's, where the heads are interleaved)",
+            )
+        elif known and split["sizes"] != known:
+            search.fault("fused", f"{path} is split into parts of {known} rows, not of {shown(split['sizes'])}")
     if start_of(config) in (*FROM_WEIGHT, *FROM_DATA):
         how = config.init_lora_weights
-        search.faults.append(
-            f"fused: parts cannot start from the weight or from data, as init_lora_weights={how!r} asks"
-        )
+        search.fault("fused", f"parts cannot start from the weight or from data, as init_lora_weights={how!r} asks")
     return {path: {"options": {**config.options, "fused": split}} for path, split in fused.items()}
 
 
