@@ -121,8 +121,7 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers(dict.fromkeys(search.modules, "").items() if search.faults else places, config)
     search.stop()
-    if (names, kept or None) != (config.target_modules, config.modules_to_save):
-        config = replace(config, target_modules=names, modules_to_save=kept or None)
+    config = replace(config, target_modules=names, modules_to_save=kept or None)
     for target in targets.values():
         target.configs = dict.fromkeys(target.configs, config)
     for path, part in places:
