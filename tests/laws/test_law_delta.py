@@ -60,7 +60,7 @@ def test_autocast_computes_in_its_dtype_forward_and_backward(case):
     assert y.dtype == base.dtype
     found = torch.autograd.grad(y.float().square().mean(), case.parameters(model))
     for low, high in [(y, exact), *zip(found, wanted, strict=True)]:
-        assert (low - high).norm() < 0.03 * high.norm()
+        assert (low - high).norm() < 0.05 * high.norm()
     for gradient in found:
         assert gradient.dtype == torch.float32
 

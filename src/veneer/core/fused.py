@@ -50,7 +50,7 @@ def fused_linear(
     if torch.is_grad_enabled():
         masks = [_mask(flat, change.dropout) for change in changes]
         scales = [change.scale / (1 - change.dropout) for change in changes]
-        rows = [change.rows for change in changes]
+        rows = [None if change.rows is None else change.rows.to(x.dtype) for change in changes]
         factors = [factor for change in changes for factor in (change.A, change.B)]
         y = _FusedLinear.apply(flat, weight, bias, gain, scales, masks, rows, *factors)
     else:

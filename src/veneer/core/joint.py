@@ -15,7 +15,8 @@ class Joint:
     """The factors of a layer's adapters, side by side: A `(adapters, r, in)`, B `(adapters, r, out)`.
 
     They *are* the memory of the parameters, each of which becomes a view: there is nothing to go stale and nothing is
-    held twice. Whoever gives a parameter other memory is noticed (`holds`). Copies and pickles are None.
+    held twice. Whoever gives a parameter other memory is noticed (`holds`). Parameters that train are left alone: to
+    optimizers and files the view of a larger memory is not the same.
     """
 
     def __init__(self, updates: Mapping[str, Any]) -> None:
@@ -31,9 +32,6 @@ class Joint:
                 self.A[i, : len(A)], self.B[i, : len(A)] = A, B.t()
                 A.data, B.data = self.A[i, : len(A)], self.B[i, : len(A)].t()
         self._places = [_place(update) for update in updates.values()]
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
 
     def holds(self, names: tuple[str, ...], adapters: Mapping[str, Any]) -> bool:
         """Whether these adapters are still what they were: a few hundred addresses are compared in microseconds."""
@@ -79,17 +77,21 @@ def joined(before: Joint | None, adapters: nn.ModuleDict, names: tuple[str, ...]
 
 
 def parted(adapters: nn.ModuleDict) -> None:
-    """Give the parameters memory of their own again, for those who tell tensors by their storage."""
+    """Give the parameters memory of their own again, for those who save, train or spread them."""
     with torch.inference_mode(False), torch.no_grad():
         for parameter in adapters.parameters():
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def _place(update: Any) -> tuple[int, int, float]:
-    own = update._parameters
-    return own["A"].data_ptr(), own["B"].data_ptr(), update.scale
+def _place(update: Any) -> tuple[int, int, torch.Size, float]:
+    A, B = update._parameters["A"], update._parameters["B"]
+    return A.data_ptr(), B.data_ptr(), A.shape, update.scale
 
 
 def _is_simple(update: Any) -> bool:
-    """Whether its change is the product of its parameters A and B, and these are plain tensors."""
-    return update.simple and type(update.A.data) is Tensor
+    """Whether its change is the product of its parameters A and B, and these are plain tensors that do not train."""
+    if not update.simple:
+        return False
+    return not any(
+        type(own.data) is not Tensor or own.requires_grad or own.is_inference() for own in (update.A, update.B)
+    )

@@ -154,7 +154,9 @@ def _is_weight(weight: object) -> bool:
 def by_row(y: Tensor, weights: Tensor) -> Tensor:
     """y with everything that belongs to row i of the batch times `weights[i]`, `(rows)` or `(rows, features)`.
 
-    y's first dimension holds the rows one after the other, each as often as beams or flattened tokens have it.
+    y's first dimension holds the rows one after the other, each as often as beams or flattened tokens have it. What
+    counts 0 is 0, whatever another row's adapter made of it.
     """
     rows, features = len(weights), y.shape[-1]
-    return (y.reshape(rows, -1, features) * weights.view(rows, 1, -1)).view(y.shape)
+    each = weights.view(rows, 1, -1)
+    return torch.where(each == 0, 0, y.reshape(rows, -1, features) * each).view(y.shape)

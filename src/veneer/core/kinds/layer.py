@@ -47,14 +47,18 @@ class Adapters(nn.ModuleDict):
         super().__delitem__(name)
         del self.plan.updates[name][self.key]
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._part()
+        return vars(self)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for name, update in self.items():
             self.plan.updates[name][self.key] = update
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapters":
+        self._part()
         super()._apply(fn, recurse)
-        self.joint = None
         if self.original is not None:  # what comes back goes wherever the layer went
             self.original = {name: fn(tensor) for name, tensor in self.original.items()}
         return self
@@ -74,10 +78,18 @@ class Adapters(nn.ModuleDict):
         return tuple(term for term in self.plan.terms if term.rows is not None and term.adapter in self._modules)
 
     def _save_to_state_dict(self, *into: Any) -> None:
+        self._part()
+        super()._save_to_state_dict(*into)
+
+    def train(self, mode: bool = True) -> "Adapters":
+        if mode:
+            self._part()
+        return super().train(mode)
+
+    def _part(self) -> None:
         if self.joint is not None:
             parted(self)
             self.joint = None
-        super()._save_to_state_dict(*into)
 
     def alone(self, training: bool) -> tuple[Tensor, Tensor, float] | None:
         """A, B and weight · scale, where one such product on every row is all that acts."""
@@ -90,13 +102,13 @@ class Adapters(nn.ModuleDict):
             return None
         return update._parameters["A"], update._parameters["B"], term.weight * update.scale
 
-    def jointly(self, x: Tensor) -> Tensor | None:
+    def jointly(self, x: Tensor, training: bool) -> Tensor | None:
         """Σ weight · ΔW x of all that acts on x `(rows, …, in)` in a mixed batch, if it can be had at once."""
         terms, modules = self.plan.terms, self._modules
         if not terms or terms[0].rows is None or torch.compiler.is_compiling():
             return None
         names = tuple(term.adapter for term in terms if term.adapter in modules)
-        if len(names) < 2:
+        if len(names) < 2 or (training and any(modules[name].dropout for name in names)):
             return None
         self.joint = joined(self.joint, self, names)
         return None if self.joint is None else self.joint.change(x, names, self.plan.groups(names, x))

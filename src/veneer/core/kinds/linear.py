@@ -45,7 +45,7 @@ class AdaptedLinear(AdaptedLayer):
         if not torch.is_grad_enabled() and not is_traced():
             if (alone := adapters.alone(self.training)) and x.numel() <= FEW * x.shape[-1]:
                 return few_linear(x, matrix, bias, *alone)
-            if (change := adapters.jointly(x)) is not None:
+            if (change := adapters.jointly(x, self.training)) is not None:
                 return F.linear(x, matrix, bias).add_(change)
         thin, dense, gains, shifts = self._changes(x, matrix, bias)
         if not thin and not dense and not gains:
