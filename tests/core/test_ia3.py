@@ -30,7 +30,7 @@ def test_a_name_among_none_of_the_adapted_layers_is_refused(tiny, bits):
     for named, said in (
         (["down_proj", "dwn_proj"], "'dwn_proj' matches no module; did you mean 'down_proj'"),
         (["up_proj"], "feedforward_modules among the adapted layers: 'up_proj' matches no module"),
-        (".*up_proj", "feedforward_modules among the adapted layers='.*up_proj' is a regular expression"),
+        (".*up_proj", "feedforward_modules among the adapted layers: '.*up_proj' is a regular expression"),
     ):
         with pytest.raises(AdapterError) as error:
             get_peft_model(base, config(feedforward_modules=named))

@@ -115,7 +115,7 @@ def test_attention_takes_what_it_took(sizes, batch_first):
 
 PARAMETERS = [
     (["gate"], r"'gate' matches no parameter .*did you mean"),
-    (["0.weight"], "0 is a Linear that is adapted as a layer too: target it in one way only"),
+    (["0.weight"], "0 is a Linear that is changed in two ways: target it in one way only"),
 ]
 
 
@@ -131,7 +131,7 @@ def test_parameters_that_cannot_be_meant_are_refused(names, said):
 
 def test_a_layer_is_adapted_in_one_way_by_all_adapters():
     model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_parameters=["0.weight"]))
-    with pytest.raises(AdapterError, match="0 is a Linear, which cannot be adapted"):
+    with pytest.raises(AdapterError, match="0 is a Linear which cannot be adapted"):
         model.add_adapter("b", LoraConfig(target_modules=["0"]))
     model.add_adapter("c", LoraConfig(target_parameters=["0.bias"], init_lora_weights=False))
     y = model(x := torch.randn(2, 3))

@@ -143,8 +143,8 @@ def test_rows_of_a_batch_have_their_own_tokens(base, beams):
             "'embed_token' matches no module.*did you mean 'embed_tokens",
         ),
         ({"trainable_token_indices": {"q_proj": [3]}}, "q_proj is a Linear which is no table"),
-        ({**ROWS, "target_modules": ["embed_tokens"]}, "embed_tokens is changed in two ways"),
-        ({**ROWS, "modules_to_save": ["embed_tokens"]}, "embed_tokens is changed in two ways"),
+        ({**ROWS, "target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding that is changed in two ways"),
+        ({**ROWS, "modules_to_save": ["embed_tokens"]}, "embed_tokens is a Embedding that is changed in two ways"),
     ],
     ids=str,
 )

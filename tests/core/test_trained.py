@@ -104,7 +104,7 @@ def _holding(layer: nn.Module) -> nn.Module:
         (
             lambda: _holding(nn.Sequential(nn.Linear(3, 3))),
             {"modules_to_save": ["1"], "target_modules": None, "target_parameters": ["1.0.weight"]},
-            "1.0 is adapted otherwise, or stands in a module that is",
+            "1.0 is a Linear that is adapted otherwise, or stands in a module that is",
         ),
     ],
     ids=str,
@@ -118,7 +118,7 @@ def test_adapters_that_would_change_a_layer_in_two_ways_are_refused():
     get_peft_model(model, LoraConfig(target_modules=["first"]), "a")
     model.add_adapter("b", LoraConfig(target_modules=[], modules_to_save=["head"]))
     for settings in ({"target_modules": ["head.0"]}, {"target_modules": [], "modules_to_save": ["head.0"]}):
-        with pytest.raises(AdapterError, match=r"head\.0 is adapted otherwise"):
+        with pytest.raises(AdapterError, match=r"head\.0 is a Linear that is adapted otherwise"):
             model.add_adapter("c", LoraConfig(**settings))
     assert list(model.peft_config) == ["a", "b"]
 

@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from veneer.core.errors import AdapterError, named, nearest, shown
+from veneer.core.errors import AdapterError, listed, named, nearest, shown
 from veneer.core.ranges import method_of, problems
 
 # What PEFT's configs may also say, and the values at which it changes nothing.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "layer_replication": (None,),
-    "module_dropout": (0.0,),
-    "rank_dropout": (0.0,),
-    "use_bdlora": (None,),
-    "use_effective_conv2d": (False,),
-    "use_qalora": (False,),
+_NEUTRAL: dict[str, object] = {
+    **dict.fromkeys(("alora_invocation_tokens", "layer_replication", "use_bdlora")),
+    **dict.fromkeys(("module_dropout", "rank_dropout"), 0.0),
+    **dict.fromkeys(("use_effective_conv2d", "use_qalora"), False),
 }
 # What says nothing about the numbers in a finished adapter: where it came from, how it started, how it ran.
 _SILENT = {
@@ -112,12 +108,16 @@ class LoraConfig:
         """
         made_by = method_of(self.peft_type)
         names = made_by.peft_names if made_by else {}
-        values = {**_FOR_PEFT, **asdict(self), **self.options}
-        del values["options"]
-        options = {name: option.default for name, option in made_by.options.items()} if made_by else {}
-        usual = {**_FOR_PEFT, **asdict(LoraConfig()), **options}
-        named = {key: names.get(key, key) for key in values}
-        return {named[key] or key: value for key, value in values.items() if named[key] or value != usual[key]}
+        usual = _flat(LoraConfig(peft_type=self.peft_type))
+        own = {key: (names.get(key, key), value) for key, value in _flat(self).items()}
+        return {name or key: value for key, (name, value) in own.items() if name or value != usual[key]}
+
+
+def _flat(config: LoraConfig) -> dict[str, Any]:
+    """The fields, with the method's options among them."""
+    values = {**_FOR_PEFT, **asdict(config)}
+    options = values.pop("options")
+    return values | options
 
 
 def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, list[str]]:
@@ -132,8 +132,8 @@ def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, li
     for key, value in values.items():
         if key == "init_lora_weights" and isinstance(value, str) and value.lower().startswith(_MOVE_THE_BASE):
             faults.append(f"{key}={shown(value)} is an adapter for a base that was changed; save it as a plain LoRA")
-        elif key in _NEUTRAL and value not in _NEUTRAL[key]:
-            faults.append(f"{key}={shown(value)} is not supported (expected {_NEUTRAL[key][0]!r})")
+        elif key in _NEUTRAL and value != _NEUTRAL[key]:
+            faults.append(f"{key}={shown(value)} is not supported (expected {_NEUTRAL[key]!r})")
         elif key not in known and key not in _SILENT and key not in _NEUTRAL and value not in (None, False, [], {}, ""):
             strangers.append(key)
     config = None
@@ -142,9 +142,8 @@ def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, li
     except AdapterError as error:
         faults.append(str(error))
     if strangers:
-        named_keys = [f"{named(key)}={shown(values[key])}{nearest(key, known)}" for key in strangers[:20]]
-        named_keys += [f"{len(strangers) - 20} more"] if len(strangers) > 20 else []
-        said = f"unknown keys are ignored: {', '.join(named_keys)}"
+        told = listed(strangers, 20, lambda key: f"{named(key)}={shown(values[key])}{nearest(key, known)}")
+        said = f"unknown keys are ignored: {told}"
         if faults:
             faults.append(said)
         else:

@@ -2,9 +2,10 @@
 
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from itertools import islice
+from typing import Any
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
@@ -33,18 +34,17 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def listed(items: Iterable[object], most: int = 8) -> str:
-    """`'a', 'b', 'c' and 4 more`: a list that stays readable when it is long."""
+def listed(items: Iterable[Any], most: int = 8, say: Callable[[Any], str] = shown, between: str = ", ") -> str:
+    """`'a', 'b', 'c', and 4 more`: a list that stays readable when it is long."""
     items = list(items)
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return (", ".join(map(shown, items[:most])) or "nothing") + more
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return between.join([*map(say, items[:most]), *more]) or "nothing"
 
 
 def unmatched(names: Iterable[str], what: str, known: Iterable[str]) -> str:
     """What is said of names that match nothing; `known` would."""
-    names, known = list(names), list(known)
-    said = [f"{shown(name)} matches no {what}{nearest(name, known)}" for name in names[:8]]
-    return "; ".join(said + ([f"nor do {len(names) - 8} more"] if len(names) > 8 else []))
+    known = list(known)
+    return listed(names, say=lambda name: f"{shown(name)} matches no {what}{nearest(name, known)}", between="; ")
 
 
 def collapsed(names: Iterable[str], most: int = 100) -> str:
@@ -52,6 +52,5 @@ def collapsed(names: Iterable[str], most: int = 100) -> str:
     runs: dict[str, list[str]] = {}
     for name in names:
         runs.setdefault(re.sub(r"(?<![^.])\d+(?=\.|$)", "*", name), []).append(name)
-    more = f" and {len(runs) - most} more" if len(runs) > most else ""
-    told = islice(runs.items(), most)
-    return ", ".join(named(own[0]) if len(own) == 1 else f"{named(run)} ({len(own)})" for run, own in told) + more
+    told = {run: named(own[0]) if len(own) == 1 else f"{named(run)} ({len(own)})" for run, own in runs.items()}
+    return listed(told.values(), most, str)

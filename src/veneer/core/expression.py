@@ -2,16 +2,15 @@
 
 `re` tries one way after another, so that `(a|a)*b` on forty letters takes it years; and an adapter's config may come
 from a stranger. Here `re` parses, and says where single characters stand; what repeats, branches and lookarounds can
-reach goes on together, a bit for each place, and nothing is tried twice. What this cannot say (back-references,
+reach goes on together, as a set of places, and nothing is tried twice. What this cannot say (back-references,
 conditions, flags, possessive repeats) is refused.
 """
 
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial, reduce
+from functools import partial
 from itertools import groupby
-from operator import or_
 from re import _compiler, _parser  # type: ignore[attr-defined]
 from re import _constants as sre  # type: ignore[attr-defined]
 from typing import Any
@@ -25,16 +24,19 @@ _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")  # a name or a path, as nearly all p
 _WIDTHS = {sre.LITERAL: 1, sre.NOT_LITERAL: 1, sre.ANY: 1, sre.IN: 1, sre.AT: 0, sre.FAILURE: 0}
 
 
+Places = set[int]
+
+
 class Path:
-    """A module's path, and what is known of its places: bit i is the place before character i."""
+    """A module's path, and what is known of its places: i is the place before character i."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.end, self.steps = text, 1 << len(text), _STEPS
-        self.found: dict[str, int] = {}
-        self.names = sum(1 << match.end() for match in re.finditer(r"^|\.", text))  # where a module's name begins
+        self.text, self.steps = text, _STEPS
+        self.found: dict[str, Places] = {}
+        self.names = {match.end() for match in re.finditer(r"^|\.", text)}  # where a module's name begins
 
 
-Step = Callable[[Path, int], int]  # the places before → the places after
+Step = Callable[[Path, Places], Places]  # the places before → the places after
 
 
 class Expression:
@@ -43,33 +45,29 @@ class Expression:
     def __init__(self, text: str) -> None:
         self.text = text
         self._plain = re.findall(r"\\?.", text.removeprefix("^")) if _PLAIN.fullmatch(text) else None
-        self._last = text.rpartition(".")[2].removeprefix("^")
         self._walk = None if self._plain else _parsed(text)
 
     def whole(self, path: Path) -> bool:
         """Whether it matches the whole path."""
-        return bool(self.ends(path, 1) & path.end)
+        return len(path.text) in self.ends(path, {0})
 
     def tail(self, path: Path) -> bool:
         """Whether it matches the path from the beginning of some name in it to the end, as PEFT's patterns do."""
         if self._plain is None:
-            return bool(self.ends(path, path.names) & path.end)
+            return len(path.text) in self.ends(path, path.names)
         start = len(path.text) - len(self._plain)
-        if start < 0 or not path.text.endswith(self._last) or (start and self.text[0] == "^"):
+        if start not in path.names or (start and self.text[0] == "^"):
             return False
-        return bool(path.names >> start & 1) and all(map(_stands_for, self._plain, path.text[start:]))
+        letters = zip(self._plain, path.text[start:], strict=True)
+        return all(written in (letter, ".", "\\" + letter) for written, letter in letters)
 
-    def ends(self, path: Path, starts: int) -> int:
+    def ends(self, path: Path, starts: Places) -> Places:
         """The places where a match that begins at one of `starts` can end."""
         try:
             self._walk = self._walk or _parsed(self.text)
             return self._walk(path, starts)
         except (TimeoutError, RecursionError):
             raise AdapterError(f"{shown(self.text)} takes too long on {path.text}: simplify it") from None
-
-
-def _stands_for(written: str, letter: str) -> bool:
-    return written in (letter, ".") or written == "\\" + letter
 
 
 def faulty(texts: Iterable[str]) -> bool:
@@ -102,7 +100,7 @@ def _sequence(nodes: Iterable[tuple[Any, Any]]) -> Step:
         group = list(grouped)
         steps += [_run(group)] if is_run else [_step(*node) for node in group]
 
-    def walk(path: Path, at: int) -> int:
+    def walk(path: Path, at: Places) -> Places:
         for step in steps:
             if not at:
                 break
@@ -124,11 +122,11 @@ def _run(nodes: list[tuple[Any, Any]]) -> Step:
     pattern = _compiler.compile(_parser.SubPattern(_parser.State(), [ahead]), re.UNICODE.value)
     key, width = repr(nodes), sum(_WIDTHS[operation] for operation, _ in nodes)
 
-    def walk(path: Path, at: int) -> int:
+    def walk(path: Path, at: Places) -> Places:
         if key not in path.found:
-            path.found[key] = sum(1 << match.start() for match in pattern.finditer(path.text))
-            path.steps -= path.found[key].bit_count()
-        return (at & path.found[key]) << width
+            path.found[key] = {match.start() for match in pattern.finditer(path.text)}
+            path.steps -= len(path.found[key])
+        return {place + width for place in at & path.found[key]}
 
     return walk
 
@@ -136,7 +134,7 @@ def _run(nodes: list[tuple[Any, Any]]) -> Step:
 def _step(operation: Any, argument: Any) -> Step:
     if operation is sre.BRANCH:
         branches = [_sequence(branch) for branch in argument[1]]
-        return lambda path, at: reduce(or_, (branch(path, at) for branch in branches))
+        return lambda path, at: set().union(*(branch(path, at) for branch in branches))
     if operation is sre.SUBPATTERN:
         if argument[1] or argument[2]:
             raise NotImplementedError("sets flags")
@@ -151,22 +149,22 @@ def _step(operation: Any, argument: Any) -> Step:
     return partial(_look, direction, operation is sre.ASSERT, _sequence(inner))
 
 
-def _repeat(least: int, most: int, body: Step, path: Path, at: int) -> int:
+def _repeat(least: int, most: int, body: Step, path: Path, at: Places) -> Places:
     # a path of n characters is walked in n steps: of more repeats some are empty, and any number of them is
     for _ in range(min(least, len(path.text) + 1)):
         at = body(path, at)
     new = at
     for _ in range(min(most - least, len(path.text))):
-        new = body(path, new) & ~at
+        new = body(path, new) - at
         if not new:
             break
-        at |= new
+        at = at | new
     return at
 
 
-def _look(direction: int, wanted: bool, body: Step, path: Path, at: int) -> int:
+def _look(direction: int, wanted: bool, body: Step, path: Path, at: Places) -> Places:
     if direction < 0:
-        holds = body(path, 2 * path.end - 1)
+        holds = body(path, set(range(len(path.text) + 1)))
     else:
-        holds = sum(1 << i for i in range(at.bit_length()) if at >> i & 1 and body(path, 1 << i))
-    return at & holds if wanted else at & ~holds
+        holds = {place for place in at if body(path, {place})}
+    return at & holds if wanted else at - holds

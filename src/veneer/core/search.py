@@ -1,7 +1,9 @@
 """Looks for what a config names among a model's modules, and keeps every fault that it finds."""
 
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -11,7 +13,6 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown, unmatched
 from veneer.core.expression import Expression, Path
 from veneer.core.kinds import kind_of
-from veneer.core.methods import method
 from veneer.core.roles import ROLES
 
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
@@ -21,125 +22,132 @@ class Search:
     """Looks for what a config names among the modules, and keeps every fault that it finds."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.modules, self.faults = modules, list[str]()
-        self.path = cache(Path)
+        self.modules, self.path = modules, cache(Path)
+        self.kind: Callable[[str], Any] = cache(lambda path: kind_of(modules[path]))  # that of a layer, or None
+        self.faults = defaultdict[str, list[str]](list)  # by the field of the config that is at fault
 
-    def matching(self, names: str | list[str], what: str) -> list[str]:
-        """The paths that an expression matches whole, or those that are or end with one of the names."""
-        return self._expression(names, what) if isinstance(names, str) else self._names(names, what)
+    def fault(self, field: str, said: str) -> None:
+        """Keep what is wrong with a field of the config."""
+        self.faults[field].append(said)
 
-    def _names(self, names: list[str], what: str) -> list[str]:
-        found = ending_with(names, self.modules)
-        if missing := [name for name in found if not found[name]]:
-            ends = last_parts(self.modules)
-            said = unmatched(missing, "module", [*ends, *self.modules])
-            self.faults.append(f"{what}: {said}; the linear layers end with {listed(ends)}")
-        wanted = {path for paths in found.values() for path in paths}
-        return [path for path in self.modules if path in wanted]
+    def refuse(self, field: str, path: str, reason: str | None) -> None:
+        """Keep why the field cannot mean that layer, if there is a reason."""
+        if reason:
+            self.fault(field, f"{path} is a {type(self.modules[path]).__name__} {reason}")
 
-    def _expression(self, text: str, what: str) -> list[str]:
-        """Containers and layers without parameters are passed over."""
+    def stop(self) -> None:
+        """Raise all that was kept."""
+        if self.faults:
+            told = {field: listed(dict.fromkeys(own), say=str, between="\n") for field, own in self.faults.items()}
+            raise AdapterError("\n".join(f"{field}: {said}" for field, said in told.items()))
+
+    @contextmanager
+    def _keeping(self, field: str) -> Iterator[None]:
         try:
-            expression = Expression(text)
-            matches = [path for path in self.modules if expression.whole(self.path(path))]
+            yield
         except AdapterError as error:
-            self.faults.append(f"{what}: {error}")
-            return []
-        if not matches:
-            suffix = any(path.endswith(f".{text}") for path in self.modules)
-            hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
-            hint = hint or nearest(text, [*ROLES, *last_parts(self.modules)])
-            self.faults.append(
-                f"{what}={shown(text)} is a regular expression for the whole path and matches none{hint}"
-            )
-        return [path for path in matches if kind_of(self.modules[path]) or _is_bare(self.modules[path])]
+            self.fault(field, str(error))
+
+    def matching(self, names: str | list[str], field: str, among: Iterable[str] | None = None) -> list[str]:
+        """The paths (all, or `among` those) that an expression matches whole, or that end with one of the names."""
+        among = self.modules if among is None else among
+        return self._expression(names, field, among) if isinstance(names, str) else [*self.named(names, field, among)]
+
+    def named(
+        self, names: Iterable[str], field: str, among: Iterable[str], what: str = "module", in_a_word: bool = False
+    ) -> dict[str, str]:
+        """The paths that are one of the names or end with a dot and it (or just with it, `in_a_word`), each with the
+        first such name; a name of no path is a fault.
+        """
+        order = {name: i for i, name in reversed(list(enumerate(names)))}
+        found, missing = {}, dict.fromkeys(reversed(order))
+        for path in among if order else ():
+            if ends := [end for end in _ends(path, in_a_word) if end in order]:
+                found[path] = min(ends, key=order.__getitem__)
+                for end in ends:
+                    missing.pop(end, None)
+        if missing:
+            hint = f"; the linear layers end with {listed(self.last_parts())}" if what == "module" else ""
+            self.fault(field, unmatched(missing, what, _tails(among)) + hint)
+        return found
+
+    def last_parts(self) -> list[str]:
+        """The last parts of the linear layers' paths, each once, in the model's order."""
+        is_linear = ROLES["all-linear"]
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.modules if is_linear(path, self)))
+
+    def _expression(self, text: str, field: str, among: Iterable[str]) -> list[str]:
+        """Containers and layers without parameters are passed over."""
+        with self._keeping(field):
+            expression = Expression(text)
+            matches = [path for path in among if expression.whole(self.path(path))]
+            if not matches:
+                suffix = any(path.endswith(f".{text}") for path in among)
+                hint = f"; for every layer whose path ends with it, give a list: [{text!r}]" if suffix else ""
+                hint = hint or nearest(text, [*ROLES, *self.last_parts()])
+                self.fault(field, f"{shown(text)} is a regular expression for the whole path and matches none{hint}")
+            return [path for path in matches if self.kind(path) or _is_bare(self.modules[path])]
+        return []
 
     def in_layers(self, paths: list[str], config: LoraConfig) -> list[str]:
         """Those paths that stand in one of `layers_to_transform`, numbered under `layers_pattern` (or any list)."""
-        wanted = config.layers_to_transform
+        wanted, patterns = config.layers_to_transform, config.layers_pattern or r"[^.]+"
         if wanted is None or not paths:
             return paths
-        patterns = config.layers_pattern or r"[^.]+"
-        try:
+        with self._keeping("layers_pattern"):
             expressions = [Expression(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
             number = {path: _number(self.path(path), expressions) for path in paths}
-        except AdapterError as error:
-            self.faults.append(f"layers_pattern: {error}")
-            return paths
-        asked = {wanted} if isinstance(wanted, int) else set(wanted)
-        there = sorted({i for i in number.values() if i is not None})
-        if missing := sorted(asked - set(there)):
-            span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {shown(patterns)}"
-            self.faults.append(f"layers_to_transform: no targeted layer is in {shown(missing)}; there are {span}")
-        return [path for path in paths if number[path] in asked]
+            asked = {wanted} if isinstance(wanted, int) else set(wanted)
+            there = sorted({i for i in number.values() if i is not None})
+            if missing := sorted(asked - set(there)):
+                span = f"{there[0]} to {there[-1]}" if there else f"no numbered layers under {shown(patterns)}"
+                self.fault("layers_to_transform", f"no targeted layer is in {shown(missing)}; there are {span}")
+            return [path for path in paths if number[path] in asked]
+        return paths
 
-    def own_numbers(self, places: list[Place], config: LoraConfig) -> dict[Place, dict[str, Any]]:
-        """The `r` and `lora_alpha` that the first matching pattern gives each place."""
-        own: dict[Place, dict[str, Any]] = {place: {} for place in places}
-        missing: dict[str, None] = {}
-        for name, patterns in (("r", config.rank_pattern), ("lora_alpha", config.alpha_pattern)):
+    def own_numbers(self, places: Iterable[Place], config: LoraConfig) -> dict[Place, dict[str, Any]]:
+        """The `r` and `lora_alpha` of the places that a pattern matches; the first one counts."""
+        places, own = list(places), defaultdict[Place, dict[str, Any]](dict)
+        for field, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            patterns, missing = getattr(config, field), []
             if len(patterns) > 4 * len(places) + 16:
-                self.faults.append(f"{len(patterns)} patterns for {name}, of {len(places)} layers, are too many")
+                self.fault(field, f"{len(patterns)} patterns for {name}, of {len(places)} layers, are too many")
                 continue
             for key, value in patterns.items():
-                try:
+                with self._keeping(field):
                     expression = Expression(key)
                     matches = [place for place in places if self._ends_with(expression, *place)]
-                except AdapterError as error:
-                    self.faults.append(f"rank_pattern, alpha_pattern: {error}")
-                    continue
-                missing |= {} if matches else {key: None}
-                for place in matches:
-                    own[place].setdefault(name, value)
-        if missing:
-            ends = [path.rpartition(".")[2] for path, _ in places]
-            self.faults.append(f"rank_pattern, alpha_pattern: {unmatched(missing, 'adapted layer', ends)}")
+                    missing += [] if matches else [key]
+                    for place in matches:
+                        own[place].setdefault(name, value)
+            if missing:
+                self.fault(field, unmatched(missing, "adapted layer", _tails(dict(places))))
         return own
-
-    def named_layers(self, chosen: list[str], config: LoraConfig) -> dict[str, list[str]]:
-        """For each of the method's options that name layers, which of the chosen ones it means."""
-        among = Search({path: self.modules[path] for path in chosen})
-        options = method(config.peft_type).options
-        found = {
-            name: among.matching(config.options[name], f"{name} among the adapted layers")
-            for name, option in options.items()
-            if option.layers
-        }
-        self.faults += among.faults if chosen else []
-        return found
 
     def _ends_with(self, expression: Expression, path: str, part: str) -> bool:
         names = [f"{path}.{part}", path] if part else [path]
         return any(expression.tail(self.path(name)) for name in names)
 
 
-def ending_with(names: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """For each name, the paths that are the name or end with a dot and the name."""
-    found: dict[str, list[str]] = {name: [] for name in names}
-    for path in paths:
-        end = path
-        while end:
-            if end in found:
-                found[end].append(path)
-            end = end.partition(".")[2]
-    return found
+def _ends(path: str, in_a_word: bool) -> Iterator[str]:
+    while path:
+        yield path
+        path = path[1:] if in_a_word else path.partition(".")[2]
+
+
+def _tails(paths: Iterable[str]) -> list[str]:
+    """What a misspelt name may have meant: the last parts of the paths, their last two, and the whole."""
+    return list(dict.fromkeys(".".join(path.split(".")[-parts:]) for parts in (1, 2, 0) for path in paths))
 
 
 def _number(path: Path, expressions: list[Expression]) -> int | None:
     """The number that follows an expression's first match, as PEFT reads it: 3 in `model.layers.3.experts.1`."""
     for expression in expressions:
-        ends = expression.ends(path, path.names)
-        for end in range(ends.bit_length()):
-            if ends >> end & 1 and (match := re.compile(r"\.(\d+)(?:\.|$)").match(path.text, end)):
+        for end in sorted(expression.ends(path, path.names)):
+            if match := re.compile(r"\.(\d+)(?:\.|$)").match(path.text, end):
                 return int(match[1])
     return None
 
 
 def _is_bare(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
-
-
-def last_parts(modules: dict[str, nn.Module]) -> list[str]:
-    """The last parts of the linear layers' paths, each once, in the model's order."""
-    is_linear = ROLES["all-linear"]
-    return list(dict.fromkeys(path.rpartition(".")[2] for path in modules if is_linear(path, modules)))

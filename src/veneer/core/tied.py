@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from veneer.core.config import LoraConfig
-from veneer.core.kinds import kind_of
 from veneer.core.kinds.embedding import AdaptedEmbedding
-from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear
 from veneer.core.kinds.module import AdaptedModule
+from veneer.core.search import Search
 
 if TYPE_CHECKING:
     from veneer.core.targets import Target
@@ -28,37 +26,34 @@ def tied_parameters(modules: Mapping[str, nn.Module]) -> list[list[str]]:
     return [paths for paths in owners.values() if len(paths) > 1]
 
 
-def tie(
-    modules: Mapping[str, nn.Module], targets: dict[str, "Target"], everything: bool
-) -> tuple[list[str], list[str]]:
+def tie(search: Search, targets: dict[str, "Target"], everything: bool) -> list[str]:
     """Let the layers that share a changed weight follow it: those of a table's rows, or with `everything` all.
 
-    Returns, a sentence each, what is changed in one layer alone, and what cannot be followed.
+    Returns, a sentence each, what is changed in one layer alone; what cannot be followed is a fault.
     """
-    alone, faults = [], []
-    for paths in tied_parameters(modules):
+    alone = []
+    for paths in tied_parameters(search.modules):
         told = " and ".join(paths)
         changed = [path for path in paths if _is_changed(path, targets)]
         layers = [path.rpartition(".")[0] for path in paths]
-        named = {layer: targets[layer] for layer in layers if layer in targets}
-        rows = [target.rows for target in named.values() if target.rows]
-        if not changed or not (rows or everything):
-            if changed and len(changed) < len(paths):
+        named = [layer for layer in layers if layer in targets]
+        rows = [targets[layer].rows for layer in named]
+        if not (everything or any(rows)):
+            if 0 < len(changed) < len(paths):
                 alone.append(f"{told} are one weight, and only {' and '.join(changed)} is changed")
-            continue
-        tables = [layer for layer, target in named.items() if issubclass(target.kind, AdaptedEmbedding)]
-        source = next(iter([*tables, *named]), None)
-        kinds = {layer: _following(targets[source], modules[layer]) if source else None for layer in layers}
-        if None in kinds.values() or any(target.rows != named[source or ""].rows for target in named.values()):
-            faults.append(
-                f"{told} are one weight: what changes both is LoRA without DoRA, the same trainable_token_indices, or "
-                "modules_to_save that names just these layers"
-            )
-            continue
-        for layer, kind in kinds.items():
-            if layer != source and source and kind:
-                targets[layer] = replace(targets[source], layer=modules[layer], kind=kind, tied_to=source)
-    return alone, faults
+        elif changed:
+            # a table, where one is among them
+            source = min(named, key=lambda layer: not issubclass(targets[layer].kind, AdaptedEmbedding), default="")
+            same = all(own == rows[0] for own in rows)
+            follow = {layer: _following(search, targets, source, layer) for layer in layers} if source and same else {}
+            if not all(follow.values()) or not follow:
+                search.fault(
+                    "ensure_weight_tying" if everything else "trainable_token_indices",
+                    f"{told} are one weight: what changes both is LoRA without DoRA, the same trainable_token_indices, "
+                    "or modules_to_save that names just these layers",
+                )
+            targets |= {layer: target for layer, target in follow.items() if target and layer != source}
+    return alone
 
 
 def _is_changed(path: str, targets: Mapping[str, "Target"]) -> bool:
@@ -66,13 +61,14 @@ def _is_changed(path: str, targets: Mapping[str, "Target"]) -> bool:
     return any(path.removeprefix(f"{holder}.") in targets[holder].parameters() for holder in holders)
 
 
-def _following(source: "Target", layer: nn.Module) -> type[AdaptedLayer] | None:
-    """The kind as which a layer may have the change of another one with the same weight."""
-    if source.kind is AdaptedModule:
-        return AdaptedModule if "weight" in layer._parameters else None
-    if source.own is None and (source.config.peft_type != "LORA" or source.config.use_dora):
+def _following(search: Search, targets: Mapping[str, "Target"], source: str, path: str) -> "Target | None":
+    """The layer with the change of another one that has the same weight, where it can have it."""
+    layer, kind, target = search.modules[path], search.kind(path), targets[source]
+    if target.kind is AdaptedModule:
+        follower = replace(target, layer=layer, tied_to=source)
+        return follower if "weight" in layer._parameters and not follower.refusal() else None
+    if target.own is None and (target.config.peft_type != "LORA" or target.config.use_dora):
         return None
-    kind = kind_of(layer)
-    fits = kind is not None and issubclass(kind, AdaptedEmbedding | AdaptedLinear) and kind is not AdaptedConv1D
-    config = LoraConfig() if source.own else source.config
-    return kind if kind and fits and not kind.refusal(layer, config) else None
+    fits = issubclass(kind or object, AdaptedEmbedding | AdaptedLinear) and kind is not AdaptedConv1D
+    follower = replace(target, layer=layer, kind=kind, tied_to=source)
+    return follower if fits and not follower.refusal() else None

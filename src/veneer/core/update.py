@@ -1,6 +1,6 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from veneer.core.start import PLAIN
 
 if TYPE_CHECKING:
     from veneer.core.config import LoraConfig
+    from veneer.core.search import Search
 
 # PEFT's names in the configs of LoHa and LoKr
 LYCORIS_NAMES: dict[str, str | None] = {
@@ -29,7 +30,6 @@ class Option(NamedTuple):
     default: Any
     holds: Callable[[Any], bool]
     expected: str
-    layers: bool = False  # it names layers; in one layer's config, whether it is one of them
 
 
 # (a weight as `(out, in)`, its config, what the kind of layer does to the starting values) → a fresh update
@@ -87,11 +87,9 @@ class Update(nn.Module):
     scale: float = 1.0  # what a product of its parameters is multiplied by
 
     @classmethod
-    def placed(
-        cls, config: "LoraConfig", modules: Mapping[str, nn.Module], paths: list[str]
-    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """The `options` of layers that have their own, by path, and what is wrong with those of `config`."""
-        return {}, []
+    def placed(cls, config: "LoraConfig", search: "Search", paths: list[str]) -> dict[str, dict[str, Any]]:
+        """The fields of `config` that layers have for themselves, by path; what is wrong is told to the search."""
+        return {}
 
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW for the base's `weight`, both `(out, in)`, in the precision of the method's parameters."""

@@ -1,6 +1,6 @@
 """(IA)³ (Liu et al. 2022, arXiv:2205.05638)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Ia3(Update):
     peft_names: ClassVar = {"init_lora_weights": "init_ia3_weights", **dict.fromkeys(_UNKNOWN_TO_PEFT)}
     options: ClassVar = {
         "feedforward_modules": Option(
-            [], lambda value: value == [] or (value is not None and is_names(value)), "names of layers", layers=True
+            [], lambda value: value == [] or (value is not None and is_names(value)), "names of layers"
         )
     }
 
@@ -41,6 +41,13 @@ class Ia3(Update):
         self.l = nn.Parameter(torch.ones(shape, dtype=own_precision(weight), device=weight.device))
         if config.init_lora_weights is False:
             nn.init.normal_(self.l)
+
+    @classmethod
+    def placed(cls, config: LoraConfig, search: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
+        """In one layer's config, `feedforward_modules` is whether it is one of them."""
+        names = config.options["feedforward_modules"] if paths else []
+        inner = set(search.matching(names, "feedforward_modules among the adapted layers", paths))
+        return {path: {"options": {"feedforward_modules": path in inner}} for path in (paths if names else ())}
 
     @classmethod
     def shifts(cls, config: LoraConfig) -> bool:

@@ -1,7 +1,6 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685), with rsLoRA's scale."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -97,10 +96,8 @@ class Lora(Update):
         return {"A": A.detach(), "B": B.detach(), **({} if b is None else {"b": b.detach()})}
 
     @classmethod
-    def placed(
-        cls, config: LoraConfig, modules: Mapping[str, nn.Module], paths: list[str]
-    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        return placed(config, modules, paths) if config.options["fused"] else ({}, [])
+    def placed(cls, config: LoraConfig, search: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
+        return placed(config, search, paths) if config.options["fused"] else {}
 
     @classmethod
     def saved_config(cls, config: LoraConfig) -> LoraConfig:

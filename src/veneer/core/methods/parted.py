@@ -3,14 +3,17 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import shown, unmatched
+from veneer.core.errors import shown
 from veneer.core.ranges import start_of
 from veneer.core.start import FROM_DATA, FROM_WEIGHT
+
+if TYPE_CHECKING:
+    from veneer.core.search import Search
 
 _MOST = 1_000  # names of fused layers
 
@@ -46,34 +49,25 @@ def _spelt(split: Any) -> dict[str, Any]:
     return {str(key): value for key, value in split.items()} if isinstance(split, dict) else {"r": split}
 
 
-def placed(
-    config: LoraConfig, modules: Mapping[str, nn.Module], paths: list[str]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The options of each layer, whose `fused` is `{path: {"r": …, "sizes": …}}` or nothing; and what is wrong."""
+def placed(config: LoraConfig, search: "Search", paths: list[str]) -> dict[str, dict[str, Any]]:
+    """The options of each layer, whose `fused` is `{path: {"r": …, "sizes": …}}` or nothing."""
     fused: dict[str, Any] = {path: {} for path in paths}
-    matches = {name: [path for path in paths if f".{path}".endswith(f".{name}")] for name in config.options["fused"]}
-    faults = []
-    if missing := [name for name in matches if not matches[name]]:
-        ends = [path.rpartition(".")[2] for path in paths]
-        faults.append(f"fused: {unmatched(missing, 'adapted layer', [*ends, *paths])}")
-    for name, given in config.options["fused"].items():
-        for path in matches[name]:
-            known = _known(modules, path)
-            split = {"sizes": known, **_spelt(given)}
-            fused[path] = fused[path] or {path: split}
-            if split["sizes"] is None:
-                faults.append(
-                    f"fused: how {path} is split is not known: give {{'r': …, 'sizes': …}}, sizes being the rows of "
-                    "its parts (of one head's, where the heads are interleaved)"
-                )
-                break
-            if known and split["sizes"] != known:
-                faults.append(f"fused: {path} is split into parts of {known} rows, not of {shown(split['sizes'])}")
-                break
+    for path, name in search.named(config.options["fused"], "fused", paths, "adapted layer").items():
+        known = _known(search.modules, path)
+        split = {"sizes": known, **_spelt(config.options["fused"][name])}
+        fused[path] = {path: split}
+        if split["sizes"] is None:
+            search.fault(
+                "fused",
+                f"how {path} is split is not known: give {{'r': …, 'sizes': …}}, sizes being the rows of "
+                "its parts (of one head's, where the heads are interleaved)",
+            )
+        elif known and split["sizes"] != known:
+            search.fault("fused", f"{path} is split into parts of {known} rows, not of {shown(split['sizes'])}")
     if start_of(config) in (*FROM_WEIGHT, *FROM_DATA):
         how = config.init_lora_weights
-        faults.append(f"fused: parts cannot start from the weight or from data, as init_lora_weights={how!r} asks")
-    return {path: {**config.options, "fused": split} for path, split in fused.items()}, faults
+        search.fault("fused", f"parts cannot start from the weight or from data, as init_lora_weights={how!r} asks")
+    return {path: {"options": {**config.options, "fused": split}} for path, split in fused.items()}
 
 
 def _known(modules: Mapping[str, nn.Module], path: str) -> list[int] | None:
