@@ -115,6 +115,30 @@ def test_one_mixed_call_at_a_time(model):
     torch.testing.assert_close(found[0], model(TOKENS, adapter_names=["a", "b"]).logits)
 
 
+class Routed(nn.Module):
+    """A mixture of two experts, each of which sees the tokens that are sent to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(4, 2), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        chosen = self.router(x).argmax(-1)
+        return torch.stack([self.experts[int(i)](row) for i, row in zip(chosen, x, strict=True)])
+
+
+def test_routed_experts_are_not_mixed_by_rows():
+    model = get_peft_model(Routed(), LoraConfig(r=2, target_modules=["0"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["router"]))
+    x = torch.randn(4, 4)
+    model(x, adapter_names=["b", "__base__", "b", "b"])
+    with pytest.raises(AdapterError, match=r"experts.0 does not see the rows of the batch"):
+        model(x, adapter_names=["a", "b", "b", "b"])
+    model.delete_adapter("a")
+    model.add_adapter("a", LoraConfig(r=2, target_modules=["router"]))
+    model(x, adapter_names=["a", "b", "b", "b"])
+
+
 def test_disabled_adapters_come_back_after_a_merge(model):
     model.set_adapter(["a", "b"])
     model.disable_adapters()

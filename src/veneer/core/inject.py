@@ -25,6 +25,10 @@ from veneer.core.update import Parts, Update, own_precision
 _Layer = tuple[type[AdaptedLayer], nn.Module, Any]  # its kind, itself, its update
 
 
+# what sees tokens as a router sends them, or pairs of positions: their number may well be that of the rows
+_ROUTED = re.compile(r"(^|\.)(experts?(_\d+)?|relative_attention_bias)(\.|$)")
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """The layers that carry adapters, with their paths."""
     for path, module in model.named_modules():
@@ -42,6 +46,8 @@ def inject(model: nn.Module, plan: Plan, name: str, what: LoraConfig | Adapter) 
     targets, updates, resolved = prepared(model, what)
     for path, update in updates.items():
         _attach(targets[path], plan, name, update)
+        if _ROUTED.search(path):
+            plan.unmixable[name] = path
     settle(model)
     return resolved
 

@@ -50,6 +50,7 @@ class Plan:
     merged: tuple[Term, ...] = ()
     resting: tuple[Term, ...] = ()
     disabled: tuple[Term, ...] = ()  # what acts again after `enable_adapters`
+    unmixable: dict[str, str] = field(default_factory=dict)  # adapter → a layer of it that sees no rows of the batch
     repeats: bool = False  # whether a row may stand several times in a row, as beams do
     watched: set[str] = field(default_factory=set)  # adapters of which a forward in training was looked at, once
     pending: tuple[Term, ...] | None = None  # the terms of a forward whose layers run again in its backward
