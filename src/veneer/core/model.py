@@ -116,8 +116,7 @@ class PeftModel(Trainable):
         """The model's own call; `adapter_names` says for each row of the batch which adapter acts on it.
 
         An entry is a name, a blend `{name: weight}`, or `"__base__"`; base rows are those of the base model, bit for
-        bit. Rows are the first dimension of what the layers see. Raises `AdapterError` where a layer or a batch cannot be
-        mixed.
+        bit. Rows are the first dimension of what the layers see. Raises `AdapterError` where a layer cannot be mixed.
         """
         plan = self.adapter_plan
         eager = self.training and not torch.compiler.is_compiling()
@@ -138,9 +137,7 @@ class PeftModel(Trainable):
         terms = terms_by_row(adapter_names, self.peft_config)
         self._refuse_merged("mixing rows")
         if unmixable := [own for term in terms if (own := self.adapter_plan.unmixable.get(term.adapter))]:
-            raise AdapterError(
-                f"{unmixable[0]} does not see the rows of the batch: its adapters cannot be mixed by rows"
-            )
+            raise AdapterError(f"{unmixable[0]} does not see the rows of the batch: adapters on it cannot be mixed")
         if any(term.rows for term in self.adapter_plan.terms):
             raise AdapterError("another call with adapter_names is under way on this model: one at a time")
         if self.training and torch.is_grad_enabled() and self._recomputes():
