@@ -177,6 +177,8 @@ def measure(bare: torch.nn.Module, ours: torch.nn.Module, theirs: torch.nn.Modul
         model.merge_adapter()
         model.unmerge_adapter()
 
+    for model in (ours, theirs):
+        model.requires_grad_(False)  # as adapters are that were loaded to be used
     one, many = torch.tensor([[7]]), torch.arange(7, 7 + ADAPTERS)[:, None]
     names = [f"a{i}" for i in range(ADAPTERS)]
     compare("switching, twice", lambda: switch(ours), lambda: switch(theirs), rounds)
