@@ -26,30 +26,30 @@ class Joint:
         with torch.inference_mode(False), torch.no_grad():
             self.A = first.new_zeros(len(pairs), r, first.shape[1])
             self.B = last.new_zeros(len(pairs), r, last.shape[0])
-            self.scales = torch.tensor([update.scale for update in updates.values()]).to(first)
-            self.slots = {name: i for i, name in enumerate(pairs)}
+            self.scales = torch.tensor([[update.scale] for update in updates.values()]).to(first)
             for i, (A, B) in enumerate(pairs.values()):
                 self.A[i, : len(A)], self.B[i, : len(A)] = A, B.t()
                 A.data, B.data = self.A[i, : len(A)], self.B[i, : len(A)].t()
+        self.slots = {name: i for i, name in enumerate(pairs)}
+        self.names = tuple(pairs)
         self._places = [_place(update) for update in updates.values()]
 
     def holds(self, names: tuple[str, ...], adapters: Mapping[str, Any]) -> bool:
         """Whether these adapters are still what they were: a few hundred addresses are compared in microseconds."""
-        if not self.slots.keys() >= set(names):
-            return False
-        now = [_place(adapters[name]) for name in names]
-        return now == [self._places[self.slots[name]] for name in names]
+        wanted = self._places if names == self.names else [self._places[self.slots.get(name, 0)] for name in names]
+        return [_place(adapters[name]) for name in names] == wanted
 
     def change(self, x: Tensor, names: tuple[str, ...], groups: Groups) -> Tensor:
         """Σ weight · scale · B A x row by row, for x `(rows, …, in)` → `(rows, …, out)` in the factors' precision."""
-        slots = self._slots(names)
-        A, B, scales = self.A[slots], self.B[slots], self.scales[slots]
+        A, B, scales = self.A, self.B, self.scales
+        if names != self.names:
+            slots = self._slots(names)
+            A, B, scales = A[slots], B[slots], scales[slots]
         own = x.reshape(groups.rows, x.shape[:-1].numel() // groups.rows, x.shape[-1])  # (rows, tokens, in)
         own = (own if groups.in_order else own.index_select(0, groups.take)).to(A.dtype)
-        h = torch.bmm(
-            own.reshape(len(names), own.shape[:2].numel() // len(names), x.shape[-1]), A.transpose(1, 2)
-        )  # (adapters, most · tokens, r)
-        h.view(*groups.weights.shape, own.shape[1] * h.shape[2]).mul_((groups.weights * scales[:, None])[:, :, None])
+        tokens = own.shape[:2].numel() // len(names)
+        h = torch.bmm(own.reshape(len(names), tokens, x.shape[-1]), A.transpose(1, 2))  # (adapters, most · tokens, r)
+        h.view(*groups.weights.shape, own.shape[1] * h.shape[2]).mul_((groups.weights * scales).unsqueeze(2))
         y = torch.bmm(h, B).view(*own.shape[:2], B.shape[2])
         if not groups.in_order:
             y = y.new_zeros(groups.rows, *y.shape[1:]).index_add_(0, groups.take, y)
