@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError
+from veneer.core.kinds.layer import AdaptedLayer
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BLENDS = [["a"], ["a", "b"], {"a": 0.7, "b": -1.3}]
@@ -67,14 +68,14 @@ def test_a_merge_that_gives_nan_in_a_later_layer_changes_nothing(case, bits, fau
 
 def test_a_failure_half_way_changes_nothing(case, bits, monkeypatch):
     model = case.adapted(base=case.stack(), targets=["layer", "head"])
-    before, added = bits(model), type(model.head.adapters["default"]).added
+    before, changed = bits(model), AdaptedLayer.changed
 
-    def fails_later(update, *sum):
-        if update is model.head.adapters["default"]:
+    def fails_later(layer, *terms):
+        if layer is model.head:
             raise MemoryError
-        return added(update, *sum)
+        return changed(layer, *terms)
 
-    monkeypatch.setattr(type(model.head.adapters["default"]), "added", fails_later)
+    monkeypatch.setattr(AdaptedLayer, "changed", fails_later)
     with pytest.raises(MemoryError):
         model.merge_adapter()
     assert bits(model) == before

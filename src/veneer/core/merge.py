@@ -26,12 +26,13 @@ def merge(model: nn.Module, plan: Plan, terms: tuple[Term, ...], untie: bool = F
     layers = {path: layer for path, layer in adapted_layers(model) if any(layer.adapters.acting(terms))}
     changing = {f"{path}.{name}": (layer, name) for path, layer in layers.items() for name in layer.changing(terms)}
     _refuse(changing)
-    changed = {
-        f"{path}.{name}": value.clone() if isinstance(value, nn.Parameter) else value.contiguous()
-        for path, layer in layers.items()
-        for name, value in layer.changed(terms).items()
-    }
-    if broken := [path for path, own in changed.items() if not all(torch.isfinite(end) for end in own.aminmax())]:
+    changed, broken = dict[str, Tensor](), []
+    for path, layer in layers.items():
+        for name, value in layer.changed(terms).items():
+            own = changed[f"{path}.{name}"] = value.clone() if isinstance(value, nn.Parameter) else value.contiguous()
+            if not all(torch.isfinite(end) for end in own.aminmax()):
+                broken.append(f"{path}.{name}")
+    if broken:
         raise AdapterError(f"merging {listed(t.adapter for t in terms)} gives NaN or infinity in {collapsed(broken)}")
     apart = _apart(model, changed)
     if apart and not untie:

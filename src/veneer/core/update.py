@@ -1,6 +1,6 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ LYCORIS_NAMES: dict[str, str | None] = {
     **dict.fromkeys(("bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "target_parameters")),
     **dict.fromkeys(("trainable_token_indices", "use_dora", "use_rslora")),
 }
+
+
+_BLOCK = 2**18  # entries of a weight that are summed at once
 
 
 class Option(NamedTuple):
@@ -216,6 +219,32 @@ class Stack(Update):
             return functional_call(self._one[0], values, (matrix,))
 
         return torch.vmap(one)(dict(self.named_parameters()), weight)
+
+
+def summed(weight: Tensor, changes: Sequence[tuple[Update, float]]) -> Tensor:
+    """W + Σ share · ΔW, summed in fp32 at least and rounded once to W's dtype."""
+    if not torch.is_grad_enabled() and weight.ndim == 2 and all(update.simple for update, _ in changes):
+        return _summed_thin(weight, changes)
+    if len(changes) == 1 and changes[0][1] == 1:
+        return changes[0][0].onto(weight).to(weight.dtype)
+    total = weight.to(own_precision(weight))
+    for update, share in changes:
+        total = update.added(total, weight, share)
+    return total.to(weight.dtype)
+
+
+def _summed_thin(weight: Tensor, changes: Sequence[tuple[Any, float]]) -> Tensor:
+    """The same, some rows at a time: what lies between stays in the processor's cache."""
+    result = torch.empty_like(weight)
+    step = max(1, _BLOCK // max(1, weight.shape[1]))
+    with torch.autocast(weight.device.type, enabled=False):
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            total = weight[rows].to(own_precision(weight), copy=True)
+            for update, share in changes:
+                total.addmm_(update.B[rows].to(total.dtype), update.A.to(total.dtype), alpha=share * update.scale)
+            result[rows] = total
+    return result
 
 
 def own_precision(weight: Tensor) -> torch.dtype:

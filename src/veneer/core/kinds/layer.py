@@ -12,7 +12,7 @@ from veneer.core.joint import Joint, joined, parted
 from veneer.core.methods import method
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed, base_of
-from veneer.core.update import Make, Update, own_precision
+from veneer.core.update import Make, Update, own_precision, summed
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -205,14 +205,7 @@ class AdaptedLayer(Reclassed):
         for update, weight in self.adapters.acting(terms):
             for part, own in update.parts().items():
                 acting.setdefault(part, []).append((own, weight))
-        totals = {}
-        for part, changes in acting.items():
-            original, alone = originals[part], len(changes) == 1 and changes[0][1] == 1
-            total = original.to(own_precision(original))
-            for update, share in changes:
-                total = update.onto(original) if alone else update.added(total, original, share)
-            totals[part] = total
-        values = self.values(self, {part: total.to(originals[part].dtype) for part, total in totals.items()})
+        values = self.values(self, {part: summed(originals[part], changes) for part, changes in acting.items()})
         return {**values, **self.shifted(terms)}
 
     def shifted(self, terms: tuple[Term, ...] | None = None) -> dict[str, Tensor]:
