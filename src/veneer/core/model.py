@@ -136,8 +136,9 @@ class PeftModel(Trainable):
     def _mixed(self, adapter_names: Rows, repeats: bool = False) -> Iterator[None]:
         terms = terms_by_row(adapter_names, self.peft_config)
         self._refuse_merged("mixing rows")
-        if unmixable := [own for term in terms if (own := self.adapter_plan.unmixable.get(term.adapter))]:
-            raise AdapterError(f"{unmixable[0]} does not see the rows of the batch: adapters on it cannot be mixed")
+        unmixable = self.adapter_plan.unmixable
+        if stuck := [unmixable[term.adapter] for term in terms if term.adapter in unmixable]:
+            raise AdapterError(f"{stuck[0]} does not see the rows of the batch: adapters on it cannot be mixed")
         if any(term.rows for term in self.adapter_plan.terms):
             raise AdapterError("another call with adapter_names is under way on this model: one at a time")
         if self.training and torch.is_grad_enabled() and self._recomputes():

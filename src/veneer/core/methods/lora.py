@@ -56,7 +56,7 @@ class Lora(Update):
         saved = self.saved_config(config) if how in FROM_THE_START else config
         self.__dict__ |= {
             "scale": scaling(saved.r, saved.lora_alpha, saved.use_rslora),
-            "simple": how not in FROM_THE_START and not config.options["lora_bias"],
+            "simple": type(self) is Lora and how not in FROM_THE_START and not config.options["lora_bias"],
         }
         if how in FROM_WEIGHT:
             start_from_weight(self.A, self.B, str(config.init_lora_weights), weight, self.scale)
