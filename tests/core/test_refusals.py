@@ -1,5 +1,6 @@
 """What would be silently wrong on a live model is refused, and what looked wrong is right."""
 
+import copy
 import threading
 
 import pytest
@@ -39,6 +40,17 @@ class TestGradientCheckpointing:
         model.set_adapter("b")
         with pytest.raises(AdapterError, match=AGAIN):
             model(TOKENS, labels=TOKENS)
+
+    def test_a_call_that_failed_leaves_no_backward_to_wait_for(self, model):
+        with pytest.raises(AdapterError, match="mixed rows cannot be trained with gradient checkpointing"):
+            model(TOKENS, adapter_names=["a", "b"])
+        with pytest.raises(IndexError):
+            model(TOKENS + 10**6, labels=TOKENS)
+        model.set_adapter("b")
+        model(TOKENS, labels=TOKENS)
+        twin = copy.deepcopy(model)
+        twin.set_adapter("a")
+        twin(TOKENS, labels=TOKENS).loss.backward()
 
     def test_backward_before_switching_trains_each(self, model):
         for name in "ab":

@@ -56,7 +56,7 @@ class PeftModel(Trainable):
         self._add(adapter_name, examine(folder), is_trainable)
 
     def get_adapter(self, name: str | None = None) -> Adapter:
-        """The adapter as plain data; its tensors are the live ones."""
+        """The adapter as plain data; its tensors are the live ones, until rows are mixed."""
         if name is None:
             names = list(self.peft_config) if len(self.peft_config) == 1 else self.active_adapters
             if len(names) != 1:
@@ -121,15 +121,16 @@ class PeftModel(Trainable):
         plan = self.adapter_plan
         eager = self.training and not torch.compiler.is_compiling()
         first = eager and any(term.adapter not in plan.watched for term in plan.terms)
-        if eager and torch.is_grad_enabled() and self._recomputes():
-            plan.begin()
-        if adapter_names is None and not first:
+        again = eager and torch.is_grad_enabled() and self._recomputes()
+        if adapter_names is None and not first and not again:
             return super().__call__(*inputs, **more)
         with ExitStack() as around:
             if adapter_names is not None:
                 around.enter_context(self._mixed(adapter_names))
             if first:
                 around.enter_context(watching(self, plan))
+            if again:
+                around.enter_context(plan.recomputing())
             return super().__call__(*inputs, **more)
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,11 +74,18 @@ class Plan:
             self.pending = None
         return self.acting
 
-    def begin(self) -> None:
-        """A forward in training begins whose layers will run again in its backward (gradient checkpointing)."""
-        if self.pending not in (None, self.terms):
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Inside, a forward runs whose layers will run again in its backward (gradient checkpointing)."""
+        before = self.pending
+        if before not in (None, self.terms):
             raise AdapterError(_AGAIN)
         self.pending = self.terms
+        try:
+            yield
+        except BaseException:
+            self.pending = before  # there will be no backward
+            raise
 
     def found(self, terms: tuple[Term, ...]) -> tuple[tuple[Term, dict[str, Any]], ...]:
         """The terms with the updates, by layer, of their adapters."""
@@ -89,8 +97,8 @@ class Plan:
         return str(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what layers enter: the copy of one layer is not one of all."""
-        return {**vars(self), "updates": defaultdict(dict), "acting": (), "tables": {}}
+        """Without what layers enter, as the copy of one layer is not one of all, and without a backward to come."""
+        return {**vars(self), "updates": defaultdict(dict), "acting": (), "tables": {}, "pending": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
