@@ -118,6 +118,10 @@ def test_copies_and_files_have_memory_of_their_own(model):
     assert all(parameter.is_contiguous() for parameter in trained)
     assert torch.equal(mixed(model.eval(), x, NAMES), before)
     assert not all(parameter.is_contiguous() for parameter in trained)
+    assert not all(parameter.is_contiguous() for parameter in trained)
+    for tensor in model.get_adapter("a").tensors["0"].values():  # saved by itself, it has no other adapter's memory
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert torch.equal(mixed(model, x, NAMES), before)
     tensors = model.state_dict().values()
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
     assert all(tensor.is_contiguous() for tensor in tensors)

@@ -130,6 +130,8 @@ def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     layers: dict[str, Any] = {
         path: (mixin_of(own), own, own.adapters[name]) for path, own in adapted_layers(model) if name in own.adapters
     }
+    for _, own, _ in layers.values():
+        own.adapters.part()  # whoever saves a tensor saves all of its memory
     plan: Any = model.adapter_plan
     if lost := len(plan.updates[name]) - len(layers):
         raise AdapterError(f"{name!r} is on {lost} layers that are no longer in the model: something replaced them")

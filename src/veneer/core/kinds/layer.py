@@ -48,7 +48,7 @@ class Adapters(nn.ModuleDict):
         del self.plan.updates[name][self.key]
 
     def __getstate__(self) -> dict[str, Any]:
-        self._part()
+        self.part()
         return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Adapters(nn.ModuleDict):
             self.plan.updates[name][self.key] = update
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapters":
-        self._part()
+        self.part()
         super()._apply(fn, recurse)
         if self.original is not None:  # what comes back goes wherever the layer went
             self.original = {name: fn(tensor) for name, tensor in self.original.items()}
@@ -78,15 +78,16 @@ class Adapters(nn.ModuleDict):
         return tuple(term for term in self.plan.terms if term.rows is not None and term.adapter in self._modules)
 
     def _save_to_state_dict(self, *into: Any) -> None:
-        self._part()
+        self.part()
         super()._save_to_state_dict(*into)
 
     def train(self, mode: bool = True) -> "Adapters":
         if mode:
-            self._part()
+            self.part()
         return super().train(mode)
 
-    def _part(self) -> None:
+    def part(self) -> None:
+        """Give the parameters memory of their own, where they shared one."""
         if self.joint is not None:
             parted(self)
             self.joint = None
