@@ -112,9 +112,7 @@ class _FusedLinear(torch.autograd.Function):
         rows: list[Tensor | None],
         *factors: Tensor,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)  # (tokens, out)
-        if gain is not None:
-            y = y + by_row(y if bias is None else y - bias, gain.to(x.dtype))
+        y = _base_linear(x, weight, bias, gain)  # (tokens, out)
         kept: list[Tensor | None] = []
         for A, B, scale, mask, row in zip(factors[::2], factors[1::2], scales, masks, rows, strict=True):
             A, B = A.to(x.dtype), B.to(x.dtype)

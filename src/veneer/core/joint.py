@@ -66,9 +66,9 @@ def joined(before: Joint | None, adapters: nn.ModuleDict, names: tuple[str, ...]
     modules: Any = adapters._modules
     if before is not None and before.holds(names, modules):
         return before
-    simple = {name: update for name, update in modules.items() if _is_simple(update)}
-    if not simple.keys() >= set(names):
+    if not all(_is_simple(modules[name]) for name in names):
         return None
+    simple = {name: update for name, update in modules.items() if _is_simple(update)}
     ranks = [len(update.A) for update in simple.values()]
     alike = {(update.A.dtype, update.A.device, update.B.device) for update in simple.values()}
     if len(alike) > 1 or max(ranks) * len(ranks) > _WASTE * sum(ranks):

@@ -71,8 +71,7 @@ def _refuse(changing: Mapping[str, tuple[AdaptedLayer, str]]) -> None:
     """Raise `AdapterError` for what is not there, no parameter, or not to be read."""
     values = {path: attrgetter(name)(layer) for path, (layer, name) in changing.items()}
     absent = [path for path, value in values.items() if value is None]
-    own = ((path, name, layer.named_parameters(remove_duplicate=False)) for path, (layer, name) in changing.items())
-    computed = [path for path, name, parameters in own if name not in dict(parameters)]
+    computed = [path for path, (layer, name) in changing.items() if not _is_parameter(layer, name)]
     unreadable = [path for path, value in values.items() if not is_plain(value)]
     if absent:
         raise AdapterError(
@@ -85,6 +84,11 @@ def _refuse(changing: Mapping[str, tuple[AdaptedLayer, str]]) -> None:
             f"cannot merge into weights that are quantised or spread over processes: {listed(unreadable)}; "
             "save the adapter, and merge it into the base model as it was before"
         )
+
+
+def _is_parameter(layer: AdaptedLayer, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    return last in layer.get_submodule(owner)._parameters
 
 
 def _apart(model: nn.Module, changed: Mapping[str, Tensor]) -> list[list[str]]:
