@@ -71,3 +71,24 @@ def tiny() -> Callable[..., nn.Module]:
         return getattr(transformers, name).from_config(config).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def expect_rows_as_alone() -> Callable[..., torch.Tensor]:
+    """`expect_rows_as_alone(model, tokens, specs, beams, new)`: mixed rows give the logits, which are returned, and the
+    `new` tokens that each gives alone.
+    """
+
+    def expect(model, tokens: torch.Tensor, specs: list, beams: int, new: int) -> torch.Tensor:
+        together = model(tokens, adapter_names=specs).logits
+        options = {"max_new_tokens": new, "num_beams": beams, "do_sample": False}
+        answers = model.generate(tokens, adapter_names=specs, attention_mask=torch.ones_like(tokens), **options)
+        for i, spec in enumerate(specs):
+            row = tokens[i : i + 1]
+            with model.using([] if spec == "__base__" else spec):
+                torch.testing.assert_close(together[i], model(row).logits[0])
+                single = model.generate(row, attention_mask=torch.ones_like(row), **options)[0]
+            assert torch.equal(answers[i, : len(single)], single)
+        return together
+
+    return expect

@@ -115,19 +115,11 @@ def test_one_parameter_stays_one(base, tmp_path):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_rows_of_a_batch_have_their_own_tokens(base, beams):
+def test_rows_of_a_batch_have_their_own_tokens(base, beams, expect_rows_as_alone):
     model = get_peft_model(base, LoraConfig(**ROWS), "a")
     model.add_adapter("b", LoraConfig(target_modules=["v_proj"], trainable_token_indices=[9, 7]))
     moved(model)
-    specs = ["b", "__base__", {"a": 0.5, "b": -2.0}]
-    together = model(TOKENS, adapter_names=specs).logits
-    options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False}
-    answers = model.generate(TOKENS, adapter_names=specs, attention_mask=torch.ones_like(TOKENS), **options)
-    for i, spec in enumerate(specs):
-        with model.using([] if spec == "__base__" else spec):
-            torch.testing.assert_close(together[i], model(TOKENS[i : i + 1]).logits[0])
-            single = model.generate(TOKENS[i : i + 1], attention_mask=torch.ones(1, 4), **options)[0]
-        assert torch.equal(answers[i, : len(single)], single)
+    together = expect_rows_as_alone(model, TOKENS, ["b", "__base__", {"a": 0.5, "b": -2.0}], beams, new=5)
     with model.disable_adapter():
         assert torch.equal(together[1], model(TOKENS).logits[1])
     model.delete_adapter("a")

@@ -124,23 +124,15 @@ def test_adapters_that_would_change_a_layer_in_two_ways_are_refused():
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_mixed_rows_have_their_own_tables_and_heads(tiny, beams):
+def test_mixed_rows_have_their_own_tables_and_heads(tiny, beams, expect_rows_as_alone):
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head", "embed_tokens"])
     model = get_peft_model(tiny("llama"), config, "a")
     model.add_adapter("b", config)
     moved(model)
-    rows = ["b", "__base__", {"a": 2.0, "b": 0.5}]
     with model.disable_adapter():
         base = model(TOKENS).logits
-    together = model(TOKENS, adapter_names=rows).logits
+    together = expect_rows_as_alone(model, TOKENS, ["b", "__base__", {"a": 2.0, "b": 0.5}], beams, new=6)
     assert torch.equal(together[1], base[1])
-    options = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False}
-    answers = model.generate(TOKENS, adapter_names=rows, attention_mask=torch.ones_like(TOKENS), **options)
-    for i, row in enumerate(rows):
-        with model.using([] if row == "__base__" else row):
-            torch.testing.assert_close(together[i], model(TOKENS[i : i + 1]).logits[0])
-            single = model.generate(TOKENS[i : i + 1], attention_mask=torch.ones(1, 4), **options)[0]
-        assert torch.equal(answers[i, : len(single)], single)
 
 
 def test_rows_of_what_is_no_tensor_are_refused():
