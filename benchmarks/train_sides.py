@@ -61,7 +61,7 @@ class Job:
         return self.folder / "start"
 
     def rows(self, name: str = "train") -> list[dict[str, list[int]]]:
-        """`input_ids` and `labels` of each row."""
+        """The rows as tokens; those of `train` in the order of veneer's steps."""
         return json.loads((self.folder / f"{name}.tokens").read_text())
 
     def recipe(self, dropout: float) -> tuple[Any, Any]:
@@ -79,11 +79,6 @@ class Job:
             "train.steps": self.steps,
         }
         return read_recipe("causal-lm", [*(f"{key}={value}" for key, value in values.items()), *self.overrides])
-
-    def order(self, size: int) -> list[list[int]]:
-        """The rows of each step, as veneer's loop takes them."""
-        settings = self.recipe(0.0)[0].train
-        return [list(chain(*rows_of(step, settings, size))) for step in range(self.steps)]
 
 
 class Turns:
@@ -130,7 +125,6 @@ def peft_side(job: Job, turn: Turns, folder: Path, dropout: float, dtype: str, a
     config = peft.LoraConfig.from_pretrained(job.start)
     config.lora_dropout = dropout
     model = peft.PeftModel.from_pretrained(model, job.start, is_trainable=True, config=config)
-    rows = job.rows()
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=job.batch,
@@ -153,7 +147,7 @@ def peft_side(job: Job, turn: Turns, folder: Path, dropout: float, dtype: str, a
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=[rows[i] for step in job.order(len(rows)) for i in step],
+        train_dataset=job.rows(),
         data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(job.model)),
         callbacks=[Pause()],
     )
@@ -172,14 +166,16 @@ def prepare(job: Job) -> dict[str, Any]:
     veneer.get_peft_model(model, veneer.LoraConfig(**ADAPTER)).save_pretrained(job.start)
     del model
     tokenizer = AutoTokenizer.from_pretrained(job.model)
+    settings = job.recipe(0.0)[0].train
+    order = {"train": [list(chain(*rows_of(step, settings, len(pairs["train"])))) for step in range(job.steps)]}
     for name, texts in pairs.items():
         names = ("prompt", "completion") if job.length is None else ("", "text")
         lines = [json.dumps({k: v for k, v in zip(names, text, strict=True) if k}) for text in texts]
         (job.folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-        rows = [_tokenised(*text, tokenizer, job.length) for text in texts]
+        rows = [_tokenised(*texts[i], tokenizer, job.length) for i in chain(*order.get(name, [range(len(texts))]))]
         (job.folder / f"{name}.tokens").write_text(json.dumps(rows))
     rows = job.rows()
-    steps = [[rows[i] for i in step] for step in job.order(len(rows))]
+    steps = [rows[i : i + job.batch] for i in range(0, len(rows), job.batch)]
     tokens = [sum(len(row["input_ids"]) for row in step) for step in steps]
     learned = [sum(label != -100 for row in step for label in row["labels"]) for step in steps]
     return {"tokens": tokens, "learned": learned, **_bound(job, sum(tokens) / job.steps, sum(learned) / job.steps)}
