@@ -73,6 +73,23 @@ def tiny() -> Callable[..., nn.Module]:
     return build
 
 
+@pytest.fixture
+def unet() -> nn.Module:
+    """A UNet of diffusers with two levels."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
 @pytest.fixture(scope="session")
 def expect_rows_as_alone() -> Callable[..., torch.Tensor]:
     """`expect_rows_as_alone(model, tokens, specs, beams, new)`: mixed rows give the logits, which are returned, and the

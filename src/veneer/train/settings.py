@@ -29,6 +29,10 @@ class TrainSettings(Settings):
     accumulation: int = Field(
         1, ge=1, description="Batches an optimizer step; gradients are normalised over all of them."
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep each layer's input only, and run the layer again in the backward: less memory, more time.",
+    )
     lr: float = Field(2e-4, gt=0, le=10, description="The highest learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
     warmup: float = Field(
