@@ -106,7 +106,7 @@ def _write(folder: Path, made_of: Mapping[str, Any], columns: Columns, rows: Pie
             if len(records) == FLUSH:
                 flush()
         flush()
-    (folder / "index.json").write_text(json.dumps(_index(made_of, end, digest.digest()), indent=2) + "\n")
+    (folder / "index.json").write_text(json.dumps(_index(made_of, end, digest.digest()), indent=2))
 
 
 def _opened(place: Path, made_of: Mapping[str, Any], columns: Columns) -> Store | None:

@@ -117,7 +117,7 @@ def tokens(source: Source, tokenizer: Any, settings: LanguageData, reporter: Rep
         found = Documents(source, np.arange(total))
         for done, encoded in enumerate(encode(found, tokenizer, settings), 1):
             yield encoded.packed(), (encoded.length, encoded.learned.count(1), encoded.fate)
-            if done % 1000 == 0:
+            if done % 1000 == 0 or done == total:
                 reporter.progress(f"{name}: tokenising", done, total)
 
     store = source.tokens = prepared("tokens", made_of, TOKENS, pieces, reporter.say)

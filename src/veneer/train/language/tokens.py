@@ -204,10 +204,15 @@ def _to_stop(text: str, begin: int, end: int, stops: tuple[str, ...]) -> tuple[i
 
 def _tokenised(passages: Sequence[Passage], tokenizer: Any) -> list[Tokens]:
     """The tokens of each passage, with the ids that go before and after its text."""
-    wholes = _called([passage.text for passage in passages], tokenizer)
-    heads = _called([passage.text[: passage.border] for passage in passages], tokenizer)
+    inside = any(
+        0 <= begin != passage.border or end <= len(passage.text)
+        for passage in passages
+        for begin, end in passage.spans
+    )
+    wholes = _called([passage.text for passage in passages], tokenizer, inside)
+    heads = _called([passage.text[: passage.border] for passage in passages], tokenizer, inside)
     apart = [i for i, (head, _) in enumerate(heads) if wholes[i][0][: len(head)] != head]
-    tails = _called([passages[i].text[passages[i].border :] for i in apart], tokenizer)
+    tails = _called([passages[i].text[passages[i].border :] for i in apart], tokenizer, inside)
     for i, (tail, places) in zip(apart, tails, strict=True):
         head, head_places = heads[i]
         border = passages[i].border
