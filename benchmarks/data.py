@@ -1,9 +1,9 @@
 """A million rows prepared, and started with again: python benchmarks/data.py [--rows 1000000]
 
 The shipped sample of E2E, over and over with other names, is written as JSONL to a temporary folder, with a cache
-beside it. Two starts, each in a process of its own: seconds to read and split the rows, seconds to have their tokens, the
-most memory over what the imports take, and the microseconds of a random row and of a step's choice of rows. Prints the
-bytes that are kept.
+beside it. Two starts, each in a process of its own: seconds to read and split the rows, seconds to have their tokens,
+the most memory over what the imports take, and the microseconds of a random row and of a step's choice of rows. Prints
+the bytes that are kept.
 """
 
 import argparse

@@ -38,6 +38,7 @@ class Store(Sequence[bytes]):
         self._pieces = _mapped(folder / "pieces")
         self.table = np.frombuffer(_mapped(folder / "table"), _record(columns))
         digest = sha256(self.table.data)
+        self._ends, self._sums = self.table["end"], self.table["sum"]
         if json.loads((folder / "index.json").read_bytes()) != _index(made_of, len(self._pieces), digest.digest()):
             raise ValueError("the index is not that of the files")
 
@@ -46,15 +47,15 @@ class Store(Sequence[bytes]):
 
     def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
         index = range(len(self))[index]
-        begin = int(self.table["end"][index - 1]) if index else 0
-        piece = self._pieces[begin : int(self.table["end"][index])]
-        if crc32(piece) != self.table["sum"][index]:
+        begin = int(self._ends[index - 1]) if index else 0
+        piece = self._pieces[begin : int(self._ends[index])]
+        if crc32(piece) != self._sums[index]:
             raise AdapterError(f"{self.folder} is damaged (row {index + 1}): delete it, and it will be made again")
         return piece
 
     def sizes(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """The bytes of each piece."""
-        return np.diff(self.table["end"], prepend=0)
+        return np.diff(self._ends, prepend=0)
 
 
 def prepared(

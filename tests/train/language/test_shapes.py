@@ -12,7 +12,7 @@ CHAT = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
 
 
 def rows_of(*values: dict) -> Rows:
-    return Rows("t.jsonl", "line", lambda: enumerate(values, 1))
+    return Rows("t.jsonl", "line", lambda: enumerate(values, 1), dict)
 
 
 def settings_of(**keys: object) -> LanguageData:

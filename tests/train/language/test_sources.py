@@ -177,6 +177,21 @@ def test_faulty_rows_leave_nothing_and_are_told_at_every_start(path: Path, cache
             prepared(path)
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    made = sources.shapes.document
+
+    def document(row, shape, settings):
+        if row.place.endswith("line 9"):
+            with path.open("a", encoding="utf-8") as lines:
+                lines.write("\n" + json.dumps(ROWS[0]))
+        return made(row, shape, settings)
+
+    monkeypatch.setattr(sources.shapes, "document", document)
+    with pytest.raises(AdapterError, match=r"rows.jsonl was changed while it was read; nothing is kept"):
+        prepared(path)
+    assert kinds(cache) == {}
+
+
 def test_a_chat_and_any_text_come_back_as_they_were(tmp_path: Path):
     said = [
         {"role": role, "content": content}

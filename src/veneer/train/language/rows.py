@@ -37,7 +37,7 @@ class Rows:
     source: str  # the file or dataset
     unit: str  # what `numbered` counts: line, item or row
     numbered: Callable[[], Numbered]
-    content: Callable[[], Values] = dict  # what decides the rows, as plain JSON: a hash of the file
+    content: Callable[[], Values]  # what decides the rows, as plain JSON: a hash of the file
 
     def place(self, number: int) -> str:
         """Where a row is, for messages."""

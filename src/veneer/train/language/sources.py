@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from veneer.core.errors import AdapterError
 from veneer.train.language import rows, shapes
 from veneer.train.language.report import Table
 from veneer.train.language.rows import Rows
@@ -81,7 +82,10 @@ def read(path: str, split: str, settings: LanguageData, reporter: Reporter) -> D
     made_of = {"rows": found.content(), "shape": shape, **asked, "program": _program(*READS)}
 
     def pieces() -> Pieces:
-        return ((made.packed(), (number,)) for number, made in shapes.documents(found, shape, settings))
+        for number, made in shapes.documents(found, shape, settings):
+            yield made.packed(), (number,)
+        if found.content() != made_of["rows"]:
+            raise AdapterError(f"{path} was changed while it was read; nothing is kept of it, start again")
 
     store = prepared("documents", made_of, DOCUMENTS, pieces, reporter.say)
     return Documents(Source(found, store), np.arange(len(store)))
