@@ -161,6 +161,20 @@ def test_what_changes_decides_what_is_made_anew(path: Path, cache: Path, monkeyp
     renamed.write_text(renamed.read_text(encoding="utf-8").replace("inn 1", "inn_1"), encoding="utf-8")
     assert prepared(renamed)[0].documents[0].prompt == "inn_1\n"
     assert kinds(cache) == {"documents": 4, "draws": 5, "tokens": 7}
+    monkeypatch.setattr(sources, "_program", lambda *names: f"other {names}")
+    prepared(renamed)
+    assert kinds(cache) == {"documents": 5, "draws": 6, "tokens": 8}
+
+
+def test_a_template_that_writes_the_date_is_another_one_tomorrow(monkeypatch: pytest.MonkeyPatch):
+    def of(template: str, day: str) -> str:
+        monkeypatch.setattr(sources.time, "strftime", lambda form: day)
+        tokenizer = tokenizer_of()
+        tokenizer.chat_template = template
+        return sources._fingerprint(tokenizer)
+
+    assert of("{{ messages }}", "one") == of("{{ messages }}", "two")
+    assert of("{{ strftime_now('%d') }}", "one") != of("{{ strftime_now('%d') }}", "two")
 
 
 def test_faulty_rows_leave_nothing_and_are_told_at_every_start(path: Path, cache: Path):
