@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from typing import Any
@@ -28,8 +29,7 @@ from veneer.train.task import Reporter
 DOCUMENTS: Columns = [("number", "i8")]
 DRAWS: Columns = [("draw", "f8")]
 TOKENS: Columns = [("length", "i4"), ("learned", "i4"), ("fate", "i1")]
-READS = ("rows.py", "settings.py", "shapes.py")  # the modules that decide what documents are,
-TOKENISES = ("chat.py", "report.py", "tokens.py")  # and those that decide what tokens are
+PROGRAM = ("chat.py", "report.py", "rows.py", "settings.py", "shapes.py", "tokens.py")  # decide what is in a store
 
 
 @dataclass
@@ -79,7 +79,7 @@ def read(path: str, split: str, settings: LanguageData, reporter: Reporter) -> D
     found = rows.read_rows(path, split)
     shape = settings.shape = shapes.detect_shape(found, settings)
     asked = settings.model_dump(include={"prompt", "completion", "chat"})
-    made_of = {"rows": found.content(), "shape": shape, **asked, "program": _program(*READS)}
+    made_of = {"rows": found.content(), "shape": shape, **asked, "program": _program()}
 
     def pieces() -> Pieces:
         for number, made in shapes.documents(found, shape, settings):
@@ -111,7 +111,7 @@ def tokens(source: Source, tokenizer: Any, settings: LanguageData, reporter: Rep
         "documents": digest_of(source.documents.made_of),
         "tokenizer": _fingerprint(tokenizer),
         **settings.model_dump(include={"learn", "max_length", "too_long", "chat"}),
-        "program": _program(*TOKENISES),
+        "program": _program(),
     }
     if source.tokens is not None and source.tokens.made_of == made_of:
         return source.tokens
@@ -147,7 +147,7 @@ def _fingerprint(tokenizer: Any) -> str:
     return sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _program(*names: str) -> str:
-    """A hash of modules of ours: when one changes, what it made is made anew."""
-    folder = files(__package__)
-    return sha256(b"".join(folder.joinpath(name).read_bytes() for name in names)).hexdigest()
+@cache  # of the modules as they were imported, and not as somebody edits them meanwhile
+def _program() -> str:
+    """A hash of our own modules: when one changes, what it made is made anew."""
+    return sha256(b"".join(files(__package__).joinpath(name).read_bytes() for name in PROGRAM)).hexdigest()
