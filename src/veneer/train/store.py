@@ -11,7 +11,7 @@ it was made from. It may be deleted at any time: the next run makes it again.
 import json
 import mmap
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,15 @@ class Store(Sequence[bytes]):
     def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
         index = range(len(self))[index]
         begin = int(self._ends[index - 1]) if index else 0
-        piece = self._pieces[begin : int(self._ends[index])]
+        return self._checked(self._pieces[begin : int(self._ends[index])], index)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """All pieces in their order; through a file, for what was read through the map stays in memory."""
+        with (self.folder / "pieces").open("rb") as pieces:
+            for index, size in enumerate(self.sizes()):
+                yield self._checked(pieces.read(size), index)
+
+    def _checked(self, piece: bytes, index: int) -> bytes:
         if crc32(piece) != self._sums[index]:
             raise AdapterError(f"{self.folder} is damaged (row {index + 1}): delete it, and it will be made again")
         return piece

@@ -7,7 +7,7 @@ and the settings of lengths). So with another seed nothing is tokenised anew, wi
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -34,11 +34,15 @@ PROGRAM = ("chat.py", "report.py", "rows.py", "settings.py", "shapes.py", "token
 
 @dataclass
 class Source:
-    """A file or dataset: its rows, their documents, and their tokens once they are asked for."""
+    """A file or dataset: its rows, their documents (gone through by iterating), their tokens once they are asked for."""
 
     rows: Rows
     documents: Store
     tokens: Store | None = None
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, packed in zip(self.documents.table["number"], self.documents, strict=True):
+            yield Document.unpacked(packed, self.rows.place(number))
 
 
 class Documents(Sequence[Document]):
@@ -97,7 +101,7 @@ def split(found: Documents, share: float, seed: int, reporter: Reporter) -> tupl
         return found, Documents(found.source, found.chosen[:0])
 
     def pieces() -> Pieces:
-        return ((b"", (rows.draw(document.key, seed),)) for document in found)
+        return ((b"", (rows.draw(document.key, seed),)) for document in found.source)
 
     made_of = {"documents": digest_of(found.source.documents.made_of), "seed": seed}
     draws = prepared("draws", made_of, DRAWS, pieces, reporter.say).table["draw"]
@@ -118,8 +122,7 @@ def tokens(source: Source, tokenizer: Any, settings: LanguageData, reporter: Rep
     began, total = time.monotonic(), len(source.documents)
 
     def pieces() -> Pieces:
-        found = Documents(source, np.arange(total))
-        for done, encoded in enumerate(encode(found, tokenizer, settings), 1):
+        for done, encoded in enumerate(encode(source, tokenizer, settings), 1):
             yield encoded.packed(), (encoded.length, encoded.learned.count(1), encoded.fate)
             if done % 1000 == 0 or done == total:
                 reporter.progress(f"{name}: tokenising", done, total)
