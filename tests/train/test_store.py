@@ -29,7 +29,7 @@ def test_what_is_kept_is_what_was_made():
     second = prepared("test", MADE_OF, COLUMNS, unreachable, lambda text: None)
     assert (first.fresh, second.fresh) == (True, False)
     for store in (first, second):
-        assert list(store) == [piece for piece, _ in ROWS]
+        assert list(store) == [store[i] for i in range(len(store))] == [piece for piece, _ in ROWS]
         assert [tuple(numbers) for numbers in store.table[["number", "share"]].tolist()] == [n for _, n in ROWS]
         assert store.sizes().tolist() == [len(piece) for piece, _ in ROWS]
         assert store[-1] == ROWS[-1][0]
@@ -59,6 +59,8 @@ def test_a_damaged_store_is_told_and_made_again(name: str, harm: str):
     if (name, harm) == ("pieces", "changed"):  # of many pieces each is checked when it is read
         with pytest.raises(AdapterError, match=r"test-\w+ is damaged \(row \d+\): delete it"):
             list(store)
+        with pytest.raises(AdapterError, match=r"is damaged \(row \d+\)"):
+            [store[i] for i in range(len(store))]
         shutil.rmtree(store.folder)
         store = made()
     else:

@@ -34,13 +34,14 @@ PROGRAM = ("chat.py", "report.py", "rows.py", "settings.py", "shapes.py", "token
 
 @dataclass
 class Source:
-    """A file or dataset: its rows, their documents (gone through by iterating), their tokens once they are asked for."""
+    """A file or dataset: its rows, their documents, and their tokens once they are asked for."""
 
     rows: Rows
     documents: Store
     tokens: Store | None = None
 
     def __iter__(self) -> Iterator[Document]:
+        """All documents, one after the other."""
         for number, packed in zip(self.documents.table["number"], self.documents, strict=True):
             yield Document.unpacked(packed, self.rows.place(number))
 
