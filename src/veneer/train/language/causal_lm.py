@@ -18,7 +18,8 @@ from veneer.train.language.model import choose_device, choose_dtype, load_causal
 from veneer.train.language.packing import find_packing, most_tokens, on_device, packed, padded, passes
 from veneer.train.language.parts import Part, Question, evenly, questions, read_documents, tokenised
 from veneer.train.language.settings import LanguageData, LanguageEvaluation, LanguageSample, LanguageTraining
-from veneer.train.language.shapes import Document, opening, typed
+from veneer.train.language.shapes import opening, typed
+from veneer.train.language.sources import Documents
 from veneer.train.language.tokens import coloured, encode_prompt
 from veneer.train.settings import Recipe
 from veneer.train.task import Batch, Reporter, Task
@@ -42,7 +43,7 @@ class CausalLM(Task):
         self.recipe, self.reporter = recipe, reporter
         device = choose_device(recipe.device)
         recipe.device, recipe.dtype = str(device), choose_dtype(recipe.dtype, device)  # type: ignore[assignment]
-        learned, held_out = read_documents(recipe.data, recipe.train.seed)
+        learned, held_out = read_documents(recipe.data, recipe.train.seed, reporter)
         folder = zoo.resolve(recipe.base)
         self._shorten_rows(longest_row(folder))
         self.tokenizer = load_tokenizer(folder)
@@ -67,9 +68,9 @@ class CausalLM(Task):
             self.reporter.say(f"data.max_length is {most}, the most tokens that {self.recipe.base} reads")
             self.recipe.data.max_length = most
 
-    def _tokenised(self, documents: list[Document], name: str) -> Part:
+    def _tokenised(self, documents: Documents, name: str) -> Part:
         try:
-            part = tokenised(documents, self.tokenizer, self.recipe.data)
+            part = tokenised(documents, self.tokenizer, self.recipe.data, self.reporter, name)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error}") from error
         self.reporter.say(f"{name}: {' '.join(part.report.sentences())}")
@@ -115,7 +116,7 @@ class CausalLM(Task):
 
     def facts(self) -> dict[str, Any]:
         examples = self.part.examples
-        longest = max(range(len(examples)), key=lambda row: len(examples[row].ids))
+        longest = int(examples.lengths.argmax())
         looks = [coloured(example, self.tokenizer) for example in evenly(examples, 3)]
         return {"report": self.part.report, "longest row": longest, "looks": looks}
 
@@ -150,7 +151,7 @@ class CausalLM(Task):
 
     @torch.no_grad()
     def _held_out_loss(self, part: Part) -> float:
-        rows = evenly(list(range(len(part.examples))), self.recipe.eval.rows)
+        rows = evenly(range(len(part.examples)), self.recipe.eval.rows)
         rows.sort(key=lambda row: len(part.examples[row].ids))
         total, units, size = 0.0, 0, self.recipe.train.batch_size
         self.model.eval()
