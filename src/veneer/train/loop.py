@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -85,13 +86,14 @@ def rows_of(step: int, settings: TrainSettings, size: int) -> list[list[int]]:
     a_step = settings.batch_size * settings.accumulation
     places = range(step * a_step, (step + 1) * a_step)
     orders = {epoch: _order(settings.seed, epoch, size) for epoch in {place // size for place in places}}
-    rows = [orders[place // size][place % size] for place in places]
+    rows = [int(orders[place // size][place % size]) for place in places]
     return [rows[i : i + settings.batch_size] for i in range(0, a_step, settings.batch_size)]
 
 
-def _order(seed: int, epoch: int, size: int) -> list[int]:
+@lru_cache(maxsize=2)  # a step may end one epoch and begin the next
+def _order(seed: int, epoch: int, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_seed(seed, "epoch", epoch))
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=generator)
 
 
 def _seed(seed: int, what: str, number: int) -> int:
@@ -103,7 +105,7 @@ def _step(
     task: Task, optimiser: torch.optim.Optimizer, step: int, steps: int, settings: TrainSettings
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    batches = [task.batch(rows) for rows in rows_of(step, settings, task.size)]
+    batches = [batch for rows in rows_of(step, settings, task.size) for batch in task.batches(rows)]
     torch.manual_seed(_seed(settings.seed, "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
     tokens = sum(batch.tokens for batch in batches)
