@@ -103,7 +103,7 @@ def _step(
     task: Task, optimiser: torch.optim.Optimizer, step: int, steps: int, settings: TrainSettings
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    batches = [task.batch(rows) for rows in rows_of(step, settings, task.size)]
+    batches = [batch for rows in rows_of(step, settings, task.size) for batch in task.batches(rows)]
     torch.manual_seed(_seed(settings.seed, "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
     tokens = sum(batch.tokens for batch in batches)

@@ -67,8 +67,8 @@ class CausalLM(Task):
         self.reporter.say(f"{name}: {' '.join(part.report.sentences())}")
         return part
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        return self._batch(self.part, rows)
+    def batches(self, rows: Sequence[int]) -> list[Batch]:
+        return [self._batch(self.part, rows)]
 
     def loss(self, batch: Batch) -> Tensor:
         keep, targets = batch.inputs["keep"], batch.inputs["targets"]
