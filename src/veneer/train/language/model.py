@@ -109,7 +109,7 @@ def _parameters(folder: Path) -> int:
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return total
 
 
