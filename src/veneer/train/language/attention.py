@@ -112,6 +112,7 @@ def _inside(
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # it is kept, and gradients may be wanted later
 def _bias(lengths: tuple[int, ...], window: int | None, causal: bool, dtype: torch.dtype, device: Any) -> Tensor:
     """`(lengths, longest, longest)`: 0 where a query sees a key, else -∞; padding sees something too."""
     places = torch.arange(max(lengths), device=device)
@@ -124,6 +125,7 @@ def _bias(lengths: tuple[int, ...], window: int | None, causal: bool, dtype: tor
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _layout(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.device) -> Layout:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     together: list[list[int]] = []
