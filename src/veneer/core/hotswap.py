@@ -12,7 +12,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, prepared
 from veneer.core.methods import method
-from veneer.core.methods.tokens import Tied
+from veneer.core.methods.beside import Tied
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, named
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.kinds.module import AdaptedModule
+from veneer.core.kinds.parts import AdaptedModule
 from veneer.core.methods import maker, method
-from veneer.core.methods.tokens import Tied
+from veneer.core.methods.beside import Tied
 from veneer.core.plan import BASE, Plan
 from veneer.core.reclass import mixin_of, reclass, restore
 from veneer.core.stored import is_finite

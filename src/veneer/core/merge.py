@@ -11,7 +11,7 @@ from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.kinds.layer import AdaptedLayer, is_plain
 from veneer.core.plan import Plan, Term
-from veneer.core.tied import tied_parameters
+from veneer.core.trained import tied_parameters
 
 
 @torch.no_grad()

@@ -17,8 +17,7 @@ from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore
 from veneer.core.status import get_layer_status, get_model_status
-from veneer.core.trainer import Trainable
-from veneer.core.watch import watching
+from veneer.core.trainer import Trainable, watching
 
 Folder = str | os.PathLike[str]
 

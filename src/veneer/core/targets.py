@@ -12,18 +12,14 @@ from torch import Tensor, nn
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, shown
 from veneer.core.kinds import kind_of
-from veneer.core.kinds.dense import AdaptedParameters
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.kinds.module import AdaptedModule
+from veneer.core.kinds.parts import AdaptedModule, AdaptedParameters
 from veneer.core.methods import method
-from veneer.core.methods.copy import Copy
-from veneer.core.methods.tokens import Tokens
+from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.reclass import is_fixed
-from veneer.core.roles import ROLES
-from veneer.core.search import Place, Search
-from veneer.core.tied import tie
-from veneer.core.trained import inside, other_biases, refuse_clashes, saved_modules, token_tables
+from veneer.core.search import ROLES, Place, Search
+from veneer.core.trained import inside, other_biases, refuse_clashes, saved_modules, tie, token_tables
 from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.

@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,26 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
         for path, layer in adapted_layers(model)
         for key, tensor in layer.adapters.state_dict().items()
     }
+
+
+@contextmanager
+def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Warn of the layers with acting adapters that were not called inside: they would learn nothing."""
+    acting = {term.adapter for term in plan.terms}
+    idle: dict[nn.Module, str] = {
+        layer: path for path, layer in adapted_layers(model) if acting.intersection(layer.adapters)
+    }
+
+    def called(layer: nn.Module, inputs: object) -> None:
+        idle.pop(layer, None)
+
+    handles = [layer.register_forward_pre_hook(called) for layer in idle]
+    try:
+        yield
+        plan.watched |= acting
+    finally:
+        for handle in handles:
+            handle.remove()
+    if idle:
+        told = collapsed(idle.values())
+        warnings.warn(f"adapted layers that the model did not call, so they learn nothing: {told}", stacklevel=3)

@@ -1,17 +1,14 @@
 """The fallback for everything: a layer's own forward, run with W + ΔW in the place of its parameters."""
 
-from collections.abc import Mapping
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.kinds.layer import AdaptedLayer
-from veneer.core.kinds.rows import forward_by_row
-from veneer.core.update import Make, Parts, Stack, Update
+from veneer.core.plan import Term
 
 
 class AdaptedDense(AdaptedLayer):
@@ -55,88 +52,42 @@ class AdaptedNorm(AdaptedDense):
         }
 
 
-class AdaptedParts(AdaptedDense):
-    """A layer of several matrices, each with an update of its own."""
+def forward_by_row(
+    layer: "AdaptedLayer", terms: Sequence[Term], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """y[i] = f(x[i]; W + Σ weight[i] · ΔW), where f is the layer's own forward on inputs `(rows, …)`.
 
-    @classmethod
-    def names(cls, layer: nn.Module) -> dict[str, str]:
-        """The parameters that change: part → name."""
-        raise NotImplementedError
-
-    @classmethod
-    def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
-        return {part: _as_matrix(attrgetter(name)(layer)) for part, name in cls.names(layer).items()}
-
-    @classmethod
-    def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = {part: name for part, name in cls.names(layer).items() if part in matrices}
-        return {name: matrices[part].reshape(attrgetter(name)(layer).shape) for part, name in names.items()}
-
-    @classmethod
-    def build(cls, make: Make, layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Any:
-        updates = Parts()
-        for part, matrix in cls.matrices(layer).items():
-            config = configs.get(part, configs.get(""))
-            if config is not None:
-                if hasattr(updates, part):
-                    raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
-                updates[part] = cls.part(make, matrix, config)
-        return updates
-
-    @classmethod
-    def part(cls, make: Make, matrix: Tensor, config: LoraConfig) -> Update:
-        """The update of one of them."""
-
-        def one(weight: Tensor, config: LoraConfig) -> Update:
-            return make(weight, config, cls.start)
-
-        return one(matrix, config) if matrix.ndim == 2 else Stack(one, matrix, config)
-
-
-class AdaptedParameters(AdaptedParts):
-    """Any parameters of a layer, by name: vectors `(n, 1)`, matrices as they are, stacks `(number, out, in)`.
-
-    Stacks are the experts of a mixture, each with a change of rank r. A layer that says `is_transposed` holds
-    `(number, in, out)`.
+    For rows of the base f runs on the whole batch, as a batch of another size may round differently. Raises
+    `AdapterError` for inputs and outputs that are not tensors of rows.
     """
+    inputs = [value for value in (*args, *kwargs.values()) if not isinstance(value, bool | int | float | str | None)]
+    _expect_rows(layer, "called with", inputs)
+    for value in inputs:
+        layer.adapters.plan.count(value)
+    groups: dict[tuple[Term, ...], list[int]] = {}
+    number = len(terms[0].rows or ())
+    for row in range(number):
+        weights = ((term.adapter, term.rows[row]) for term in terms if term.rows)
+        groups.setdefault(tuple(Term(name, weight) for name, weight in weights if weight), []).append(row)
+    places = torch.arange(len(inputs[0]), device=inputs[0].device).view(number, -1)
+    order = [places[rows].flatten() for rows in groups.values()]
 
-    @classmethod
-    def names(cls, layer: nn.Module) -> dict[str, str]:
-        return {name: name for name, parameter in layer.named_parameters(recurse=False) if 1 <= parameter.ndim <= 3}
+    def run(own: tuple[Term, ...], chosen: Tensor) -> Any:
+        def picked(value: Any) -> Any:
+            return value[chosen] if own and isinstance(value, Tensor) else value
 
-    @classmethod
-    def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
-        return {part: _turned(layer, matrix) for part, matrix in super().matrices(layer).items()}
+        named = {name: picked(value) for name, value in kwargs.items()}
+        y = layer.own_forward(layer.changed(own), *map(picked, args), **named)
+        _expect_rows(layer, "that gives", [y])
+        return y if own else y[chosen]
 
-    @classmethod
-    def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return super().values(layer, {part: _turned(layer, matrix) for part, matrix in matrices.items()})
-
-    @classmethod
-    def places(cls, update: Update) -> dict[str, str]:
-        """PEFT wraps the layer once for each parameter, the last one outermost."""
-        parts = update.parts()
-        return {part: ".base_layer" * (len(parts) - 1 - i) for i, part in enumerate(parts)}
-
-    @classmethod
-    def filed(cls, layer: nn.Module, form: str, tensor: Tensor) -> Tensor:
-        """PEFT's files hold a stack's A as `(number · r, in)` and B as `(out, r · number)`."""
-        if tensor.ndim == 3 and form == "A":
-            return tensor.flatten(0, 1)
-        return tensor.permute(1, 2, 0).flatten(1) if tensor.ndim == 3 and form == "B" else tensor
-
-    @classmethod
-    def unfiled(cls, form: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-        if len(shape) == 3 and form == "B":
-            number, rows, r = shape
-            return tensor.reshape(rows, r, number).permute(2, 0, 1)
-        return super().unfiled(form, tensor, shape)
+    return torch.cat(list(map(run, groups, order)))[torch.cat(order).argsort()]
 
 
-def _as_matrix(parameter: Tensor) -> Tensor:
-    return parameter.unsqueeze(1) if parameter.ndim == 1 else parameter
-
-
-def _turned(layer: nn.Module, matrix: Tensor) -> Tensor:
-    """Its own inverse."""
-    return matrix.transpose(1, 2) if matrix.ndim == 3 and getattr(layer, "is_transposed", False) else matrix
+def _expect_rows(layer: "AdaptedLayer", how: str, values: Sequence[object]) -> None:
+    if not values or not all(isinstance(value, Tensor) and value.ndim for value in values):
+        kinds = ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
+        raise AdapterError(
+            f"a {type(layer).__name__} {how} {kinds} cannot be mixed by rows: expected tensors (rows, …); "
+            "run them apart"
+        )

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
+from veneer.core.kinds.dense import AdaptedDense
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.plan import by_row
 from veneer.core.update import Update
@@ -72,17 +73,12 @@ class AdaptedEmbedding(AdaptedLayer):
         return change
 
 
-class AdaptedOwnEmbedding(AdaptedEmbedding):
+class AdaptedOwnEmbedding(AdaptedDense, AdaptedEmbedding):
     """A subclass with a forward of its own (learned positions, say): it runs on the table W + Σ weight · ΔW."""
-
-    drops = False
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Embedding)
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        return self.own_forward(self.changed(), *args, **kwargs)
 
 
 def _is_scaled(layer: nn.Module) -> bool:

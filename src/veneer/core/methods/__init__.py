@@ -7,13 +7,12 @@ from torch import Tensor
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown
-from veneer.core.methods.copy import Copy
+from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.methods.dora import Dora
 from veneer.core.methods.ia3 import Ia3
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora, PartedLora
-from veneer.core.methods.tokens import Tokens
 from veneer.core.methods.vera import Vera
 from veneer.core.update import Make, Update
 

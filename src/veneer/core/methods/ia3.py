@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig
-from veneer.core.ranges import is_names
+from veneer.core.config import LoraConfig, is_names
 from veneer.core.update import Option, Rows, Update, own_precision
 
 _UNKNOWN_TO_PEFT = (

@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig
-from veneer.core.ranges import is_finite
+from veneer.core.config import LoraConfig, is_finite
 from veneer.core.update import Factors, Option, Update, own_precision
 
 _UNKNOWN_TO_PEFT = (

@@ -1,4 +1,4 @@
-"""Rows of a table by themselves: what `trainable_token_indices` trains beside an adapter's method."""
+"""What is trained beside an adapter's method: copies of parameters, rows of a table; and what is trained elsewhere."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -7,6 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.update import Factors, Few, Update, own_precision
+
+
+class Copy(Update):
+    """ΔW = W′ - W for a parameter W of any shape, where W′ is trained and starts as W, to the bit."""
+
+    file_names: ClassVar = {"value": ""}  # a file has it under the parameter's own path
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(weight.detach().to(own_precision(weight), copy=True))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.value - weight
+
+    def onto(self, weight: Tensor) -> Tensor:
+        return self.value
 
 
 class Tokens(Update):
