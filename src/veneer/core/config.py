@@ -5,13 +5,11 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from veneer.core.errors import AdapterError, listed, named, nearest, shown
 from veneer.core.expression import faulty
-
-if TYPE_CHECKING:
-    from veneer.core.update import Update
+from veneer.core.update import Update
 
 _LARGEST_RANK = 2**20  # beyond every layer's width; what is larger overflows where sizes are multiplied
 _LARGEST = 3.4e38  # of float32
@@ -92,8 +90,12 @@ class LoraConfig:
             self.target_modules = None  # PEFT's way to say: the parameters alone
         if found := problems(self):
             raise AdapterError("LoraConfig: " + "; ".join(found))
-        if made_by := method_of(self.peft_type):
-            self.options = {name: option.default for name, option in made_by.options.items()} | self.options
+        self.options = {name: option.default for name, option in self.method.options.items()} | self.options
+
+    @property
+    def method(self) -> type[Update]:
+        """What `peft_type` names."""
+        return _methods()[self.peft_type]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "LoraConfig") -> "LoraConfig":
@@ -112,9 +114,7 @@ class LoraConfig:
 
         What PEFT's config of the method has not is written only where it is not the default.
         """
-        made_by = method_of(self.peft_type)
-        names = made_by.peft_names if made_by else {}
-        usual = _flat(LoraConfig(peft_type=self.peft_type))
+        names, usual = self.method.peft_names, _flat(LoraConfig(peft_type=self.peft_type))
         own = {key: (names.get(key, key), value) for key, value in _flat(self).items()}
         return {name or key: value for key, (name, value) in own.items() if name or value != usual[key]}
 
@@ -128,9 +128,9 @@ def _flat(config: LoraConfig) -> dict[str, Any]:
 
 def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, list[str]]:
     """The config that `from_dict` gives, where there is one, and all that is wrong with the values."""
-    made_by = method_of(values.get("peft_type", LoraConfig.peft_type))
-    options = made_by.options if made_by else {}
-    own_names = {theirs: own for own, theirs in made_by.peft_names.items() if theirs} if made_by else {}
+    made_by = _methods().get(str(values.get("peft_type", LoraConfig.peft_type)), Update)
+    options = made_by.options
+    own_names = {theirs: own for own, theirs in made_by.peft_names.items() if theirs}
     known = {f.name for f in fields(LoraConfig)} | set(options)
     faults = [f"{key} and {own} are the same: give one" for key, own in own_names.items() if {key, own} <= set(values)]
     strangers = []
@@ -269,17 +269,15 @@ def problems(config: LoraConfig) -> list[str]:
 
 
 def _method_problems(config: LoraConfig) -> list[str]:
-    """What the method has to say, where there is one."""
-    from veneer.core.methods import method  # asked late: a method is made from a config, and knows it
-
+    """What the method has to say."""
+    methods = _methods()
     if not isinstance(config.peft_type, str):
         return []
-    try:
-        made_by = method(config.peft_type)
-    except AdapterError as error:
-        return [str(error)]
+    if config.peft_type not in methods:
+        said = f"peft_type {shown(config.peft_type)} is not a method of veneer: it has {listed(methods)}"
+        return [said + nearest(config.peft_type, methods)]
     found = []
-    how, known = config.init_lora_weights, made_by.options
+    how, made_by, known = config.init_lora_weights, config.method, config.method.options
     if isinstance(how, bool | str) and start_of(config) not in made_by.starts:
         found.append(f"init_lora_weights should be one of {listed(made_by.starts)}, found {shown(how)}")
     for name, value in config.options.items() if isinstance(config.options, dict) else ():
@@ -290,8 +288,7 @@ def _method_problems(config: LoraConfig) -> list[str]:
     return found
 
 
-def method_of(peft_type: object) -> "type[Update] | None":
-    """The method of that name, if there is one."""
-    from veneer.core.methods import METHODS
+def _methods() -> dict[str, type[Update]]:
+    from veneer.core.methods import METHODS  # asked late: a method is made from a config, and knows it
 
-    return METHODS.get(peft_type) if isinstance(peft_type, str) else None
+    return METHODS

@@ -59,7 +59,7 @@ class Plan:
     # same, and never an adapter's name, so that one graph serves all adapters of the same shapes
     updates: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict), repr=False, compare=False)
     acting: tuple[tuple[Term, dict[str, Any]], ...] = field(default=(), repr=False, compare=False)  # found(terms)
-    layers: int = field(default=0, compare=False)
+    layers: int = field(default=0, compare=False)  # that were ever adapted
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what was made for `terms`, once
 
     def act(self, terms: tuple[Term, ...]) -> None:
@@ -90,11 +90,6 @@ class Plan:
     def found(self, terms: tuple[Term, ...]) -> tuple[tuple[Term, dict[str, Any]], ...]:
         """The terms with the updates, by layer, of their adapters."""
         return tuple((term, self.updates[term.adapter]) for term in terms)
-
-    def new_key(self) -> str:
-        """By which a layer is known here."""
-        self.layers += 1
-        return str(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what layers enter, as the copy of one layer is not one of all, and without a backward to come."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from veneer.core.targets import Target
 
 # the heads of transformers' models for a task: they start at random, so PEFT trains them without being asked
-_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
 def saved_modules(search: Search, config: LoraConfig, fresh: bool) -> tuple[list[str], list[str]]:
@@ -28,7 +28,7 @@ def saved_modules(search: Search, config: LoraConfig, fresh: bool) -> tuple[list
     (DistilBERT's `pre_classifier` for `classifier`), and for a fresh adapter the heads of its task; and the names
     without the heads that the model has not.
     """
-    heads = _HEADS.get(config.task_type or "", [])
+    heads = TASK_HEADS.get(config.task_type or "", [])
     names = [*(config.modules_to_save or []), *(heads if fresh else [])]
     there = [name for name in names if name not in heads or any(path.endswith(name) for path in search.modules)]
     meant = search.named(there, "modules_to_save", search.modules, in_a_word=True)
@@ -129,12 +129,12 @@ def _is_changed(path: str, targets: Mapping[str, "Target"]) -> bool:
 
 def _following(search: Search, targets: Mapping[str, "Target"], source: str, path: str) -> "Target | None":
     """The layer with the change of another one that has the same weight, where it can have it."""
-    layer, kind, target = search.modules[path], search.kind(path), targets[source]
+    target, layer = targets[source], search.modules[path]
     if target.kind is AdaptedModule:
-        follower = replace(target, layer=layer, tied_to=source)
-        return follower if "weight" in layer._parameters and not follower.refusal() else None
-    if target.own is None and (target.config.peft_type != "LORA" or target.config.use_dora):
-        return None
-    fits = issubclass(kind or object, AdaptedEmbedding | AdaptedLinear) and kind is not AdaptedConv1D
+        kind, fits = AdaptedModule, "weight" in layer._parameters
+    else:
+        kind = search.kind(path)
+        simple = target.own is not None or (target.config.peft_type == "LORA" and not target.config.use_dora)
+        fits = simple and issubclass(kind or object, AdaptedEmbedding | AdaptedLinear) and kind is not AdaptedConv1D
     follower = replace(target, layer=layer, kind=kind, tied_to=source)
     return follower if fits and not follower.refusal() else None

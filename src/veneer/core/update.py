@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from veneer.core.config import LoraConfig
     from veneer.core.search import Search
 
-# PEFT's names in the configs of LoHa and LoKr
-LYCORIS_NAMES: dict[str, str | None] = {
-    "lora_alpha": "alpha",
-    "init_lora_weights": "init_weights",
-    **dict.fromkeys(("bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "target_parameters")),
-    **dict.fromkeys(("trainable_token_indices", "use_dora", "use_rslora")),
-}
+# Fields of which PEFT's configs of other methods have some or none: there they are written where they say something.
+LORAS_OWN: dict[str, str | None] = dict.fromkeys((
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_dora", "use_rslora",
+))  # fmt: skip
+LYCORIS_NAMES = {**LORAS_OWN, "lora_alpha": "alpha", "init_lora_weights": "init_weights"}
 
 
 _BLOCK = 2**18  # entries of a weight that are summed at once
@@ -188,6 +188,12 @@ class Parts(nn.ModuleDict):
 
     dropout = 0.0
 
+    def add(self, part: str, update: Update) -> None:
+        """Raises `AdapterError` for a name that a module has already."""
+        if hasattr(self, part):
+            raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
+        self[part] = update
+
     def parts(self) -> dict[str, Update]:
         return dict(self.items())  # type: ignore[arg-type]
 
@@ -198,9 +204,9 @@ class Stack(Update):
     Its parameters are the method's, each with a first dimension more.
     """
 
-    def __init__(self, build: Callable[[Tensor, Any], Update], weight: Tensor, config: Any) -> None:
+    def __init__(self, build: Callable[[Tensor], Update], weight: Tensor) -> None:
         super().__init__()
-        each = [build(matrix, config) for matrix in weight]
+        each = [build(matrix) for matrix in weight]
         filed = each[0].tensors().keys()
         if [*each[0].children(), *each[0].buffers()] or filed != each[0]._parameters.keys():
             raise AdapterError(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import listed
 from veneer.core.kinds.dense import AdaptedDense
-from veneer.core.update import Make, Parts, Stack, Update
+from veneer.core.update import Update
 
 
 class AdaptedParts(AdaptedDense):
@@ -29,26 +29,6 @@ class AdaptedParts(AdaptedDense):
     def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = {part: name for part, name in cls.names(layer).items() if part in matrices}
         return {name: matrices[part].reshape(attrgetter(name)(layer).shape) for part, name in names.items()}
-
-    @classmethod
-    def build(cls, make: Make, layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Any:
-        updates = Parts()
-        for part, matrix in cls.matrices(layer).items():
-            config = configs.get(part, configs.get(""))
-            if config is not None:
-                if hasattr(updates, part):
-                    raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
-                updates[part] = cls.part(make, matrix, config)
-        return updates
-
-    @classmethod
-    def part(cls, make: Make, matrix: Tensor, config: LoraConfig) -> Update:
-        """The update of one of them."""
-
-        def one(weight: Tensor, config: LoraConfig) -> Update:
-            return make(weight, config, cls.start)
-
-        return one(matrix, config) if matrix.ndim == 2 else Stack(one, matrix, config)
 
 
 class AdaptedParameters(AdaptedParts):
@@ -141,10 +121,6 @@ class AdaptedModule(AdaptedParts):
     @classmethod
     def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
         return {part: attrgetter(name)(layer) for part, name in cls.names(layer).items()}
-
-    @classmethod
-    def part(cls, make: Make, value: Tensor, config: LoraConfig) -> Any:
-        return make(value, config, cls.start)
 
     @classmethod
     def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest, shown
 from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.methods.dora import Dora
 from veneer.core.methods.ia3 import Ia3
@@ -14,25 +13,19 @@ from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora, PartedLora
 from veneer.core.methods.vera import Vera
-from veneer.core.update import Make, Update
+from veneer.core.update import Make, Stack, Update
 
 METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3}
 
 
-def method(peft_type: str) -> type[Update]:
-    """The method of that name. Raises `AdapterError` when there is none."""
-    if peft_type not in METHODS:
-        hint = nearest(peft_type, METHODS)
-        raise AdapterError(f"peft_type {shown(peft_type)} is not a method of veneer: it has {listed(METHODS)}{hint}")
-    return METHODS[peft_type]
-
-
 def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Make:
     """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config."""
-    made_by: Any = method(config.peft_type)
+    made_by: Any = config.method
     common = [made_by.share(given)] if made_by.share and (given := list(layers)) else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
+        if weight.ndim == 3:
+            return Stack(lambda matrix: make(matrix, own, start), weight)
         update = (PartedLora if own.options.get("fused") else made_by)(weight, own, *common)
         update.dropout = own.lora_dropout
         start(update, own.init_lora_weights)
@@ -46,6 +39,6 @@ def file_names(config: LoraConfig) -> dict[str, str]:
     return {
         **Copy.file_names,
         **Tokens.file_names,
-        **method(config.peft_type).file_names,
+        **config.method.file_names,
         **(Dora.file_names if config.use_dora else {}),
     }

@@ -61,7 +61,8 @@ class Tied(Update):
 
     def __init__(self, of: Update, turned: bool) -> None:
         super().__init__()
-        self.of, self.turned, self.dropout = of, turned, of.dropout
+        self.of, self.turned = of, turned
+        self.dropout, self.scale = of.dropout, of.scale
 
     def _turn(self, matrix: Tensor) -> Tensor:
         return matrix.t() if self.turned else matrix
