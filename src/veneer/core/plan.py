@@ -59,6 +59,8 @@ class Plan:
     # same, and never an adapter's name, so that one graph serves all adapters of the same shapes
     updates: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict), repr=False, compare=False)
     acting: tuple[tuple[Term, dict[str, Any]], ...] = field(default=(), repr=False, compare=False)  # found(terms)
+    # the modules of which transformers says whether they run again in backward, once they were looked for
+    checkpointed: list[Any] | None = field(default=None, repr=False, compare=False)
     layers: int = field(default=0, compare=False)  # that were ever adapted
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what was made for `terms`, once
 
@@ -93,11 +95,28 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what layers enter, as the copy of one layer is not one of all, and without a backward to come."""
-        return {**vars(self), "updates": defaultdict(dict), "acting": (), "tables": {}, "pending": None}
+        fresh = vars(Plan())
+        return vars(self) | {name: fresh[name] for name in ("updates", "acting", "tables", "pending", "checkpointed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.act(self.terms)
+
+    def carried(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """Those of the terms whose adapters are still on the model."""
+        return tuple(term for term in terms if term.adapter in self.updates)
+
+    def forget(self, name: str) -> None:
+        """The adapter is no longer on the model; what acted with it acts on."""
+        self.unmixable.pop(name, None)
+        self.updates.pop(name, None)
+        self.act(self.carried(self.terms))
+
+    def refuse_merged(self, doing: str) -> None:
+        """Raise `AdapterError` where adapters are inside the weights."""
+        if self.merged:
+            names = listed(term.adapter for term in self.merged)
+            raise AdapterError(f"{doing} while {names} is merged would be wrong: call unmerge_adapter() first")
 
     def row_weights(self, term: Term, like: Tensor) -> Tensor:
         """The weights `(rows)` of a mixed batch's term for `like`, whose first dimension holds the rows."""

@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, gathered
-from veneer.core.plan import Plan, Term
+from veneer.core.plan import Plan
 from veneer.core.reclass import Reclassed
 from veneer.core.whole import write_whole
 
@@ -28,9 +28,12 @@ class Trainable(Reclassed):
 
     adapter_plan: Plan
     get_adapter: Callable[[str | None], Adapter]
-    _refuse_merged: Callable[[str], None]
-    _carried: Callable[[tuple[Term, ...]], tuple[Term, ...]]
     _hf_peft_config_loaded = True  # asked before a quantised model is trained, and when layers are checkpointed
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters that act, live or merged."""
+        return [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], adapter_name: str | None = None, is_main_process: bool = True, **_: Any
@@ -43,7 +46,7 @@ class Trainable(Reclassed):
         made.
         """
         folder = Path(folder)
-        acting = [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
+        acting = self.active_adapters
         resumable = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
         several = resumable and len(acting) > 1 and adapter_name is None
         names = {folder / name: name for name in acting} if several else {folder: adapter_name}
@@ -70,22 +73,22 @@ class Trainable(Reclassed):
                 f"the weights are of other adapters than the model has: {collapsed(wrong)}; give it the same ones first"
             )
         partial = not strict and given.keys() == state_dict.keys()
-        self._refuse_merged("loading weights")
+        self.adapter_plan.refuse_merged("loading weights")
         result = super().load_state_dict(state_dict, strict, assign)
         return result._replace(missing_keys=[key for key in own if key not in given]) if partial else result
 
     def disable_adapters(self) -> None:
         """The base model acts from now on, until `enable_adapters`; for a block there is `disable_adapter`."""
         plan = self.adapter_plan
-        self._refuse_merged("disabling adapters")
+        plan.refuse_merged("disabling adapters")
         plan.disabled = plan.terms or plan.disabled
         plan.act(())
 
     def enable_adapters(self) -> None:
         """What acted before `disable_adapters` acts again."""
         plan = self.adapter_plan
-        self._refuse_merged("enabling adapters")
-        plan.act(plan.terms or self._carried(plan.disabled))
+        plan.refuse_merged("enabling adapters")
+        plan.act(plan.terms or plan.carried(plan.disabled))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters), adapters included."""
@@ -118,13 +121,11 @@ def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
     def called(layer: nn.Module, inputs: object) -> None:
         idle.pop(layer, None)
 
-    handles = [layer.register_forward_pre_hook(called) for layer in idle]
-    try:
+    with ExitStack() as hooks:
+        for layer in idle:
+            hooks.callback(layer.register_forward_pre_hook(called).remove)
         yield
-        plan.watched |= acting
-    finally:
-        for handle in handles:
-            handle.remove()
+    plan.watched |= acting
     if idle:
         told = collapsed(idle.values())
         warnings.warn(f"adapted layers that the model did not call, so they learn nothing: {told}", stacklevel=3)

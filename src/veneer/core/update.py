@@ -47,13 +47,6 @@ class Factors(NamedTuple):
     scale: float
 
 
-class Rows(NamedTuple):
-    """Rescaled rows, and perhaps a low-rank change: ΔW = gain ⊙ W + scale · B A."""
-
-    gain: Tensor  # (out)
-    factors: Factors | None
-
-
 class Few(NamedTuple):
     """A change of a few tokens: what is added to their rows of a table, or of a head's weight."""
 
@@ -154,8 +147,8 @@ class Update(nn.Module):
         """The updates of the layer's matrices, by part; most layers are one matrix, called ""."""
         return {"": self}
 
-    def by_rows(self, weight: Tensor) -> Rows | None:
-        """The same change as rescaled rows of `weight` and two thin matrices, where it is one."""
+    def by_rows(self, weight: Tensor) -> tuple[Tensor, Factors | None] | None:
+        """The same change as g `(out)` and perhaps factors, with ΔW = g ⊙ W + scale · B A, where it is one."""
         return None
 
     def by_columns(self) -> Tensor | None:

@@ -50,7 +50,8 @@ class AdaptedConv(AdaptedLayer):
             return tensor.view(1, -1, *point)
         return tensor.view(*tensor.shape, *point) if form == "B" else tensor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         y = super().forward(x)
         for update, weight, rows in self.adapters.acting_on(y):
             dropped = F.dropout(x, update.dropout, self.training)

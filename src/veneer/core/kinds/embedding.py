@@ -47,7 +47,8 @@ class AdaptedEmbedding(AdaptedLayer):
             nn.init.zeros_(factors.A)
             nn.init.normal_(factors.B)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         y = super().forward(x)
         for update, weight, rows in self.adapters.acting_on(y):
             if factors := update.factors():

@@ -31,7 +31,8 @@ class AdaptedLinear(AdaptedLayer):
     def matrix(weight: Tensor) -> Tensor:
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         adapters: Any = self._modules["adapters"]
         matrix, bias = self.matrix(self.weight), self.bias
         if not torch.is_grad_enabled() and not is_traced():
@@ -59,8 +60,8 @@ class AdaptedLinear(AdaptedLayer):
             factors = update.factors()
             rescaled = None if matrix is None else update.by_rows(matrix)
             if rescaled:
-                gains.append(_weighted(rescaled.gain, weight, rows))
-                factors = rescaled.factors
+                gain, factors = rescaled
+                gains.append(_weighted(gain, weight, rows))
             if (shift := update.bias_change(bias)) is not None:
                 shifts.append(_weighted(shift, weight, rows))
             if factors:
@@ -117,7 +118,8 @@ class AdaptedOwnLinear(AdaptedLinear):
         unknown = torch.full((), torch.nan, device=layer.weight.device)
         return {"": unknown.expand(layer.out_features, layer.in_features)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         # its own forward tells nothing about the rows of W x, nor about what it does with b
         thin, dense, _, shifts = self._changes(x, None, self.bias)
         y = self.own_forward(self.shifted() if shifts else {}, x)

@@ -23,7 +23,8 @@ class AdaptedParts(AdaptedDense):
 
     @classmethod
     def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
-        return {part: _as_matrix(attrgetter(name)(layer)) for part, name in cls.names(layer).items()}
+        values = {part: attrgetter(name)(layer) for part, name in cls.names(layer).items()}
+        return {part: value.unsqueeze(1) if value.ndim == 1 else value for part, value in values.items()}
 
     @classmethod
     def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,10 +138,6 @@ class AdaptedModule(AdaptedParts):
             return super().own_forward(values, *args, **kwargs)
         finally:
             self._modules["adapters"] = adapters
-
-
-def _as_matrix(parameter: Tensor) -> Tensor:
-    return parameter.unsqueeze(1) if parameter.ndim == 1 else parameter
 
 
 def _turned(layer: nn.Module, matrix: Tensor) -> Tensor:

@@ -36,9 +36,5 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ma
 
 def file_names(config: LoraConfig) -> dict[str, str]:
     """Name of a tensor of such an update → its name in a PEFT file."""
-    return {
-        **Copy.file_names,
-        **Tokens.file_names,
-        **config.method.file_names,
-        **(Dora.file_names if config.use_dora else {}),
-    }
+    own = config.method.file_names | (Dora.file_names if config.use_dora else {})
+    return Copy.file_names | Tokens.file_names | own

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, is_names
-from veneer.core.update import LORAS_OWN, Option, Rows, Update, own_precision
+from veneer.core.update import LORAS_OWN, Option, Update, own_precision
 
 
 class Ia3(Update):
@@ -53,9 +53,9 @@ class Ia3(Update):
     def shift(self, bias: Tensor | None) -> Tensor | None:
         return None if self.scales_inputs or bias is None else bias * (self.l.squeeze(1) - 1)
 
-    def by_rows(self, weight: Tensor) -> Rows | None:
+    def by_rows(self, weight: Tensor) -> tuple[Tensor, None] | None:
         """Not where an input of the change is dropped."""
-        return None if self.scales_inputs or self.dropout else Rows(self.l.squeeze(1) - 1, None)
+        return None if self.scales_inputs or self.dropout else (self.l.squeeze(1) - 1, None)
 
     def by_columns(self) -> Tensor | None:
         return self.l.squeeze(0) - 1 if self.scales_inputs else None
