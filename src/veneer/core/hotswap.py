@@ -23,12 +23,10 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) ->
     if found.peft_type != "LORA" or config.peft_type != "LORA" or found.use_dora != config.use_dora:
         one, other = (own.peft_type + " with use_dora" * own.use_dora for own in (config, found))
         faults.append(
-            f"{name!r} is {one} and the other is {other}: one LORA is hot-swapped with another, use_dora alike"
+            f"{name!r} is {one} and the other is {other}: expected LORA in both, with use_dora in both or none"
         )
     elif replace(config.method.saved_config(config), init_lora_weights=config.init_lora_weights) != config:
-        faults.append(
-            f"{name!r} did not start as the LoRA that its file holds, and cannot be hot-swapped: load it again"
-        )
+        faults.append(f"{name!r} did not start as the LoRA that its file holds, so it cannot be swapped: load it again")
     if found.trainable_token_indices != config.trainable_token_indices:
         faults.append("trainable_token_indices are other tokens than the live adapter's")
     live, new = entries(carrying(model, name)), entries(prepared(model, values)[0])

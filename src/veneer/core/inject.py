@@ -183,9 +183,8 @@ def _attach(carrier: Carrier, plan: Plan, name: str) -> None:
 def _refuse_name(name: str) -> None:
     fits = isinstance(name, str) and re.fullmatch(r"[\w +-]+", name) and name != BASE
     if not fits or hasattr(Adapters(Plan()), name):
-        raise AdapterError(
-            f"{name!r} cannot be an adapter's name: expected letters, digits, _, - and spaces, no attribute of a module"
-        )
+        expected = "expected letters, digits, _, - and spaces, no attribute of a module"
+        raise AdapterError(f"{name!r} cannot be an adapter's name: {expected}")
 
 
 class Entry(NamedTuple):

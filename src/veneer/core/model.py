@@ -252,9 +252,8 @@ def _first_adapter(model: nn.Module, name: str, what: LoraConfig | Adapter, is_t
     if inner := next(adapted_layers(model), None):
         raise AdapterError(f"{inner[0]} carries adapters already, of a part of this model: unload that part first")
     if is_fixed(model):
-        raise AdapterError(
-            f"{type(model).__name__} inherits from something else before nn.Module: adapt the model before fully_shard"
-        )
+        kind = type(model).__name__
+        raise AdapterError(f"{kind} inherits from something else before nn.Module: adapt the model before fully_shard")
     base = list(model.parameters())
     reclass(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
     assert isinstance(model, PeftModel)

@@ -149,9 +149,8 @@ def _grouped(terms: tuple[Term, ...], names: tuple[str, ...], device: torch.devi
     take = [row for rows in own.values() for row in (rows * most)[:most]]
     weights = [[of[name][row] for row in rows] + [0.0] * (most - len(rows)) for name, rows in own.items()]
     rows = len(of[names[0]])
-    return Groups(
-        torch.tensor(take, device=device), torch.tensor(weights, device=device), rows, take == list(range(rows))
-    )
+    places, counts = torch.tensor(take, device=device), torch.tensor(weights, device=device)
+    return Groups(places, counts, rows, take == list(range(rows)))
 
 
 def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:

@@ -150,10 +150,8 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
     excluded = set(search.matching(config.exclude_modules or [], "exclude_modules"))
     chosen = search.in_layers([path for path in named if path not in excluded], config)
     if not chosen and not search.faults:
-        search.fault(
-            "target_modules",
-            f'{shown(names)} leaves no layer of {type(model).__name__} to adapt; say "all-linear", or {search.known()}',
-        )
+        said = f"{shown(names)} leaves no layer of {type(model).__name__} to adapt"
+        search.fault("target_modules", f'{said}; say "all-linear", or {search.known()}')
     # PEFT does not read an expression together with layer numbers, and for some methods not these either, nor roles
     numbered = config.method.peft_names.get("layers_to_transform", "") is not None
     spell = role is not None or (config.layers_to_transform is not None and (isinstance(names, str) or not numbered))

@@ -77,9 +77,7 @@ def refuse_clashes(search: Search, targets: Mapping[str, "Target"]) -> None:
     whole = {path for path, kind in kinds.items() if kind is AdaptedModule}
     for path, kind in kinds.items():
         if carried.get(path, kind) is not kind or (whole and inside(path, whole)):
-            search.refuse(
-                "layers", path, "that is adapted otherwise, or stands in a module that is: adapt it in one way"
-            )
+            search.refuse("layers", path, "that is adapted otherwise, or stands in a module that is: choose one way")
 
 
 def tied_parameters(modules: Mapping[str, nn.Module]) -> list[list[str]]:

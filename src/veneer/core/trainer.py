@@ -69,9 +69,8 @@ class Trainable(Reclassed):
         given = {key: value for key, value in state_dict.items() if ".adapters." in key}
         wrong = [key for key, value in given.items() if key not in own or value.shape != own[key].shape]
         if wrong and not strict:
-            raise AdapterError(
-                f"the weights are of other adapters than the model has: {collapsed(wrong)}; give it the same ones first"
-            )
+            said = f"the weights are of other adapters than the model has: {collapsed(wrong)}"
+            raise AdapterError(f"{said}; give it the same ones first")
         partial = not strict and given.keys() == state_dict.keys()
         self.adapter_plan.refuse_merged("loading weights")
         result = super().load_state_dict(state_dict, strict, assign)
@@ -114,9 +113,8 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
 def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Warn of the layers with acting adapters that were not called inside: they would learn nothing."""
     acting = {term.adapter for term in plan.terms}
-    idle: dict[nn.Module, str] = {
-        layer: path for path, layer in adapted_layers(model) if acting.intersection(layer.adapters)
-    }
+    carriers = ((path, layer) for path, layer in adapted_layers(model) if acting.intersection(layer.adapters))
+    idle: dict[nn.Module, str] = {layer: path for path, layer in carriers}
 
     def called(layer: nn.Module, inputs: object) -> None:
         idle.pop(layer, None)

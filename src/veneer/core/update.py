@@ -35,6 +35,11 @@ class Option(NamedTuple):
     expected: str
 
 
+def switch(default: bool) -> Option:
+    """An option that is on or off."""
+    return Option(default, lambda value: isinstance(value, bool), "true or false")
+
+
 # (a weight as `(out, in)`, its config, what the kind of layer does to the starting values) → a fresh update
 Make = Callable[[Tensor, "LoraConfig", Callable[["Update", bool | str], None]], "Update"]
 

@@ -68,9 +68,7 @@ class Adapters(nn.ModuleDict):
         for term, own in self.plan.now() if terms is None else self.plan.found(terms):
             if self.key in own:
                 if term.rows is not None:
-                    raise AdapterError(
-                        "a kind of layer that runs on changed weights cannot be mixed by rows: run them apart"
-                    )
+                    raise AdapterError("a layer that runs on changed weights cannot be mixed by rows: run them apart")
                 yield own[self.key], term.weight
 
     def by_row(self) -> tuple[Term, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.core.config import LoraConfig, scaling, start_of
 from veneer.core.errors import AdapterError, shown
 from veneer.core.start import FROM_DATA, FROM_THE_START, FROM_WEIGHT, PLAIN, start, start_from_weight
-from veneer.core.update import Factors, Option, Update, own_precision
+from veneer.core.update import Factors, Option, Update, own_precision, switch
 
 if TYPE_CHECKING:
     from veneer.core.search import Search
@@ -35,9 +35,8 @@ class Lora(Update):
     reads_weight: ClassVar = False
     forms: ClassVar = {"A": "A", "B": "B"}
     options: ClassVar = {
-        **dict.fromkeys(
-            ("freeze_A", "lora_bias"), Option(False, lambda value: isinstance(value, bool), "true or false")
-        ),
+        "freeze_A": switch(False),
+        "lora_bias": switch(False),
         "fused": Option({}, lambda value: is_fused(value), '{name: ranks of its parts}, as {"c_attn": [8, 0, 4]}'),
     }
     peft_names: ClassVar = {"freeze_A": None, "fused": None}
@@ -57,10 +56,8 @@ class Lora(Update):
             self.register_parameter("b", nn.Parameter(weight.new_zeros(rows, dtype=dtype)))
         how = start_of(config)
         saved = self.saved_config(config) if how in FROM_THE_START else config
-        self.__dict__ |= {
-            "scale": scaling(saved.r, saved.lora_alpha, saved.use_rslora),
-            "simple": type(self) is Lora and how not in FROM_THE_START and not config.options["lora_bias"],
-        }
+        simple = type(self) is Lora and how not in FROM_THE_START and not config.options["lora_bias"]
+        vars(self).update(scale=scaling(saved.r, saved.lora_alpha, saved.use_rslora), simple=simple)
         if how in FROM_WEIGHT:
             start_from_weight(self.A, self.B, str(config.init_lora_weights), weight, self.scale)
         else:

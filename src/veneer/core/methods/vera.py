@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, is_finite
-from veneer.core.update import LORAS_OWN, Factors, Option, Update, own_precision
+from veneer.core.update import LORAS_OWN, Factors, Option, Update, own_precision, switch
 
 
 class Projection(nn.Module):
@@ -54,7 +54,7 @@ class Vera(Update):
         "projection_prng_key": Option(
             0, lambda value: type(value) is int and 0 <= value < 2**63, "a whole number below 2^63"
         ),
-        "save_projection": Option(True, lambda value: isinstance(value, bool), "true or false"),
+        "save_projection": switch(True),
         "d_initial": Option(0.1, is_finite, "a finite number"),
     }
     share: ClassVar = Projection
