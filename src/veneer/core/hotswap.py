@@ -22,9 +22,8 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) ->
     faults, found = values.faults, values.config
     if found.peft_type != "LORA" or config.peft_type != "LORA" or found.use_dora != config.use_dora:
         one, other = (own.peft_type + " with use_dora" * own.use_dora for own in (config, found))
-        faults.append(
-            f"{name!r} is {one} and the other is {other}: expected LORA in both, with use_dora in both or none"
-        )
+        differ = f"{name!r} is {one} and the other is {other}"
+        faults.append(f"{differ}: one LORA is hot-swapped with another, use_dora alike")
     elif replace(config.method.saved_config(config), init_lora_weights=config.init_lora_weights) != config:
         faults.append(f"{name!r} did not start as the LoRA that its file holds, so it cannot be swapped: load it again")
     if found.trainable_token_indices != config.trainable_token_indices:

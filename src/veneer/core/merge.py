@@ -71,9 +71,7 @@ def _refuse(changing: Mapping[str, tuple[AdaptedLayer, str]]) -> None:
     """Raise `AdapterError` for what is not there, no parameter, or not to be read."""
     values = {path: attrgetter(name)(layer) for path, (layer, name) in changing.items()}
     if absent := [path for path, value in values.items() if value is None]:
-        raise AdapterError(
-            f"cannot merge a change of bias into layers that have none: {listed(absent)}; let it act live"
-        )
+        raise AdapterError(f"cannot merge a bias into layers that have none: {listed(absent)}; let it act live")
     own = {layer: dict(layer.named_parameters(remove_duplicate=False)) for layer, _ in changing.values()}
     if computed := [path for path, (layer, name) in changing.items() if name not in own[layer]]:
         raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
