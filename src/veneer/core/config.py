@@ -5,11 +5,13 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.core.errors import AdapterError, listed, named, nearest, shown
-from veneer.core.expression import faulty
-from veneer.core.update import Update
+from veneer.safe.expression import faulty
+
+if TYPE_CHECKING:
+    from veneer.core.update import Update
 
 _LARGEST_RANK = 2**20  # beyond every layer's width; what is larger overflows where sizes are multiplied
 _LARGEST = 3.4e38  # of float32
@@ -93,7 +95,7 @@ class LoraConfig:
         self.options = {name: option.default for name, option in self.method.options.items()} | self.options
 
     @property
-    def method(self) -> type[Update]:
+    def method(self) -> "type[Update]":
         """What `peft_type` names."""
         return _methods()[self.peft_type]
 
@@ -128,6 +130,8 @@ def _flat(config: LoraConfig) -> dict[str, Any]:
 
 def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, list[str]]:
     """The config that `from_dict` gives, where there is one, and all that is wrong with the values."""
+    from veneer.core.update import Update  # a config is read without torch
+
     made_by = _methods().get(str(values.get("peft_type", LoraConfig.peft_type)), Update)
     options = made_by.options
     own_names = {theirs: own for own, theirs in made_by.peft_names.items() if theirs}
@@ -189,6 +193,10 @@ def is_names(value: object) -> bool:
     return value is None or _is_name(value) or (value != [] and _is_all(_is_name, value))
 
 
+def _is_list(value: object) -> bool:
+    return not isinstance(value, str) and is_names(value)
+
+
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
@@ -237,11 +245,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lora_dropout", lambda value: is_finite(value) and 0 <= value < 1, "in [0, 1)"),
     ("target_modules", lambda value: value == [] or is_names(value), "a non-empty string or list of such strings"),
     ("exclude_modules layers_pattern", is_names, "a non-empty string or list of such strings"),
-    (
-        "target_parameters modules_to_save",
-        lambda value: not isinstance(value, str) and is_names(value),
-        "a list of names",
-    ),
+    ("target_parameters modules_to_save", lambda value: _is_list(value), "a list of names"),
     ("bias", lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     ("trainable_token_indices", _is_tables, "token ids, each once"),
     ("rank_pattern", lambda value: _is_patterns(_is_rank, value), "{regular expression: whole number ≥ 1}"),
@@ -288,7 +292,7 @@ def _method_problems(config: LoraConfig) -> list[str]:
     return found
 
 
-def _methods() -> dict[str, type[Update]]:
+def _methods() -> "dict[str, type[Update]]":
     from veneer.core.methods import METHODS  # asked late: a method is made from a config, and knows it
 
     return METHODS

@@ -18,9 +18,9 @@ from veneer.core.methods import maker
 from veneer.core.methods.beside import Tied
 from veneer.core.plan import BASE, Plan
 from veneer.core.reclass import mixin_of, reclass, restore
-from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
 from veneer.core.update import Parts, own_precision
+from veneer.safe.stored import is_finite
 
 
 class Carrier(NamedTuple):

@@ -11,9 +11,9 @@ from torch import nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown, unmatched
-from veneer.core.expression import Expression, Path
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.parts import AdaptedAttention
+from veneer.safe.expression import Expression, Path
 
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
 

@@ -152,9 +152,8 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
     if not chosen and not search.faults:
         said = f"{shown(names)} leaves no layer of {type(model).__name__} to adapt"
         search.fault("target_modules", f'{said}; say "all-linear", or {search.known()}')
-    # PEFT does not read an expression together with layer numbers, and for some methods not these either, nor roles
-    numbered = config.method.peft_names.get("layers_to_transform", "") is not None
-    spell = role is not None or (config.layers_to_transform is not None and (isinstance(names, str) or not numbered))
+    # PEFT does not read roles, nor an expression together with layer numbers, and for some methods no numbers at all
+    spell = role is not None or config.layers_to_transform is not None
     return chosen, _shortest(search.modules, chosen) if spell and chosen else names
 
 

@@ -16,7 +16,7 @@ from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, gathered
 from veneer.core.plan import Plan
 from veneer.core.reclass import Reclassed
-from veneer.core.whole import write_whole
+from veneer.safe.whole import write_whole
 
 # all that adapters are, to the bit and under the model's own names: what Trainer reads back into a model that is not of
 # PEFT's own class

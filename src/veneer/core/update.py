@@ -40,10 +40,6 @@ def switch(default: bool) -> Option:
     return Option(default, lambda value: isinstance(value, bool), "true or false")
 
 
-# (a weight as `(out, in)`, its config, what the kind of layer does to the starting values) → a fresh update
-Make = Callable[[Tensor, "LoraConfig", Callable[["Update", bool | str], None]], "Update"]
-
-
 class Factors(NamedTuple):
     """A low-rank change: ΔW = scale · B A."""
 

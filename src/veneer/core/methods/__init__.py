@@ -13,13 +13,16 @@ from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora, PartedLora
 from veneer.core.methods.vera import Vera
-from veneer.core.update import Make, Stack, Update
+from veneer.core.update import Stack, Update
 
 METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3}
 
 
-def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Make:
-    """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config."""
+def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Callable[..., Update]:
+    """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config.
+
+    It takes a weight, its config, and what the kind of layer does to the starting values.
+    """
     made_by: Any = config.method
     common = [made_by.share(given)] if made_by.share and (given := list(layers)) else []
 

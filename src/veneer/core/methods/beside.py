@@ -57,8 +57,6 @@ class Tied(Update):
     What is trained is the other's; a file has it here too where it is factors, and else there alone.
     """
 
-    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}
-
     def __init__(self, of: Update, turned: bool) -> None:
         super().__init__()
         self.of, self.turned = of, turned
