@@ -33,10 +33,16 @@ _FAMILIES = {
     "deberta-v2": ("SequenceClassification", _ENCODER),
     "distilbert": ("MaskedLM", {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "vocab_size": 64}),
     "t5": ("Seq2SeqLM", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 64}),
+    "gemma": ("CausalLM", {**_SIZES, "num_key_value_heads": 1, "head_dim": 16}),
     "vit": ("ImageClassification", {**_SIZES, "image_size": 8, "patch_size": 4}),
 }
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +77,23 @@ def tiny() -> Callable[..., nn.Module]:
         return getattr(transformers, name).from_config(config).eval()
 
     return build
+
+
+@pytest.fixture
+def unet() -> nn.Module:
+    """A UNet of diffusers with two levels."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
 
 
 @pytest.fixture(scope="session")

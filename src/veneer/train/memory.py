@@ -33,7 +33,7 @@ def estimate(task: Task, settings: TrainSettings, longest: int) -> Estimate:
     parameters = list(task.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     base = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
-    batch = task.batch([longest])
+    (batch,) = task.batches([longest])
     task.model.train()
     return Estimate(base, trained * 4 * ADAM, _kept_bytes(task, batch) * settings.batch_size)
 
