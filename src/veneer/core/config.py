@@ -130,7 +130,7 @@ def _flat(config: LoraConfig) -> dict[str, Any]:
 
 def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, list[str]]:
     """The config that `from_dict` gives, where there is one, and all that is wrong with the values."""
-    from veneer.core.update import Update  # a config is read without torch
+    from veneer.core.update import Update  # asked late: the class of configs needs no torch
 
     made_by = _methods().get(str(values.get("peft_type", LoraConfig.peft_type)), Update)
     options = made_by.options
@@ -245,7 +245,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lora_dropout", lambda value: is_finite(value) and 0 <= value < 1, "in [0, 1)"),
     ("target_modules", lambda value: value == [] or is_names(value), "a non-empty string or list of such strings"),
     ("exclude_modules layers_pattern", is_names, "a non-empty string or list of such strings"),
-    ("target_parameters modules_to_save", lambda value: _is_list(value), "a list of names"),
+    ("target_parameters modules_to_save", _is_list, "a list of names"),
     ("bias", lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     ("trainable_token_indices", _is_tables, "token ids, each once"),
     ("rank_pattern", lambda value: _is_patterns(_is_rank, value), "{regular expression: whole number ≥ 1}"),
@@ -274,9 +274,9 @@ def problems(config: LoraConfig) -> list[str]:
 
 def _method_problems(config: LoraConfig) -> list[str]:
     """What the method has to say."""
-    methods = _methods()
     if not isinstance(config.peft_type, str):
         return []
+    methods = _methods()
     if config.peft_type not in methods:
         said = f"peft_type {shown(config.peft_type)} is not a method of veneer: it has {listed(methods)}"
         return [said + nearest(config.peft_type, methods)]

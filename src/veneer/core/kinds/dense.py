@@ -53,7 +53,7 @@ class AdaptedNorm(AdaptedDense):
 
 
 def forward_by_row(
-    layer: "AdaptedLayer", terms: Sequence[Term], args: Sequence[Any], kwargs: Mapping[str, Any]
+    layer: AdaptedLayer, terms: Sequence[Term], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Tensor:
     """y[i] = f(x[i]; W + Σ weight[i] · ΔW), where f is the layer's own forward on inputs `(rows, …)`.
 
@@ -84,7 +84,7 @@ def forward_by_row(
     return torch.cat(list(map(run, groups, order)))[torch.cat(order).argsort()]
 
 
-def _expect_rows(layer: "AdaptedLayer", how: str, values: Sequence[object]) -> None:
+def _expect_rows(layer: AdaptedLayer, how: str, values: Sequence[object]) -> None:
     if not values or not all(isinstance(value, Tensor) and value.ndim for value in values):
         kinds = ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
         raise AdapterError(
