@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -156,7 +156,8 @@ def _grouped(terms: tuple[Term, ...], names: tuple[str, ...], device: torch.devi
 def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:
     """The terms that a name, a list of names (the sum), or a mapping of names to weights (a blend) asks for."""
     if isinstance(spec, Mapping):
-        if wrong := {name: weight for name, weight in spec.items() if not _is_weight(weight)}:
+        numbers = {name for name, weight in spec.items() if isinstance(weight, SupportsFloat) and math.isfinite(weight)}
+        if wrong := {name: weight for name, weight in spec.items() if name not in numbers}:
             raise AdapterError(f"an adapter's weight should be a finite number, found {wrong}")
         terms = tuple(Term(name, float(weight)) for name, weight in spec.items())
     else:
@@ -184,13 +185,6 @@ def terms_by_row(specs: Rows, known: Iterable[str]) -> tuple[Term, ...]:
         for term in () if spec == BASE else terms_of(spec, known):
             rows.setdefault(term.adapter, [0.0] * len(specs))[i] = term.weight
     return tuple(Term(name, rows=tuple(weights)) for name, weights in rows.items())
-
-
-def _is_weight(weight: object) -> bool:
-    try:
-        return math.isfinite(float(weight))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
 
 
 def by_row(y: Tensor, weights: Tensor) -> Tensor:

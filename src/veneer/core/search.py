@@ -12,7 +12,7 @@ from torch import nn
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown, unmatched
 from veneer.core.kinds import kind_of
-from veneer.core.kinds.parts import AdaptedAttention
+from veneer.core.kinds.dense import AdaptedAttention
 from veneer.safe.expression import Expression, Path
 
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
@@ -84,8 +84,7 @@ class Search:
 
     def last_parts(self) -> list[str]:
         """The last parts of the linear layers' paths, each once, in the model's order."""
-        is_linear = ROLES["all-linear"]
-        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.modules if is_linear(path, self)))
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.modules if _is_linear(path, self)))
 
     def _expression(self, text: str, field: str, among: Iterable[str]) -> list[str]:
         """Containers and layers without parameters are passed over."""

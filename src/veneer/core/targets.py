@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, shown
 from veneer.core.kinds import kind_of
+from veneer.core.kinds.dense import AdaptedModule, AdaptedParameters
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.kinds.parts import AdaptedModule, AdaptedParameters
 from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.reclass import is_fixed
 from veneer.core.search import ROLES, Place, Search

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from veneer.core.config import LoraConfig
+from veneer.core.kinds.dense import AdaptedModule
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear
-from veneer.core.kinds.parts import AdaptedModule
 from veneer.core.reclass import mixin_of
 from veneer.core.search import Search
 

@@ -1,6 +1,6 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -180,13 +180,13 @@ class Update(nn.Module):
 class Parts(nn.ModuleDict):
     """The updates that one adapter has on a layer of several matrices, by part."""
 
-    dropout = 0.0
-
-    def add(self, part: str, update: Update) -> None:
+    def __init__(self, parts: Mapping[str, Update]) -> None:
         """Raises `AdapterError` for a name that a module has already."""
-        if hasattr(self, part):
-            raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
-        self[part] = update
+        super().__init__()
+        for part, update in parts.items():
+            if hasattr(self, part):
+                raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
+            self[part] = update
 
     def parts(self) -> dict[str, Update]:
         return dict(self.items())  # type: ignore[arg-type]

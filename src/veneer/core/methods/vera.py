@@ -51,9 +51,7 @@ class Vera(Update):
     reads_weight: ClassVar = False
     peft_names: ClassVar = {**LORAS_OWN, "lora_dropout": "vera_dropout", "init_lora_weights": "init_weights"}
     options: ClassVar = {
-        "projection_prng_key": Option(
-            0, lambda value: type(value) is int and 0 <= value < 2**63, "a whole number below 2^63"
-        ),
+        "projection_prng_key": Option(0, lambda key: type(key) is int and 0 <= key < 2**63, "a whole number < 2^63"),
         "save_projection": switch(True),
         "d_initial": Option(0.1, is_finite, "a finite number"),
     }
