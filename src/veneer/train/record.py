@@ -123,6 +123,15 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def held_memory() -> int:
+    """The bytes of main memory that this process holds now."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def stamp() -> str:
     """Now, for a model card."""
     return time.strftime("%Y-%m-%d", time.gmtime())

@@ -64,7 +64,7 @@ def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     task = _built(recipe, build, reporter)
     trainable, parameters = task.model.get_nb_trainable_parameters()
     facts = task.facts()
-    memory = estimate(task, recipe.train, facts["longest row"])
+    memory = estimate(task, recipe.train)
     layers = list(filter(None, task.model.get_adapter().tensors))
     return Preview(resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts)
 

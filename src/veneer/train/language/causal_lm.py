@@ -42,9 +42,10 @@ class CausalLM(Task):
     def __init__(self, recipe: CausalLMRecipe, reporter: Reporter) -> None:
         self.recipe, self.reporter = recipe, reporter
         device = choose_device(recipe.device)
-        recipe.device, recipe.dtype = str(device), choose_dtype(recipe.dtype, device)  # type: ignore[assignment]
+        recipe.device = str(device)
         learned, held_out = read_documents(recipe.data, recipe.train.seed, reporter)
         folder = zoo.resolve(recipe.base)
+        recipe.dtype = choose_dtype(recipe.dtype, device, folder)  # type: ignore[assignment]
         self._shorten_rows(longest_row(folder))
         self.tokenizer = load_tokenizer(folder)
         self.part = self._tokenised(learned, "rows")

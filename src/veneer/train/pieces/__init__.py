@@ -15,8 +15,9 @@ from veneer.train.pieces.activation import quick_activation
 from veneer.train.pieces.gated import quick_gated
 from veneer.train.pieces.norm import quick_norm
 from veneer.train.pieces.piece import Piece
+from veneer.train.pieces.rotary import quick_rotary
 
-KINDS = (quick_norm, quick_gated, quick_activation)
+KINDS = (quick_norm, quick_gated, quick_activation, quick_rotary)
 
 
 @contextmanager

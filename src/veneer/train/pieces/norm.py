@@ -50,7 +50,7 @@ def _blocks(x: Tensor) -> list[slice]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = w ⊙ x / √(mean x² + ε) for x `(..., n)`, w `(n)` without a gradient, both of the same dtype."""
+    """y = w ⊙ x / √(mean x² + ε) in the dtype of x `(..., n)`; w `(n)` has no gradient."""
     return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 
@@ -65,7 +65,7 @@ class QuickNorm(Piece):
         other = args or kwargs or weight.requires_grad or x.dtype not in DTYPES or x.dtype != weight.dtype
         if other or is_traced():
             return self.own(x, *args, **kwargs)
-        return rms_norm(x, weight.float().add(self.offset).to(x.dtype) if self.offset else weight, _eps(self))
+        return rms_norm(x, weight.float() + self.offset if self.offset else weight, _eps(self))
 
 
 class QuickNormFromOne(QuickNorm):
