@@ -33,6 +33,7 @@ _FAMILIES = {
     "deberta-v2": ("SequenceClassification", _ENCODER),
     "distilbert": ("MaskedLM", {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "vocab_size": 64}),
     "t5": ("Seq2SeqLM", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 64}),
+    "gemma": ("CausalLM", {**_SIZES, "num_key_value_heads": 1, "head_dim": 16}),
     "vit": ("ImageClassification", {**_SIZES, "image_size": 8, "patch_size": 4}),
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.train.loop import count_steps, rows_of
+from veneer.train.pieces import quick_pieces
 from veneer.train.record import held_memory, peak_memory
 from veneer.train.settings import TrainSettings
 from veneer.train.task import Batch, Task
@@ -51,8 +52,9 @@ def estimate(task: Task, settings: TrainSettings) -> Estimate:
     base = sum(bytes_of(tensor) for tensor in tensors if not tensor.requires_grad)
     trained = sum(bytes_of(tensor) for tensor in tensors if tensor.requires_grad)
     process = max(0, held_memory() - base - trained) if device.type == "cpu" else 0
-    low = _live(task, few, device)
-    low, high = _live(task, few, device), _live(task, more, device)  # gradients are there by now
+    with quick_pieces(task.model):
+        _live(task, few, device)
+        low, high = _live(task, few, device), _live(task, more, device)  # gradients are there by now
     task.model.zero_grad(set_to_none=True)
     slope = (high - low) / max(1, _size(more) - _size(few))
     activations = int(high + slope * (largest - _size(more)))

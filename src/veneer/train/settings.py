@@ -54,7 +54,8 @@ class Recipe(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
         description="Of the frozen base; the adapter trains in float32. auto: bfloat16 where the device multiplies it "
-        "faster than float32, else float32. float16 scales the loss, so that small gradients do not vanish.",
+        "faster than float32, or where the base is large; else float32. float16 scales the loss, so that small "
+        "gradients do not vanish.",
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
         "none",

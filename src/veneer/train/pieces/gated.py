@@ -1,0 +1,118 @@
+"""The gated activation of a feed-forward layer (Shazeer 2020, arXiv:2002.05202): a(W_gate x) ⊙ W_up x."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from veneer.core.fused import is_traced
+from veneer.train.pieces.piece import ROWS, Piece, StandIn, agrees, samples
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """a(x), and a′(x) ⊙ grad, by PyTorch's own kernels."""
+
+    name: str
+    options: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return getattr(F, self.name)(x, **self.options)
+
+    def backward_(self, grad: Tensor, x: Tensor) -> Tensor:
+        """In grad's place."""
+        return getattr(torch.ops.aten, f"{self.name}_backward").grad_input(grad, x, **self.options, grad_input=grad)
+
+
+SILU, GELU, GELU_TANH = Activation("silu"), Activation("gelu"), Activation("gelu", {"approximate": "tanh"})
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps gate and up alone; a(gate) is made again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        dup = ctx.activation(gate).mul_(grad) if ctx.needs_input_grad[1] else None
+        dgate = ctx.activation.backward_(grad * up, gate) if ctx.needs_input_grad[0] else None
+        return dgate, dup, None
+
+
+class QuickGated(Piece):
+    """A feed-forward layer W_down (a(W_gate x) ⊙ W_up x), its projections called as modules."""
+
+    activation: ClassVar[Activation]
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or is_traced():
+            return self.own(*args, **kwargs)
+        gate, up = self.gate_proj(args[0]), self.up_proj(args[0])
+        same = gate.dtype == up.dtype and gate.shape == up.shape
+        return self.down_proj(_Gated.apply(gate, up, self.activation) if same else self.activation(gate) * up)
+
+
+class GatedSilu(QuickGated):
+    activation = SILU
+
+
+class GatedGelu(QuickGated):
+    activation = GELU
+
+
+class GatedGeluTanh(QuickGated):
+    activation = GELU_TANH
+
+
+def quick_gated(module: nn.Module) -> type[Piece] | None:
+    """What can take the module's place, if it is such a layer and nobody listens to its activation."""
+    parts = dict(module.named_children())
+    inner = [own for name, part in parts.items() if name not in PROJECTIONS for own in part.modules()]
+    if not parts.keys() >= set(PROJECTIONS) or any(part._forward_hooks or part._forward_pre_hooks for part in inner):
+        return None
+    x, gate, up = samples(ROWS, 64, dtype=torch.float64, number=3)
+
+    def own(gate: Tensor, up: Tensor) -> Any:
+        stand_in = StandIn(
+            module,
+            training=True,
+            gate_proj=lambda _: gate * 1,
+            up_proj=lambda _: up * 1,
+            down_proj=lambda product: product * 1,
+        )
+        return type(module).forward(stand_in, x)
+
+    with _in_training(inner):
+        for piece in (GatedSilu, GatedGelu, GatedGeluTanh):
+            if agrees(own, lambda gate, up, by=piece: _Gated.apply(gate, up, by.activation), [gate, up]):
+                return piece
+    return None
+
+
+@contextmanager
+def _in_training(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """A dropout shows in training alone."""
+    before = [part.training for part in parts]
+    try:
+        for part in parts:
+            part.training = True
+        yield
+    finally:
+        for part, training in zip(parts, before, strict=True):
+            part.training = training
