@@ -131,7 +131,7 @@ def test_less_is_kept(adapted, family, dtype, most):
 def test_nothing_is_left_behind(adapted, bits):
     model = adapted("llama")
     before = {path: (type(module), dict(vars(module))) for path, module in model.named_modules()}
-    weights = bits(model)
+    weights, draws = bits(model), torch.get_rng_state()
 
     def fail() -> None:
         with quick_pieces(model) as pieces:
@@ -143,6 +143,7 @@ def test_nothing_is_left_behind(adapted, bits):
     with pytest.raises(KeyError, match="in the middle"):
         fail()
     assert {path: (type(module), dict(vars(module))) for path, module in model.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), draws)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -6,8 +6,9 @@ those of the layer's own forward to rounding.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -50,13 +51,11 @@ def quick_pieces(model: nn.Module, compile: bool = False) -> Iterator[Pieces]:
             if piece is not None:
                 quick[path] = compiled(piece) if compile else piece  # type: ignore[arg-type]
     pieces = Pieces()
-    try:
+    with ExitStack() as afterwards:
         for path, piece in quick.items():
-            module = model.get_submodule(path)
+            module: Any = model.get_submodule(path)
             reclass(module, piece)
-            pieces.replaced[path] = module  # type: ignore[assignment]
+            afterwards.callback(restore, module)
+            pieces.replaced[path] = module
         pieces.seconds = make_kernels(pieces.replaced.values()) if compile else 0.0
         yield pieces
-    finally:
-        for module in pieces.replaced.values():
-            restore(module)

@@ -39,7 +39,7 @@ def make_kernels(modules: Iterable[nn.Module]) -> float:
     for piece in _kinds(modules):
         try:
             for rows in (3, 5):  # so that no kernel is for one number of rows
-                _trial(piece.run, piece, rows)
+                _trial(piece, rows, piece.kernels)
         except Exception as error:  # a missing compiler shows as any of many errors
             said = str(error).strip().partition("\n")[0]
             raise AdapterError(
@@ -52,27 +52,28 @@ def saving(modules: Iterable[nn.Module], tokens: int) -> float:
     """The seconds that compiled pieces save in each forward and backward of so many tokens, as measured now."""
     saved = 0.0
     for piece, number in _kinds(modules).items():
-        plain, quick = (min(_trial(run, piece, tokens) for _ in range(5)) for run in (piece.plain, piece.run))
-        saved += number * (plain - quick)
+        few, one = (min(_trial(piece, tokens, kernels) for _ in range(5)) for kernels in (None, piece.kernels))
+        saved += number * (few - one)
     return saved
 
 
 def _kinds(modules: Iterable[nn.Module]) -> dict[Any, int]:
     """One piece of each kind that was compiled, and how many there are."""
     pieces: list[Any] = [module for module in modules if getattr(type(module), "kernels", None)]
+    pieces = [piece for piece in pieces if piece.example.is_floating_point()]
     kinds = [(type(piece), piece.width, piece.example.dtype, piece.example.device) for piece in pieces]
     number = Counter(kinds)
     return {piece: number[kind] for kind, piece in dict(zip(kinds, pieces, strict=True)).items()}
 
 
-def _trial(run: Callable[..., Tensor], piece: Any, rows: int) -> float:
+def _trial(piece: Any, rows: int, kernels: Any) -> float:
     """The seconds of a forward and backward."""
     like = {"dtype": piece.example.dtype, "device": piece.example.device}
-    inputs = [torch.randn(rows, piece.width, **like).requires_grad_() for _ in range(piece.inputs)]
+    inputs = [torch.ones(rows, piece.width, **like).requires_grad_() for _ in range(piece.inputs)]
     direction = torch.ones(rows, piece.width, **like)
     began = time.perf_counter()
     with torch.enable_grad():
-        torch.autograd.grad(run(*inputs), inputs, direction)
+        torch.autograd.grad(piece.run(*inputs, kernels), inputs, direction)
     if direction.device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - began

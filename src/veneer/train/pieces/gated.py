@@ -86,13 +86,10 @@ class QuickGated(Piece):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or is_traced():
             return self.own(*args, **kwargs)
-        return self.down_proj(self.run(self.gate_proj(args[0]), self.up_proj(args[0])))
+        return self.down_proj(self.run(self.gate_proj(args[0]), self.up_proj(args[0]), self.kernels))
 
-    def run(self, gate: Tensor, up: Tensor) -> Tensor:
-        return gated(gate, up, self.activation, self.kernels)
-
-    def plain(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.activation(gate) * up
+    def run(self, gate: Tensor, up: Tensor, kernels: Any) -> Tensor:
+        return gated(gate, up, self.activation, kernels)
 
 
 class GatedSilu(QuickGated):

@@ -80,14 +80,11 @@ class QuickNorm(Piece):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight
         other = args or kwargs or weight.requires_grad or x.dtype not in DTYPES or x.dtype != weight.dtype
-        return self.own(x, *args, **kwargs) if other or is_traced() else self.run(x)
+        return self.own(x, *args, **kwargs) if other or is_traced() else self.run(x, self.kernels)
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, kernels: Any) -> Tensor:
         weight = self.weight.float() + self.offset if self.offset else self.weight
-        return rms_norm(x, weight, _eps(self), self.kernels)
-
-    def plain(self, x: Tensor) -> Tensor:
-        return self.own(x)
+        return rms_norm(x, weight, _eps(self), kernels)
 
 
 class QuickNormFromOne(QuickNorm):
