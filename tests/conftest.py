@@ -40,6 +40,11 @@ _FAMILIES = {
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -72,6 +77,23 @@ def tiny() -> Callable[..., nn.Module]:
         return getattr(transformers, name).from_config(config).eval()
 
     return build
+
+
+@pytest.fixture
+def unet() -> nn.Module:
+    """A UNet of diffusers with two levels."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
 
 
 @pytest.fixture(scope="session")

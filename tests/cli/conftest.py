@@ -25,6 +25,13 @@ class Said:
     err: str
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """The cache of the test's own, where pulled bases and prepared rows go."""
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def veneer(capsys, monkeypatch):
     """`veneer("train", "quickstart")` → what it said; through the real entry point."""

@@ -62,6 +62,14 @@ def test_overrides_and_accumulation(veneer, recipe, tmp_path):
     assert whole == pytest.approx(parts, abs=1e-5)
 
 
+def test_gradient_checkpointing_changes_no_bit(veneer, recipe, tmp_path):
+    common = ("eval.answers=0", "sample.count=0", "adapter.lora_dropout=0.1")
+    assert veneer("train", recipe, "name=kept", *common).code == 0
+    assert veneer("train", recipe, "name=again", "train.gradient_checkpointing=true", *common).code == 0
+    kept, again = (tmp_path / f"runs/{name}-1/adapter/adapter_model.safetensors" for name in ("kept", "again"))
+    assert kept.read_bytes() == again.read_bytes()
+
+
 def test_the_loss_is_that_of_the_learned_tokens(veneer, run, tiny_base, rows):
     """The held-out loss of step 0, by transformers' own loss over the same rows, one by one."""
     from veneer.train.language.parts import read_documents, tokenised

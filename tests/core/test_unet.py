@@ -1,27 +1,10 @@
 """A UNet of diffusers is a model like any other."""
 
-import pytest
 import torch
 
 from veneer import LoraConfig, PeftModel, get_peft_model
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-@pytest.fixture
-def unet():
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ).eval()
 
 
 def test_a_unet_learns_saves_and_loads(unet, tmp_path):

@@ -1,10 +1,14 @@
-"""LoRA+: B learns faster, everything that trains is in exactly one group."""
+"""LoRA+: B learns faster, everything that trains is in exactly one group. Over fp16 the loss is scaled."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model, lora_plus_groups
+from veneer.train.optimizers import Stepper
+from veneer.train.settings import TrainSettings
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -25,3 +29,88 @@ def test_a_model_without_b_is_refused():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"], peft_type="LOHA"))
     with pytest.raises(AdapterError, match="trains none"):
         lora_plus_groups(model, 1e-3)
+
+
+TOKENS = torch.arange(24).view(2, 12)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def adapted(tiny, dtype, device="cpu"):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(tiny("llama").to(device, dtype), config).train()
+    return model, Stepper(model, TrainSettings(lr=1e-2))
+
+
+def trained(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(model, stepper, steps=8):
+    """Of each step that was taken; the first scale is too large for some."""
+    tokens, found = TOKENS.to(model.device), []
+    while len(found) < steps:
+        total = 0.0
+        for rows in tokens.split(1):
+            loss = model(input_ids=rows, labels=rows).loss / 2
+            stepper.backward(loss)
+            total += loss.item()
+        norm = stepper.step(1e-2)
+        if not stepper.lowers(norm):
+            assert math.isfinite(norm)
+            found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp16_learns_as_fp32_does(tiny, device):
+    half, full = (losses(*adapted(tiny, dtype, device)) for dtype in (torch.float16, torch.float32))
+    assert half[-1] < half[0] - 1
+    assert half == pytest.approx(full, rel=1e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_small_gradients_survive_fp16_by_the_scale(tiny, device):
+    """A loss of 1e-5 of its size has gradients that fp16 rounds to 0, were they not scaled: compared with fp32's."""
+
+    def gradients(dtype, scaled):
+        model, stepper = adapted(tiny, dtype, device)
+        loss = model(input_ids=TOKENS.to(device), labels=TOKENS.to(device)).loss * 1e-5
+        if scaled:
+            stepper.backward(loss)
+            stepper.scaler.unscale_(stepper.optimizer)
+        else:
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    exact = gradients(torch.float32, False)
+    off = {scaled: (gradients(torch.float16, scaled) - exact).norm() / exact.norm() for scaled in (True, False)}
+    assert off[True] < 1e-2 < 10 * off[True] < off[False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_overflow_skips_the_step_and_halves_the_scale(tiny, device):
+    model, stepper = adapted(tiny, torch.float16, device)
+    losses(model, stepper, 1)
+    before, scale, skipped = trained(model), stepper.scaler.get_scale(), stepper.skipped
+    stepper.backward(model(input_ids=TOKENS.to(device), labels=TOKENS.to(device)).loss * 1e4)
+    norm = stepper.step(1e-2)
+    assert not math.isfinite(norm)
+    assert stepper.lowers(norm)
+    assert (stepper.skipped, stepper.scaler.get_scale()) == (skipped + 1, scale / 2)
+    assert all(torch.equal(before[name], value) for name, value in trained(model).items())
+    assert all(state["step"] == 1 for state in stepper.optimizer.state.values())
+    stepper.scaler.update(0.5)
+    stepper.backward(model(input_ids=TOKENS.to(device), labels=TOKENS.to(device)).loss * torch.inf)
+    assert not stepper.lowers(stepper.step(1e-2))
+
+
+def test_without_fp16_nothing_is_scaled_and_a_bad_step_is_not_taken(tiny):
+    model, stepper = adapted(tiny, torch.bfloat16)
+    losses(model, stepper, 1)
+    before = trained(model)
+    stepper.backward(model(input_ids=TOKENS, labels=TOKENS).loss * torch.inf)
+    assert not stepper.lowers(stepper.step(1e-2))
+    assert all(torch.equal(before[name], value) for name, value in trained(model).items())
+    with pytest.raises(AdapterError, match="no adapter got a gradient"):
+        stepper.step(1e-2)

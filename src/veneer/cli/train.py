@@ -55,8 +55,9 @@ def _show_preview(preview: "Preview") -> None:
     print(f"optimizer steps: {preview.steps:,}")
     memory = preview.memory
     print(
-        f"memory, about: {size(memory.total)} beside the interpreter's own 0.5 GB (base {size(memory.base)}, adapter "
-        f"and optimizer {size(memory.adapter)}, activations of a batch of the longest rows {size(memory.activations)})"
+        f"memory, about: {size(memory.total)} (interpreter and libraries {size(memory.process)}, base "
+        f"{size(memory.base)}, adapter and optimizer {size(memory.adapter)}, activations {size(memory.activations)}, "
+        f"allocator {size(memory.slack)}; while loading {size(memory.loading)})"
     )
     console.rule("tokens")
     for sentence in preview.facts["report"].sentences():

@@ -1,6 +1,7 @@
 """The fast forward of an adapted linear layer: one autograd function, whatever the number of adapters."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,21 @@ class Change(NamedTuple):
     rows: Tensor | None = None  # (rows), in a mixed batch: what each row's part is multiplied by
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of many rows is computed in: x's dtype, but fp32 for bf16 and fp16 on a CPU without matrix units.
+
+    There, bf16 products take twice as long as those of the same numbers in fp32, and round more.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and x.device.type == "cpu" and len(x) > FEW and not has_matrix_units() else x.dtype
+
+
+@cache
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies matrices of bf16 faster than those of fp32 (AMX)."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
 def is_traced() -> bool:
     """Whether a compiler or `torch.func` makes something else of the operations: then they are plain ones.
 
@@ -38,7 +54,7 @@ def fused_linear(
 
     x `(..., in)`, weight `(out, in)`, bias `(out)`, gain `(1, out)` or, in a mixed batch, `(rows, out)` → `(..., out)`;
     a gain of 0 leaves W x + b to the bit. Of the activations, only x itself and the rank-sized `A x` are kept for the
-    backward (and one byte an input where there is dropout). Under autocast the product is computed in autocast's
+    backward: what dropout kept is found again. Under autocast the product is computed in autocast's
     dtype, as the plain layer's is.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -48,7 +64,7 @@ def fused_linear(
         return sum((thin_linear(x, change) for change in changes), _base_linear(x, weight, bias, gain))
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
     if torch.is_grad_enabled():
-        masks = [_mask(flat, change.dropout) for change in changes]
+        masks = [_mask(change.dropout) for change in changes]
         scales = [change.scale / (1 - change.dropout) for change in changes]
         rows = [None if change.rows is None else change.rows.to(x.dtype) for change in changes]
         factors = [factor for change in changes for factor in (change.A, change.B)]
@@ -64,9 +80,10 @@ def _plain_linear(
     """`fused_linear` without gradients, x `(tokens, in)`."""
     y = _base_linear(x, weight, bias, gain)
     for A, B, scale, dropout, rows in changes:
-        few = len(x) <= FEW
+        few, mask = len(x) <= FEW, _mask(dropout)
         A, B = (A, B) if few else (A.to(x.dtype), B.to(x.dtype))
-        h = torch.mm(F.dropout(x, dropout).to(A.dtype), A.t())  # (tokens, r)
+        h = torch.mm((x if mask is None else mask(x).mul_(x)).to(A.dtype), A.t())  # (tokens, r)
+        scale = scale / (1 - dropout)
         h = h if rows is None else by_row(h, rows)
         y = y.add_(torch.mm(h, B.t()), alpha=scale) if few else y.addmm_(h, B.t(), alpha=scale)
     return y
@@ -92,11 +109,26 @@ def thin_linear(x: Tensor, change: Change) -> Tensor:
     return F.linear(h, change.B.to(x.dtype)) * change.scale
 
 
-def _mask(x: Tensor, dropout: float) -> Tensor | None:
-    """Which inputs are kept, one byte each."""
-    if dropout == 0:
-        return None
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
+class Mask(NamedTuple):
+    """Which inputs are kept: made from its seed whenever it is asked for, so that nothing is held for the backward."""
+
+    seed: int
+    dropout: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """1 where an input is kept, else 0, in x's shape and dtype."""
+        generator, kept = torch.Generator(x.device).manual_seed(self.seed), torch.empty_like(x)
+        bound, rest = divmod(256 * self.dropout, 1)
+        if x.device.type != "cpu" or bound == 255:
+            return kept.bernoulli_(1 - self.dropout, generator=generator)
+        # eight bytes for a draw, a sixth of the time; the seed rounds the bound, so that each is kept with 1 - dropout
+        bound += self.seed % 2**16 < rest * 2**16
+        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        return torch.ge(draws.view(torch.uint8)[: x.numel()].view(x.shape), int(bound), out=kept)
+
+
+def _mask(dropout: float) -> Mask | None:
+    return None if dropout == 0 else Mask(int(torch.randint(2**62, ())), dropout)
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -108,32 +140,38 @@ class _FusedLinear(torch.autograd.Function):
         bias: Tensor | None,
         gain: Tensor | None,
         scales: list[float],
-        masks: list[Tensor | None],
+        masks: list[Mask | None],
         rows: list[Tensor | None],
         *factors: Tensor,
     ) -> Tensor:
-        y = _base_linear(x, weight, bias, gain)  # (tokens, out)
+        own = product_dtype(x)
+        wide = x.to(own)
+        y = _base_linear(wide, weight.to(own), None if bias is None else bias.to(own), gain)  # (tokens, out)
         kept: list[Tensor | None] = []
         for A, B, scale, mask, row in zip(factors[::2], factors[1::2], scales, masks, rows, strict=True):
-            A, B = A.to(x.dtype), B.to(x.dtype)
-            h = (x if mask is None else x * mask) @ A.t()  # (tokens, r)
+            A, B = A.to(own), B.to(own)
+            h = (wide if mask is None else mask(wide).mul_(wide)) @ A.t()  # (tokens, r)
             h = h if row is None else by_row(h, row)
             y.addmm_(h, B.t(), alpha=scale)
-            kept += [A, B, h, mask, row]
+            kept += [A, B, h, row]
         ctx.save_for_backward(x, weight, gain, *kept)
-        ctx.scales, ctx.dtypes = scales, [factor.dtype for factor in factors]
-        return y
+        ctx.masks, ctx.scales, ctx.dtypes = masks, scales, [factor.dtype for factor in factors]
+        ctx.base = (weight.dtype, None if bias is None else bias.dtype)
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gain, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias, need_gain, _, _, _, *need_factors = ctx.needs_input_grad
-        through = grad if gain is None else by_row(grad, (1 + gain).to(grad.dtype))  # what reaches W x
+        dtype, own = x.dtype, product_dtype(x)
+        x, weight, grad = x.to(own), weight.to(own), grad.to(own)
+        through = grad if gain is None else by_row(grad, (1 + gain).to(own))  # what reaches W x
         dx = through @ weight if need_x else None  # (tokens, in)
         dfactors: list[Tensor | None] = []
         for i, scale in enumerate(ctx.scales):
-            A, B, h, mask, row = kept[5 * i : 5 * i + 5]
+            A, B, h, row = kept[4 * i : 4 * i + 4]
+            mask = None if ctx.masks[i] is None else ctx.masks[i](x)
             need_A, need_B = need_factors[2 * i : 2 * i + 2]
             dB = (grad.t() @ h).mul_(scale).to(ctx.dtypes[2 * i + 1]) if need_B else None
             dh = (grad @ B).mul_(scale) if need_A or need_x else None  # (tokens, r)
@@ -144,10 +182,10 @@ class _FusedLinear(torch.autograd.Function):
             if dx is not None and dh is not None:
                 dx = dx.addmm_(dh, A) if mask is None else dx.add_((dh @ A).mul_(mask))
             dfactors += [dA, dB]
-        dweight = through.t() @ x if need_weight else None
-        dbias = grad.sum(0) if need_bias else None
+        dweight = (through.t() @ x).to(ctx.base[0]) if need_weight else None
+        dbias = grad.sum(0).to(ctx.base[1]) if need_bias else None
         dgain = None
         if need_gain:  # W x is made again: keeping it would cost as much memory as all the rest of the layer
             each = (grad * (x @ weight.t())).view(len(gain), -1, len(weight))
             dgain = each.sum(1, dtype=gain.dtype)  # (rows, out)
-        return (dx, dweight, dbias, dgain, None, None, None, *dfactors)
+        return (None if dx is None else dx.to(dtype), dweight, dbias, dgain, None, None, None, *dfactors)

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
-from veneer.core.errors import AdapterError, listed
-from veneer.train.optimizers import optimizer
+from veneer.core.errors import listed
+from veneer.train.optimizers import Stepper
+from veneer.train.pieces import quick_pieces
 from veneer.train.schedules import rate
 from veneer.train.settings import TrainSettings
 from veneer.train.task import Reporter, Task
@@ -53,16 +54,16 @@ def train(
     ends the step or the measurement too.
     """
     steps = count_steps(settings, task.size)
-    optimiser = optimizer(task.model, settings)
+    stepper = Stepper(task.model, settings)
     began = time.perf_counter()
     outcome = Outcome(0, 0.0)
     try:
-        with _finishing_the_step() as stop:
+        with _finishing_the_step() as stop, quick_pieces(task.model):
             for step in range(steps):
                 if stop.is_set():
                     raise KeyboardInterrupt
                 task.model.train()
-                record, outcome.failure = _step(task, optimiser, step, steps, settings)
+                record, outcome.failure = _step(task, stepper, step, steps, settings)
                 outcome.seconds = time.perf_counter() - began
                 if outcome.failure:
                     break
@@ -85,13 +86,14 @@ def rows_of(step: int, settings: TrainSettings, size: int) -> list[list[int]]:
     a_step = settings.batch_size * settings.accumulation
     places = range(step * a_step, (step + 1) * a_step)
     orders = {epoch: _order(settings.seed, epoch, size) for epoch in {place // size for place in places}}
-    rows = [orders[place // size][place % size] for place in places]
+    rows = [int(orders[place // size][place % size]) for place in places]
     return [rows[i : i + settings.batch_size] for i in range(0, a_step, settings.batch_size)]
 
 
-def _order(seed: int, epoch: int, size: int) -> list[int]:
+@lru_cache(maxsize=2)  # a step may end one epoch and begin the next
+def _order(seed: int, epoch: int, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_seed(seed, "epoch", epoch))
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=generator)
 
 
 def _seed(seed: int, what: str, number: int) -> int:
@@ -100,38 +102,29 @@ def _seed(seed: int, what: str, number: int) -> int:
 
 
 def _step(
-    task: Task, optimiser: torch.optim.Optimizer, step: int, steps: int, settings: TrainSettings
+    task: Task, stepper: Stepper, step: int, steps: int, settings: TrainSettings
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    batches = [task.batch(rows) for rows in rows_of(step, settings, task.size)]
+    batches = [batch for rows in rows_of(step, settings, task.size) for batch in task.batches(rows)]
     torch.manual_seed(_seed(settings.seed, "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
     tokens = sum(batch.tokens for batch in batches)
     record = {"step": step + 1, "loss": 0.0, "lr": lr, "tokens": tokens}
     units = sum(batch.units for batch in batches)
-    optimiser.zero_grad(set_to_none=True)
     for batch in batches:
         loss = task.loss(batch) / units
         value = loss.item()
         if not math.isfinite(value):
             return record, _not_finite(step, f"the loss is {value}", batch.places, lr)
-        loss.backward()
+        stepper.backward(loss)
         record["loss"] += value
-    norm = _clip(task.model, settings.max_grad_norm)
-    if not math.isfinite(norm):
+    norm = stepper.step(lr)
+    if stepper.lowers(norm):
+        record["skipped"] = stepper.skipped
+    elif not math.isfinite(norm):
         places = [place for batch in batches for place in batch.places]
         return record, _not_finite(step, f"the gradient's norm is {norm}", places, lr)
-    for group in optimiser.param_groups:
-        group["lr"] = lr
-    optimiser.step()
     return record, None
-
-
-def _clip(model: nn.Module, longest: float) -> float:
-    trains = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    if not trains:
-        raise AdapterError("no adapter got a gradient: the adapted layers were never called")
-    return nn.utils.clip_grad_norm_(trains, longest or math.inf).item()
 
 
 def _not_finite(step: int, what: str, places: list[str], lr: float) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.errors import AdapterError
-from veneer.core.whole import write_whole
+from veneer.safe.whole import write_whole
 
 USAGE = "veneer.json"  # beside an adapter: how it is used
 
@@ -121,6 +121,15 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_memory() -> int:
+    """The bytes of main memory that this process holds now."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def stamp() -> str:

@@ -14,6 +14,7 @@ from veneer.core.errors import AdapterError
 from veneer.train.card import card
 from veneer.train.loop import Outcome, count_steps, train
 from veneer.train.memory import Estimate, estimate
+from veneer.train.recompute import recompute_layers
 from veneer.train.record import USAGE, Run, draw_losses, peak_memory
 from veneer.train.settings import Recipe, checked
 from veneer.train.task import Reporter, Task
@@ -60,10 +61,10 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[
 
 def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     """Load everything, train nothing, write nothing."""
-    task = build(recipe, reporter)
+    task = _built(recipe, build, reporter)
     trainable, parameters = task.model.get_nb_trainable_parameters()
     facts = task.facts()
-    memory = estimate(task, recipe.train, facts["longest row"])
+    memory = estimate(task, recipe.train)
     layers = list(filter(None, task.model.get_adapter().tensors))
     return Preview(resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts)
 
@@ -77,7 +78,7 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
     began = time.perf_counter()
     folder = Run(recipe.output, recipe.name or recipe.task)
     try:
-        task = build(recipe, reporter)
+        task = _built(recipe, build, reporter)
         folder.write("recipe.yaml", as_yaml(resolved(recipe)))
         trainable, parameters = task.model.get_nb_trainable_parameters()
         before = _measured(task, folder, reporter, 0)
@@ -109,6 +110,13 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
     result.seconds = time.perf_counter() - began
     _save(task, recipe, result)
     return result
+
+
+def _built(recipe: Recipe, build: type[Task], reporter: Reporter) -> Task:
+    task = build(recipe, reporter)
+    if recipe.train.gradient_checkpointing:
+        recompute_layers(task.model)
+    return task
 
 
 def _measured(task: Task, folder: Run, reporter: Reporter, step: int) -> dict[str, float]:

@@ -29,6 +29,10 @@ class TrainSettings(Settings):
     accumulation: int = Field(
         1, ge=1, description="Batches an optimizer step; gradients are normalised over all of them."
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep each layer's input only, and run the layer again in the backward: less memory, more time.",
+    )
     lr: float = Field(2e-4, gt=0, le=10, description="The highest learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
     warmup: float = Field(
@@ -47,10 +51,11 @@ class Recipe(Settings):
 
     task: str = Field("causal-lm", description="What is learned.")
     base: str = Field(description="The base model: a name that `veneer models` lists, a folder, or a hub id.")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
         description="Of the frozen base; the adapter trains in float32. auto: bfloat16 where the device multiplies it "
-        "faster than float32, else float32.",
+        "faster than float32, or where the base is large; else float32. float16 scales the loss, so that small "
+        "gradients do not vanish.",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps, …")
     adapter: LoraConfig = Field(default_factory=LoraConfig, description="LoraConfig's own fields.")

@@ -48,8 +48,8 @@ class Task(ABC):
     def __init__(self, recipe: Any, reporter: Reporter) -> None: ...
 
     @abstractmethod
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """These rows, by number, as a batch on the model's device."""
+    def batches(self, rows: Sequence[int]) -> list[Batch]:
+        """These rows, by number, on the model's device, in as many passes as go through it one after another."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:

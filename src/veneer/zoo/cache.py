@@ -1,4 +1,4 @@
-"""Where pulled bases are kept. A base is in its place whole, or not at all."""
+"""Where what was pulled or prepared is kept: each thing in its place whole, or not at all."""
 
 import json
 import os
@@ -16,7 +16,7 @@ LAYOUT = 1  # raised when a conversion writes other files or values, so that old
 
 
 def cache_folder() -> Path:
-    """The folder of everything that veneer fetches: `VENEER_CACHE`, else the platform's own place."""
+    """The folder of everything that veneer fetches or prepares: `VENEER_CACHE`, else the platform's own place."""
     chosen = os.environ.get("VENEER_CACHE")
     if chosen:
         return Path(os.path.expanduser(chosen)).absolute()
@@ -41,24 +41,23 @@ def is_here(name: str) -> bool:
 
 
 @contextmanager
-def building(base: Base, report: Callable[[str], None]) -> Iterator[Path]:
-    """Give an empty folder beside the base's place, to one process at a time, and remove it in the end.
+def building(place: Path, what: str, report: Callable[[str], None]) -> Iterator[Path]:
+    """Give an empty folder beside `place`, to one process at a time, and remove it in the end.
 
-    Who holds the lock may also sweep what killed pulls left: nobody else can be writing there.
+    Who holds the lock may also sweep what killed processes left: nobody else can be writing there.
     """
-    place = folder_of(base.name)
     place.parent.mkdir(parents=True, exist_ok=True)
     filelock = needed("filelock")
-    lock = filelock.FileLock(place.parent / f".{base.name}.lock")
+    lock = filelock.FileLock(place.parent / f".{place.name}.lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        report(f"waiting for another pull of {base.name}")
+        report(f"waiting for another {what}")
         lock.acquire()
     try:
-        for leftover in place.parent.glob(f".{base.name}-*.part"):
+        for leftover in place.parent.glob(f".{place.name}-*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
-        workspace = Path(mkdtemp(prefix=f".{base.name}-", suffix=".part", dir=place.parent))
+        workspace = Path(mkdtemp(prefix=f".{place.name}-", suffix=".part", dir=place.parent))
         try:
             yield workspace
         finally:
@@ -80,10 +79,13 @@ def install(folder: Path, base: Base) -> Path:
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    inner = [path for path in folder.rglob("*") if path.is_dir()]
-    for path in (*files, folder / MANIFEST, *inner, folder):
+    return settle(folder, folder_of(base.name))
+
+
+def settle(folder: Path, place: Path) -> Path:
+    """Move a finished folder of a workspace to its place in one step, once all of it is on the disk."""
+    for path in (*folder.rglob("*"), folder):
         _to_disk(path)
-    place = folder_of(base.name)
     if place.exists():  # incomplete or of an older layout; it goes when the workspace goes
         os.replace(place, folder.parent / "replaced")
     os.replace(folder, place)

@@ -23,7 +23,7 @@ def pull(name: str, wheel: Path | None = None, report: Report | None = None) -> 
     if is_here(name):
         return folder_of(name)
     try:
-        with building(base, report or _on_stderr) as workspace:
+        with building(folder_of(name), f"pull of {name}", report or _on_stderr) as workspace:
             if is_here(name):  # somebody else was faster
                 return folder_of(name)
             folder = workspace / base.name

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.rows import read_rows, split_held_out
+from veneer.train.language.rows import draw, held_out, read_rows
 
 ROWS = [{"q": "Où ?", "a": 'here,\nor "there"'}, {"q": "2+2", "a": "4"}]
 JSON_LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -35,15 +36,15 @@ TABLE = 'q{0}a\nOù ?{0}"here,\nor ""there"""\n2+2{0}4\n'
 def test_every_format_gives_the_same_rows_with_their_places(tmp_path: Path, name: str, content: bytes, second: str):
     (tmp_path / name).write_bytes(content)
     rows = read_rows(str(tmp_path / name))
-    assert [row.values for row in rows] == ROWS
-    assert rows[1].place == f"{name}, {second}"
-    assert rows[1:][0] == rows[1]
+    for _ in range(2):  # rows may be gone through again
+        assert [row.values for row in rows] == ROWS
+    assert list(rows)[1].place == f"{name}, {second}"
 
 
 def test_parquet_keeps_lists_and_numbers(tmp_path: Path):
     table = [{"n": 1, "messages": [{"role": "user", "content": "hi"}]}, {"n": None, "messages": []}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "t.parquet")
-    rows = read_rows(str(tmp_path / "t.parquet"))
+    rows = list(read_rows(str(tmp_path / "t.parquet")))
     assert [row.values for row in rows] == table
     assert rows[1].place == "t.parquet, row 2"
 
@@ -78,7 +79,7 @@ def test_parquet_keeps_lists_and_numbers(tmp_path: Path):
 def test_a_fault_is_one_error_with_its_place(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AdapterError, match=message):
-        read_rows(str(tmp_path / name))
+        list(read_rows(str(tmp_path / name)))
 
 
 def test_a_missing_file_names_the_nearest_and_a_folder_its_files(tmp_path: Path):
@@ -93,7 +94,8 @@ def test_a_missing_file_names_the_nearest_and_a_folder_its_files(tmp_path: Path)
 
 def test_a_field_may_be_longer_than_the_csv_module_allows(tmp_path: Path):
     (tmp_path / "t.csv").write_text(f"text\n{'x' * 200_000}\n")
-    assert len(str(read_rows(str(tmp_path / "t.csv"))[0].values["text"])) == 200_000
+    (row,) = read_rows(str(tmp_path / "t.csv"))
+    assert len(str(row.values["text"])) == 200_000
 
 
 def test_a_hub_dataset_is_read_by_split_and_its_faults_are_one_error(monkeypatch: pytest.MonkeyPatch):
@@ -106,7 +108,9 @@ def test_a_hub_dataset_is_read_by_split_and_its_faults_are_one_error(monkeypatch
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read_rows("owner/name", "validation")
+    rows = list(read_rows("owner/name", "validation"))
+    assert read_rows("owner/name", "validation").content() != read_rows("owner/name", "test").content()
+    del asked[1:]
     assert [row.values["text"] for row in rows] == ["a", "b"]
     assert (asked, rows[1].place) == ([("owner/name", "validation")], "owner/name (validation), row 2")
 
@@ -124,21 +128,30 @@ def test_an_absent_package_is_one_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(AdapterError, match=r"needs: pip install 'veneer\[train\]'"):
-        read_rows(path)
+        list(read_rows(path))
+
+
+def split(keys: list[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """(learned from, held out)."""
+    held = held_out(np.array([draw(key, seed) for key in keys]), share)
+    sides: tuple[list[str], list[str]] = ([], [])
+    for key, away in zip(keys, held, strict=True):
+        sides[int(away)].append(key)
+    return sides
 
 
 @given(st.lists(st.text(max_size=3), max_size=40), st.floats(0, 0.99), st.integers(0, 2**40), st.randoms())
 def test_the_split_keeps_keys_together_whatever_the_order(keys, share, seed, random):
-    kept, held = split_held_out(keys, share, seed, str)
+    kept, held = split(keys, share, seed)
     assert not set(kept) & set(held)
     assert Counter(kept) + Counter(held) == Counter(keys)
     assert [bool(kept), bool(held)] == [bool(keys), bool(share) and len(set(keys)) > 1]
     shuffled = random.sample(keys, len(keys))
-    assert set(split_held_out(shuffled, share, seed, str)[1]) == set(held)
+    assert set(split(shuffled, share, seed)[1]) == set(held)
 
 
 def test_the_split_has_about_the_share_and_the_seed_changes_it():
     items = [str(number) for number in range(5000)]
-    first, second = (split_held_out(items, 0.1, seed, str)[1] for seed in (0, 1))
+    first, second = (split(items, 0.1, seed)[1] for seed in (0, 1))
     assert 400 < len(first) < 600
     assert first != second

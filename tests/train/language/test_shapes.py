@@ -12,7 +12,7 @@ CHAT = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
 
 
 def rows_of(*values: dict) -> Rows:
-    return Rows("t.jsonl", "line", enumerate(values, 1))
+    return Rows("t.jsonl", "line", lambda: enumerate(values, 1), dict)
 
 
 def settings_of(**keys: object) -> LanguageData:
@@ -21,7 +21,7 @@ def settings_of(**keys: object) -> LanguageData:
 
 def read(*values: dict, **keys: object) -> list[Document]:
     rows, settings = rows_of(*values), settings_of(**keys)
-    return documents(rows, detect_shape(rows, settings), settings)
+    return [made for _, made in documents(rows, detect_shape(rows, settings), settings)]
 
 
 @pytest.mark.parametrize(

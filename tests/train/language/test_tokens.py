@@ -3,6 +3,7 @@
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import example as for_example
 from hypothesis import given, settings
@@ -11,10 +12,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from veneer.core.errors import AdapterError
+from veneer.train.language import tokens
+from veneer.train.language.report import reported
 from veneer.train.language.rows import Row
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Document, document
-from veneer.train.language.tokens import coloured, encode, encode_prompt
+from veneer.train.language.tokens import coloured, encode_prompt, unpacked
 
 SENTENCES = ["The cat sat on the mat, said the user.", "Hello there: answer the question!\n\n", "12 345 cafés [INST]"]
 CHATML = (
@@ -80,6 +83,15 @@ def plain(prompt: str, completion: str, line: int = 1) -> Document:
     return Document(f"t.jsonl, line {line}", prompt, completion)
 
 
+def encode(made: list[Document], tokenizer: PreTrainedTokenizerFast, said: LanguageData):
+    """The documents that are used, as examples, and the report."""
+    encoded = list(tokens.encode(made, tokenizer, said))
+    table = [(len(one.ids), one.learned.count(1), one.length, one.fate) for one in encoded]
+    rows = np.array(table, [(name, "i4") for name in ("tokens", "learned", "length", "fate")])
+    report = reported(rows, rows["tokens"], lambda row: made[row].place, said)
+    return [unpacked(one.packed(), row) for row, one in enumerate(encoded) if one.ids], report
+
+
 def learned_text(made: Document, tokenizer: PreTrainedTokenizerFast, **keys: object) -> list[str]:
     (example,), _ = encode([made], tokenizer, settings_of(**keys))
     return [text for text, learned in coloured(example, tokenizer) if learned]
@@ -118,7 +130,6 @@ def test_law_a_chat_is_learned_from_where_the_assistant_speaks(contents: list[st
     given_ids = encode_prompt(made.opening, tokenizer, settings_of())
     assert list(example.ids[: len(given_ids)]) == given_ids
     assert example.learned.index(1) == len(given_ids)
-    assert example.prompt == tokenizer.apply_chat_template(made.opening, tokenize=False, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA_2])

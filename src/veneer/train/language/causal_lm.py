@@ -13,10 +13,13 @@ from veneer import zoo
 from veneer.core.errors import AdapterError
 from veneer.core.model import get_peft_model
 from veneer.train.language.answers import answer, bleu, pad_of
+from veneer.train.language.loss import ends_with_head, head_input, learned_loss, token_loss
 from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer, longest_row
+from veneer.train.language.packing import find_packing, most_tokens, on_device, packed, padded, passes
 from veneer.train.language.parts import Part, Question, evenly, questions, read_documents, tokenised
-from veneer.train.language.settings import LanguageData, LanguageEvaluation, LanguageSample
-from veneer.train.language.shapes import Document, opening, typed
+from veneer.train.language.settings import LanguageData, LanguageEvaluation, LanguageSample, LanguageTraining
+from veneer.train.language.shapes import opening, typed
+from veneer.train.language.sources import Documents
 from veneer.train.language.tokens import coloured, encode_prompt
 from veneer.train.settings import Recipe
 from veneer.train.task import Batch, Reporter, Task
@@ -28,6 +31,7 @@ class CausalLMRecipe(Recipe):
     data: LanguageData
     eval: LanguageEvaluation = Field(default_factory=LanguageEvaluation)
     sample: LanguageSample = Field(default_factory=LanguageSample)
+    train: LanguageTraining = Field(default_factory=LanguageTraining)
 
 
 class CausalLM(Task):
@@ -38,9 +42,10 @@ class CausalLM(Task):
     def __init__(self, recipe: CausalLMRecipe, reporter: Reporter) -> None:
         self.recipe, self.reporter = recipe, reporter
         device = choose_device(recipe.device)
-        recipe.device, recipe.dtype = str(device), choose_dtype(recipe.dtype, device)  # type: ignore[assignment]
-        learned, held_out = read_documents(recipe.data, recipe.train.seed)
+        recipe.device = str(device)
+        learned, held_out = read_documents(recipe.data, recipe.train.seed, reporter)
         folder = zoo.resolve(recipe.base)
+        recipe.dtype = choose_dtype(recipe.dtype, device, folder)  # type: ignore[assignment]
         self._shorten_rows(longest_row(folder))
         self.tokenizer = load_tokenizer(folder)
         self.part = self._tokenised(learned, "rows")
@@ -50,6 +55,11 @@ class CausalLM(Task):
         self.size = len(self.part.examples)
         model = load_causal_lm(folder, recipe.dtype, device)
         torch.manual_seed(recipe.train.seed)
+        self.first_place = find_packing(model) if recipe.train.packing else None
+        if recipe.train.packing and self.first_place is None:
+            reporter.say(f"rows are padded: a {model.config.model_type} cannot be packed, as a trial shows")
+        self.head = model.get_output_embeddings() if ends_with_head(model) else None
+        recipe.train.pass_tokens = recipe.train.pass_tokens or most_tokens(model)
         self.model: Any = get_peft_model(model, recipe.adapter)
         self.model.peft_config["default"].base_model_name_or_path = recipe.base
         self.model.peft_config["default"].task_type = "CAUSAL_LM"
@@ -59,25 +69,27 @@ class CausalLM(Task):
             self.reporter.say(f"data.max_length is {most}, the most tokens that {self.recipe.base} reads")
             self.recipe.data.max_length = most
 
-    def _tokenised(self, documents: list[Document], name: str) -> Part:
+    def _tokenised(self, documents: Documents, name: str) -> Part:
         try:
-            part = tokenised(documents, self.tokenizer, self.recipe.data)
+            part = tokenised(documents, self.tokenizer, self.recipe.data, self.reporter, name)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error}") from error
         self.reporter.say(f"{name}: {' '.join(part.report.sentences())}")
         return part
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        return self._batch(self.part, rows)
+    def batches(self, rows: Sequence[int]) -> list[Batch]:
+        return self._batches(self.part, rows)
 
     def loss(self, batch: Batch) -> Tensor:
-        keep, targets = batch.inputs["keep"], batch.inputs["targets"]
-        with _only(self.model.get_output_embeddings(), keep):
-            logits = self.model(
-                input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], use_cache=False
-            ).logits
-        logits = logits if logits.ndim == 2 else logits[keep]  # (learned tokens, vocabulary)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        inputs, smoothing = dict(batch.inputs), self.recipe.train.label_smoothing if self.model.training else 0.0
+        keep, targets = inputs.pop("keep"), inputs.pop("targets")
+        if self.head is None:
+            with _only(self.model.get_output_embeddings(), keep):
+                logits = self.model(**inputs, use_cache=False).logits
+            return token_loss(logits if logits.ndim == 2 else logits[keep], targets, smoothing)
+        with head_input(self.head) as given:
+            self.model(**inputs, use_cache=False)
+        return learned_loss(given[0][keep], self.head, targets, smoothing)
 
     def evaluate(self, whole: bool) -> dict[str, float]:
         if self.held_out is None:
@@ -105,7 +117,7 @@ class CausalLM(Task):
 
     def facts(self) -> dict[str, Any]:
         examples = self.part.examples
-        longest = max(range(len(examples)), key=lambda row: len(examples[row].ids))
+        longest = int(examples.lengths.argmax())
         looks = [coloured(example, self.tokenizer) for example in evenly(examples, 3)]
         return {"report": self.part.report, "longest row": longest, "looks": looks}
 
@@ -117,34 +129,37 @@ class CausalLM(Task):
             "data": self.recipe.data.model_dump(include=set(keys)),
         }
 
+    def _batches(self, part: Part, rows: Sequence[int]) -> list[Batch]:
+        """The rows in passes of at most `train.pass_tokens` tokens."""
+        lengths = [len(part.examples[row].ids) for row in rows]
+        most = self.recipe.train.pass_tokens
+        shared = passes(lengths, most or sum(lengths), pads=self.first_place is None)
+        return [self._batch(part, [rows[i] for i in own]) for own in shared]
+
     def _batch(self, part: Part, rows: Sequence[int]) -> Batch:
-        """Rows padded on the right; `keep` marks the places whose next token is learned, `targets` are those."""
+        """One pass: `keep` marks the places whose next token is learned, `targets` are those."""
         examples = [part.examples[row] for row in rows]
-        longest = max(len(example.ids) for example in examples)
-        ids = torch.full((len(rows), longest), pad_of(self.tokenizer))  # (rows, tokens)
-        mask = torch.zeros_like(ids)
-        learned = torch.zeros(ids.shape, dtype=torch.bool)
-        for i, example in enumerate(examples):
-            length = len(example.ids)
-            ids[i, :length] = torch.tensor(example.ids)
-            mask[i, :length] = 1
-            learned[i, :length] = torch.tensor(list(example.learned), dtype=torch.bool)
+        ids, flags = [example.ids for example in examples], [[0, *example.learned[1:]] for example in examples]
+        if self.first_place is None:
+            inputs, learned = padded(ids, pad_of(self.tokenizer)), padded(flags, 0)["input_ids"].bool()
+        else:
+            inputs, learned = packed(ids, self.first_place), packed(flags)["input_ids"].bool()
         keep = F.pad(learned[:, 1:], (0, 1))
-        targets = ids[:, 1:][learned[:, 1:]]  # (learned tokens)
-        inputs = {"input_ids": ids, "attention_mask": mask, "keep": keep, "targets": targets}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        return Batch(inputs, len(targets), int(mask.sum()), [part.place(row) for row in rows])
+        inputs |= {"keep": keep, "targets": inputs["input_ids"][:, 1:][learned[:, 1:]]}  # (learned tokens)
+        tokens = sum(len(own) for own in ids)
+        places = [part.place(row) for row in rows]
+        return Batch(on_device(inputs, self.model.device), len(inputs["targets"]), tokens, places)
 
     @torch.no_grad()
     def _held_out_loss(self, part: Part) -> float:
-        rows = evenly(list(range(len(part.examples))), self.recipe.eval.rows)
+        rows = evenly(range(len(part.examples)), self.recipe.eval.rows)
         rows.sort(key=lambda row: len(part.examples[row].ids))
         total, units, size = 0.0, 0, self.recipe.train.batch_size
         self.model.eval()
         for start in range(0, len(rows), size):
-            batch = self._batch(part, rows[start : start + size])
-            total += self.loss(batch).item()
-            units += batch.units
+            for batch in self._batches(part, rows[start : start + size]):
+                total += self.loss(batch).item()
+                units += batch.units
             self.reporter.progress("held-out loss", min(start + size, len(rows)), len(rows))
         return total / units
 

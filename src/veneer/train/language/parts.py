@@ -1,27 +1,31 @@
 """Rows of a language recipe: what is learned from, what is held out, and the prompts among them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from veneer.train.language.rows import read_rows, split_held_out
+from veneer.train.language import sources
+from veneer.train.language.report import TokenReport, reported
 from veneer.train.language.settings import LanguageData
-from veneer.train.language.shapes import Document, detect_shape, documents
-from veneer.train.language.tokens import Example, TokenReport, encode
+from veneer.train.language.shapes import Document
+from veneer.train.language.sources import Documents, Examples
+from veneer.train.task import Reporter
 
 T = TypeVar("T")
+SILENT = Reporter()
 
 
 @dataclass
 class Part:
     """One side of the data: its documents, and those of them that are used, as tokens."""
 
-    documents: list[Document]
-    examples: list[Example]
+    documents: Documents
+    examples: Examples
     report: TokenReport
 
     def place(self, row: int) -> str:
         """Where an example came from."""
-        return self.documents[self.examples[row].row].place
+        return self.documents.place(int(self.examples.rows[row]))
 
 
 @dataclass
@@ -32,34 +36,37 @@ class Question:
     references: list[str]
 
 
-def read_documents(settings: LanguageData, seed: int) -> tuple[list[Document], list[Document]]:
+def read_documents(settings: LanguageData, seed: int, reporter: Reporter = SILENT) -> tuple[Documents, Documents]:
     """(learned from, held out). `settings.shape` says afterwards how the rows were read."""
-    rows = read_rows(settings.path, settings.split)
-    settings.shape = detect_shape(rows, settings)
-    learned = documents(rows, settings.shape, settings)
+    found = sources.read(settings.path, settings.split, settings, reporter)
     if settings.eval_path or settings.eval_split:
-        rows = read_rows(settings.eval_path or settings.path, settings.eval_split or settings.split)
-        return learned, documents(rows, settings.shape, settings)
-    return split_held_out(learned, settings.eval_share, seed, lambda document: document.key)
+        path, split = settings.eval_path or settings.path, settings.eval_split or settings.split
+        return found, sources.read(path, split, settings, reporter)
+    return sources.split(found, settings.eval_share, seed, reporter)
 
 
-def tokenised(found: list[Document], tokenizer: Any, settings: LanguageData) -> Part:
-    """The documents with those of them that are used as tokens."""
-    return Part(found, *encode(found, tokenizer, settings))
+def tokenised(
+    found: Documents, tokenizer: Any, settings: LanguageData, reporter: Reporter = SILENT, name: str = "rows"
+) -> Part:
+    """The documents with those of them that are used as tokens; `name` is what the reporter is told that they are."""
+    store = sources.tokens(found.source, tokenizer, settings, reporter, name)
+    examples = Examples(store, found.chosen)
+    report = reported(store.table[found.chosen], examples.lengths, found.place, settings)
+    return Part(found, examples, report)
 
 
 def questions(part: Part) -> list[Question]:
     """The different prompts of a part, in its order, each with the completions of every row that asks it."""
     found: dict[str, Question] = {}
-    for example in part.examples:
-        document = part.documents[example.row]
+    for row in part.examples.rows:
+        document = part.documents[int(row)]
         if document.opening:
             question = found.setdefault(document.key, Question(document, []))
             question.references.append(_answer_of(document))
     return list(found.values())
 
 
-def evenly(items: list[T], most: int) -> list[T]:
+def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most so many of the items, evenly spread."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]

@@ -4,20 +4,22 @@ import csv
 import gzip
 import json
 import re
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar, overload
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
 
 from veneer.core.errors import AdapterError, listed, nearest
 
 Values = dict[str, object]
 Numbered = Iterable[tuple[int, Values]]
-Item = TypeVar("Item")
+Draws = np.ndarray[Any, np.dtype[np.float64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,75 +30,82 @@ class Row:
     place: str
 
 
-class Rows(Sequence[Row]):
-    """The rows of one source. A row's place is kept as a number and written out when it is asked for."""
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source, read anew from its beginning each time that they are asked for."""
 
-    def __init__(self, source: str, unit: str, numbered: Numbered) -> None:
-        """`source` is the file or dataset; `unit` is what `numbered` counts: `line`, `item` or `row`."""
-        self.source, self.unit = source, unit
-        self._values: list[Values] = []
-        self._numbers = array("q")
-        for number, values in numbered:
-            self._numbers.append(number)
-            self._values.append(values)
+    source: str  # the file or dataset
+    unit: str  # what `numbered` counts: line, item or row
+    numbered: Callable[[], Numbered]
+    content: Callable[[], Values]  # what decides the rows, as plain JSON: a hash of the file
 
-    def __len__(self) -> int:
-        return len(self._values)
+    def place(self, number: int) -> str:
+        """Where a row is, for messages."""
+        return f"{self.source}, {self.unit} {number}"
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Rows": ...
-    def __getitem__(self, index: int | slice) -> "Row | Rows":
-        values, numbers = self._values[index], self._numbers[index]
-        if isinstance(index, slice):
-            return Rows(self.source, self.unit, zip(numbers, values, strict=True))  # type: ignore[arg-type]
-        return Row(values, f"{self.source}, {self.unit} {numbers}")  # type: ignore[arg-type]
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(values, self.place(number)) for number, values in self.numbered())
 
 
 def read_rows(path: str, split: str = "train") -> Rows:
-    """The rows of a file, read as its ending says, or of the hub dataset `owner/name` (its `split`)."""
+    """The rows of a file, read as its ending says, or of the hub dataset `owner/name` (its `split`).
+
+    A file that is not there is an error at once; what is wrong inside is one when the rows are gone through.
+    """
     file = Path(path)
     ending = Path(path.removesuffix(".gz")).suffix.lower()
     if file.is_dir():
         inside = sorted(entry.name for entry in file.iterdir() if entry.is_file())
         raise AdapterError(f"{path} is a folder, expected a file. Name one of its files: {listed(inside)}")
     if not file.exists() and ending not in READERS and HUB_NAME.fullmatch(path):
-        rows = _hub_rows(path, split)
-    elif not file.exists():
+        return _hub_rows(path, split)
+    if not file.exists():
         folder = file.parent.iterdir() if file.parent.is_dir() else ()
         hint = nearest(file.name, (entry.name for entry in folder))
         raise AdapterError(f"{path}: there is no such file{hint}")
-    elif ending not in READERS:
+    if ending not in READERS:
         raise AdapterError(f"{path}: cannot read {ending or 'a file without an ending'}; expected {ENDINGS}")
-    else:
-        unit, reader = READERS[ending]
-        try:
-            rows = Rows(file.name, unit, reader(file))
-        except (OSError, EOFError) as error:
-            raise AdapterError(f"{path}: cannot be read: {error}") from error
-    if not rows:
+    unit, reader = READERS[ending]
+    return Rows(file.name, unit, partial(_checked, path, partial(reader, file)), partial(_hashed, file, ending))
+
+
+def _checked(path: str, read: Callable[[], Numbered]) -> Numbered:
+    """The rows that `read` gives, at least one."""
+    number = None
+    try:
+        for number, values in read():
+            yield number, values
+    except (OSError, EOFError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    if number is None:
         raise AdapterError(f"{path}: expected rows, found none; the file or split is empty")
-    return rows
 
 
-def split_held_out(
-    items: Iterable[Item], share: float, seed: int, key: Callable[[Item], str]
-) -> tuple[list[Item], list[Item]]:
-    """(learned from, held out): about `share` of the items is held out, and items of one key stay together.
+def _hashed(file: Path, ending: str) -> Values:
+    """The file's bytes as a hash, and how they are read."""
+    try:
+        with file.open("rb") as stream:
+            digest = file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise AdapterError(f"{file}: cannot be read: {error}") from error
+    return {"sha256": digest, "ending": ending, "packed": file.suffix == ".gz"}
 
-    A hash of key and seed decides, so the order of the items does not matter, and more items move none of
-    the others. Something is always learned from; with two keys or more and a share, something is held out.
+
+def held_out(draws: Draws, share: float) -> Flags:
+    """Which rows are held out, by `draw` of their keys: about `share`, and rows of one key stay together.
+
+    A hash of key and seed decides, so the order of the rows does not matter, and more rows move none of the
+    others. Something is always learned from; with two keys or more and a share, something is held out.
     """
-    drawn = [(_draw(key(item), seed), item) for item in items]
-    draws = {draw for draw, _ in drawn}
-    held = {draw for draw in draws if draw < share}
-    if share and draws:
-        held = (held or {min(draws)}) - {max(draws)}
-    return [item for draw, item in drawn if draw not in held], [item for draw, item in drawn if draw in held]
+    if not share or not len(draws):
+        return np.zeros(len(draws), bool)
+    held = draws < share
+    if not held.any():
+        held = draws == draws.min()
+    return held & (draws != draws.max())
 
 
-def _draw(key: str, seed: int) -> float:
+def draw(key: str, seed: int) -> float:
     """A number in [0, 1) that the key and the seed decide."""
     digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6, salt=str(seed).encode()[-16:])
     return int.from_bytes(digest.digest()) / 2**48
@@ -225,7 +234,12 @@ def _hub_rows(name: str, split: str) -> Rows:
             f"{name}: there is no such file, and the split {split!r} of a hub dataset of that name could not "
             f"be loaded: {reason}"
         ) from error
-    return Rows(f"{name} ({split})", "row", enumerate(table, 1))
+    return Rows(
+        f"{name} ({split})",
+        "row",
+        partial(_checked, name, partial(enumerate, table, 1)),
+        lambda: {"dataset": name, "split": split, "fingerprint": table._fingerprint},
+    )
 
 
 def _needs(what: str, error: ImportError) -> NoReturn:

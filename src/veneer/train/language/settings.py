@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from veneer.core.errors import AdapterError
-from veneer.train.settings import Settings
+from veneer.train.settings import Settings, TrainSettings
 
 Shape = Literal["text", "prompt-completion", "messages", "alpaca"]
 
@@ -131,3 +131,22 @@ class LanguageSample(Settings):
     )
     count: int = Field(3, ge=0, description="How many held-out prompts are answered.")
     max_new_tokens: int = Field(64, ge=1, description="The longest answer, in tokens.")
+
+
+class LanguageTraining(TrainSettings):
+    """The `train` part of a recipe for a language model."""
+
+    packing: bool = Field(
+        True,
+        description="Lay rows end to end, so that no padding goes through the model; each sees only itself. A model "
+        "that cannot be packed, which is found by trying, gets rows of like length, padded.",
+    )
+    pass_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="The most tokens that go through the model at once: a batch that has more takes several passes, "
+        "with the same gradient and less memory. Chosen by the device and the dtype, if not said.",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="The share of a token's probability that is spread over the whole vocabulary."
+    )

@@ -1,8 +1,9 @@
 """Rows become documents: what is the prompt, the completion, the chat, and in a chat the assistant's part."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.train.language.chat import Message
@@ -60,6 +61,17 @@ class Document:
         opening = self.opening or self.completion or list(self.messages)
         return opening if isinstance(opening, str) else json.dumps(opening)
 
+    def packed(self) -> bytes:
+        """All but the place, as bytes."""
+        turns = [[message["role"], message["content"]] for message in self.messages]
+        return json.dumps([self.prompt, self.completion, *turns], ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+    @classmethod
+    def unpacked(cls, packed: bytes, place: str) -> "Document":
+        """What `packed` made bytes of."""
+        prompt, completion, *turns = json.loads(packed.decode("utf-8", "surrogatepass"))
+        return cls(place, prompt, completion, tuple({"role": role, "content": content} for role, content in turns))
+
 
 def detect_shape(rows: Rows, settings: LanguageData) -> Shape:
     """The shape that the settings say, or the one whose columns the first rows have."""
@@ -67,7 +79,7 @@ def detect_shape(rows: Rows, settings: LanguageData) -> Shape:
         return "prompt-completion"
     if settings.shape != "auto":
         return settings.shape
-    columns = list(dict.fromkeys(name for row in rows[:100] for name in row.values))
+    columns = list(dict.fromkeys(name for row in islice(rows, 100) for name in row.values))
     found = [shape for shape, choices in COLUMNS.items() if any(set(c[:2]) <= set(columns) for c in choices)]
     if found and not (settings.chat and found[0] == "text"):
         return found[0]
@@ -82,21 +94,26 @@ def detect_shape(rows: Rows, settings: LanguageData) -> Shape:
     )
 
 
-def documents(rows: Rows, shape: Shape, settings: LanguageData) -> list[Document]:
-    """Every row as a document; the faulty rows are counted, and the first few named, in one error."""
-    good, faults = [], []
-    for row in rows:
+def documents(rows: Rows, shape: Shape, settings: LanguageData) -> Iterator[tuple[int, Document]]:
+    """Every row's number and document; at the end, all faulty rows are one error: a count, and the first few named."""
+    faults: list[AdapterError] = []
+    count = faulty = 0
+    for number, values in rows.numbered():
+        count += 1
         try:
-            good.append(document(row, shape, settings))
+            made = document(Row(values, rows.place(number)), shape, settings)
         except AdapterError as error:
-            faults.append(error)
-    if faults:
-        more = f"\n  and {len(faults) - 5:,} more" if len(faults) > 5 else ""
+            faulty += 1
+            faults = [*faults, error][:5]
+        else:
+            if not faulty:  # after a fault there is nothing to be had but its error
+                yield number, made
+    if faulty:
+        more = f"\n  and {faulty - 5:,} more" if faulty > 5 else ""
         raise AdapterError(
-            f"{rows.source}: {len(faults):,} of {len(rows):,} rows cannot be read as {shape}; mend them or "
-            "take them out:\n  " + "\n  ".join(str(fault) for fault in faults[:5]) + more
+            f"{rows.source}: {faulty:,} of {count:,} rows cannot be read as {shape}; mend them or "
+            "take them out:\n  " + "\n  ".join(str(fault) for fault in faults) + more
         )
-    return good
 
 
 def document(row: Row, shape: Shape, settings: LanguageData) -> Document:
@@ -155,14 +172,17 @@ def _around(settings: LanguageData) -> tuple[str, str]:
 def without_completions(rows: Rows, settings: LanguageData) -> Rows:
     """Rows of prompts alone: the columns that only a completion needs are filled with nothing where they lack."""
     asked = {column for _, column in template_parts(settings.prompt or "")}
-    wanted = {column for _, column in template_parts(settings.completion or "") if column} - asked
-    for row in rows:
-        for shape, choices in COLUMNS.items():
-            if settings.prompt is None and shape in (settings.shape, "alpaca", "prompt-completion"):
-                wanted |= {c[1] for c in choices if len(c) > 1 and c[0] in row.values}
-        for column in wanted:
-            row.values.setdefault(column, "")
-    return rows
+    needed = {column for _, column in template_parts(settings.completion or "") if column} - asked
+
+    def filled() -> Iterator[tuple[int, Values]]:
+        wanted = set(needed)
+        for number, values in rows.numbered():
+            for shape, choices in COLUMNS.items():
+                if settings.prompt is None and shape in (settings.shape, "alpaca", "prompt-completion"):
+                    wanted |= {c[1] for c in choices if len(c) > 1 and c[0] in values}
+            yield number, values | dict.fromkeys(wanted - values.keys(), "")
+
+    return replace(rows, numbered=filled)
 
 
 def _pair(row: Row, prompt: str, completion: str, settings: LanguageData) -> Document:

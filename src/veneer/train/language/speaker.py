@@ -60,7 +60,7 @@ class Speaker:
     def read(self, file: Path) -> list[Opening]:
         """The prompts of a file, whose rows have the columns that the training's had; completions may be missing."""
         rows = without_completions(read_rows(str(file)), self.data)
-        return [document.opening for document in documents(rows, detect_shape(rows, self.data), self.data)]
+        return [document.opening for _, document in documents(rows, detect_shape(rows, self.data), self.data)]
 
     def answers(
         self,

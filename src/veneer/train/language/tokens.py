@@ -7,80 +7,48 @@ a row's tokens begin with exactly the tokens that `encode_prompt` gives a model 
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from veneer.core.errors import AdapterError
 from veneer.train.language.chat import Message, Spans, answer_spans, marked_spans, rendered_chat
+from veneer.train.language.report import Fate
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Document
 
 BATCH = 1000  # texts a call: a fast tokenizer spreads them over the processor's cores
+CHARACTERS = 1_000_000  # of a batch, about: a token takes some 200 bytes until it is written
+TOKEN_BYTES = 5
 
 
 @dataclass(slots=True)
 class Example:
-    """One row as tokens: their ids, a flag for each (1: learned), the prompt as text, the row's index."""
+    """One row as tokens: their ids, a flag for each (1: learned), and which of the documents it is."""
 
     ids: "array[int]"
     learned: bytes
-    prompt: str
     row: int
 
 
-@dataclass(slots=True)
-class Tally:
-    """How many rows something happened to, and the places of the first three."""
+class Encoded(NamedTuple):
+    """A row's ids and flags, none where it is not used; its length before it was cut; what became of it."""
 
-    count: int = 0
-    places: list[str] = field(default_factory=list)
+    ids: list[int]
+    learned: bytes
+    length: int
+    fate: Fate
 
-    def add(self, place: str) -> None:
-        """Counts one more row."""
-        self.count += 1
-        if len(self.places) < 3:
-            self.places.append(place)
-
-    def __str__(self) -> str:
-        more = f" and {self.count - len(self.places):,} more" if self.count > len(self.places) else ""
-        return "; ".join(self.places) + more
+    def packed(self) -> bytes:
+        """Ids and flags as bytes, five a token."""
+        return array("i", self.ids).tobytes() + self.learned
 
 
-@dataclass(slots=True)
-class TokenReport:
-    """What `encode` did. `tokens` and `learned` count what is trained on; the lengths are from before cutting."""
-
-    rows: int
-    max_length: int
-    kept: int = 0
-    tokens: int = 0
-    learned: int = 0
-    lengths: "array[int]" = field(default_factory=lambda: array("i"))  # sorted; rows with nothing to learn not
-    cut: Tally = field(default_factory=Tally)
-    dropped: Tally = field(default_factory=Tally)
-    left_out: Tally = field(default_factory=Tally)
-
-    def length(self, share: float) -> int:
-        """The length that this share of the rows does not exceed: 0 the shortest, 0.5 the median, 1 the longest."""
-        return self.lengths[round(share * (len(self.lengths) - 1))]
-
-    def sentences(self) -> list[str]:
-        """The report in plain sentences."""
-        said = [
-            f"{self.kept:,} of {self.rows:,} rows are used: {self.tokens:,} tokens, {self.learned:,} of them learned.",
-            f"The shortest row has {self.length(0):,} tokens, the longest {self.length(1):,}; "
-            f"half have at most {self.length(0.5):,}, 95% at most {self.length(0.95):,}.",
-        ]
-        limit = f"longer than data.max_length={self.max_length}"
-        for tally, fate in (
-            (self.cut, f"{limit} and cut"),
-            (self.dropped, f"{limit} and dropped"),
-            (self.left_out, "without anything to learn and left out"),
-        ):
-            if tally.count:
-                said.append(f"Rows {fate}: {tally.count:,} ({tally}).")
-        return said
+def unpacked(packed: bytes, row: int) -> Example:
+    """What `Encoded.packed` made bytes of."""
+    ids, border = array("i"), len(packed) // TOKEN_BYTES * 4
+    ids.frombytes(packed[:border])
+    return Example(ids, packed[border:], row)
 
 
 class Passage(NamedTuple):
@@ -101,23 +69,26 @@ class Tokens(NamedTuple):
     prompt: range
 
 
-def encode(documents: Sequence[Document], tokenizer: Any, settings: LanguageData) -> tuple[list[Example], TokenReport]:
-    """The documents as examples, and what became of the rows; `Example.row` is an index into `documents`."""
-    examples: list[Example] = []
-    report = TokenReport(len(documents), settings.max_length)
-    for start in range(0, len(documents), BATCH):
-        passages = _passages(documents[start : start + BATCH], tokenizer, settings)
-        for row, (passage, tokens) in enumerate(zip(passages, _tokenised(passages, tokenizer), strict=True), start):
-            fitted = _fitted(tokens, documents[row], settings, report)
-            if fitted is not None:
-                ids, learned = fitted
-                examples.append(Example(array("i", ids), learned, passage.text[: passage.border], row))
-                report.tokens += len(ids)
-                report.learned += learned.count(1)
-    report.kept = len(examples)
-    report.lengths = array("i", sorted(report.lengths))
-    _refuse_unusable(report, settings)
-    return examples, report
+def encode(documents: Iterable[Document], tokenizer: Any, settings: LanguageData) -> Iterator[Encoded]:
+    """Each document as tokens; a few are held at once."""
+    for batch in _batches(documents):
+        passages = _passages(batch, tokenizer, settings)
+        for document, tokens in zip(batch, _tokenised(passages, tokenizer), strict=True):
+            yield _fitted(tokens, bool(document.messages), settings)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """The documents in runs of `BATCH`, fewer where they are long."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.prompt) + len(document.completion) + sum(len(m["content"]) for m in document.messages)
+        if len(batch) == BATCH or size > CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def encode_prompt(prompt: str | Sequence[Message], tokenizer: Any, settings: LanguageData) -> list[int]:
@@ -126,7 +97,7 @@ def encode_prompt(prompt: str | Sequence[Message], tokenizer: Any, settings: Lan
     `prompt` is a `Document.opening`: a text (put into the chat template where data.chat says so), or messages.
     """
     if isinstance(prompt, str) and not settings.chat:
-        passage = Passage(prompt, len(prompt), [], _bos(tokenizer), [])
+        passage = Passage(prompt, len(prompt), [], bos_of(tokenizer), [])
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         text = rendered_chat(messages, tokenizer, answering=True)
@@ -148,45 +119,22 @@ def coloured(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     return runs
 
 
-def _refuse_unusable(report: TokenReport, settings: LanguageData) -> None:
-    """Raises where the settings refuse long rows, and where no row is left."""
-    too_long = f"{report.dropped.count:,} of {report.rows:,} rows are longer than data.max_length={report.max_length}"
-    if settings.too_long == "error" and report.dropped.count:
-        raise AdapterError(
-            f"{too_long} ({report.dropped}); the longest has {report.length(1):,} tokens: raise data.max_length, "
-            "or say data.too_long=cut or data.too_long=drop"
-        )
-    if report.kept == 0 and report.dropped.count:
-        raise AdapterError(f"{too_long} and were dropped ({report.dropped}), so no row is left: raise it")
-    if report.kept == 0:
-        raise AdapterError(
-            f"none of the {report.rows:,} rows has anything to learn ({report.left_out}): expected a text, a "
-            "completion or an assistant turn that is not empty"
-        )
-
-
-def _fitted(
-    tokens: Tokens, document: Document, settings: LanguageData, report: TokenReport
-) -> tuple[list[int], bytes] | None:
-    """Ids and flags, cut where they are too many; None for a row that is not used. The report counts both."""
+def _fitted(tokens: Tokens, chat: bool, settings: LanguageData) -> Encoded:
+    """Ids and flags, cut where they are too many."""
     ids, learned, prompt = tokens
+    length = len(ids)
     if not _learnable(learned):
-        report.left_out.add(document.place)
-        return None
-    report.lengths.append(len(ids))
-    surplus = len(ids) - settings.max_length
+        return Encoded([], b"", length, Fate.LEFT_OUT)
+    surplus = length - settings.max_length
     if surplus <= 0:
-        return ids, learned
-    place = f"{document.place}, {len(ids):,} tokens"
-    if not document.messages and not _learnable(learned[:-surplus]):
+        return Encoded(ids, learned, length, Fate.KEPT)
+    if not chat and not _learnable(learned[:-surplus]):
         begin, end = prompt.start, min(prompt.stop, prompt.start + surplus)
         ids, learned = ids[:begin] + ids[end:], learned[:begin] + learned[end:]
     ids, learned = ids[: settings.max_length], learned[: settings.max_length]
     if settings.too_long != "cut" or not _learnable(learned):
-        report.dropped.add(place)
-        return None
-    report.cut.add(place)
-    return ids, learned
+        return Encoded([], b"", length, Fate.DROPPED)
+    return Encoded(ids, learned, length, Fate.CUT)
 
 
 def _learnable(learned: bytes) -> bool:
@@ -194,7 +142,7 @@ def _learnable(learned: bytes) -> bool:
     return 1 in learned[1:]
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def bos_of(tokenizer: Any) -> list[int]:
     """The token that the tokenizer puts before plain text by itself, if it does."""
     first = tokenizer("a").input_ids[:1]
     return first if first == [tokenizer.bos_token_id] else []
@@ -203,7 +151,7 @@ def _bos(tokenizer: Any) -> list[int]:
 def _passages(documents: Sequence[Document], tokenizer: Any, settings: LanguageData) -> list[Passage]:
     """Each document as one text. One without anything to learn has no spans, and nothing after it."""
     everything = settings.learn == "all"
-    bos = _bos(tokenizer)
+    bos = bos_of(tokenizer)
     stops = tuple(filter(None, {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}))
     return [
         _chat_passage(document, tokenizer, everything, stops)
@@ -256,10 +204,13 @@ def _to_stop(text: str, begin: int, end: int, stops: tuple[str, ...]) -> tuple[i
 
 def _tokenised(passages: Sequence[Passage], tokenizer: Any) -> list[Tokens]:
     """The tokens of each passage, with the ids that go before and after its text."""
-    wholes = _called([passage.text for passage in passages], tokenizer)
-    heads = _called([passage.text[: passage.border] for passage in passages], tokenizer)
+    inside = any(  # else nobody asks where in the text a token is, which takes a fifth of the time
+        0 <= begin != passage.border or end <= len(passage.text) for passage in passages for begin, end in passage.spans
+    )
+    wholes = _called([passage.text for passage in passages], tokenizer, inside)
+    heads = _called([passage.text[: passage.border] for passage in passages], tokenizer, inside)
     apart = [i for i, (head, _) in enumerate(heads) if wholes[i][0][: len(head)] != head]
-    tails = _called([passages[i].text[passages[i].border :] for i in apart], tokenizer)
+    tails = _called([passages[i].text[passages[i].border :] for i in apart], tokenizer, inside)
     for i, (tail, places) in zip(apart, tails, strict=True):
         head, head_places = heads[i]
         border = passages[i].border
@@ -271,7 +222,8 @@ def _tokenised(passages: Sequence[Passage], tokenizer: Any) -> list[Tokens]:
         for begin, end in passage.spans:
             at_border = begin == passage.border
             first = len(head) if at_border else bisect_right(places, begin, key=lambda place: place[1])
-            last = bisect_left(places, end, key=lambda place: place[0])
+            to_end = end > len(passage.text)
+            last = len(ids) if to_end else bisect_left(places, end, key=lambda place: place[0])
             flags[first:last] = b"\1" * (last - first)
         before, after = passage.before, passage.after
         learned = bytes(len(before)) + flags + b"\1" * len(after)
@@ -280,19 +232,25 @@ def _tokenised(passages: Sequence[Passage], tokenizer: Any) -> list[Tokens]:
     return tokens
 
 
-def _called(texts: list[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Each text's ids, and the characters that each id stands for."""
+def _called(texts: list[str], tokenizer: Any, places: bool) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Each text's ids, and the characters that each id stands for, where `places` are asked for."""
     if not texts:
         return []
-    if not tokenizer.is_fast:
-        raise AdapterError("the tokenizer cannot say which characters a token stands for (it is not a fast one)")
+    refuse_slow(tokenizer)
     different = list(dict.fromkeys(texts))  # rows often share their prompt
     found = tokenizer(
         different,
         add_special_tokens=False,
-        return_offsets_mapping=True,
+        return_offsets_mapping=places,
         return_attention_mask=False,
         verbose=False,
     )
-    tokens = dict(zip(different, zip(found["input_ids"], found["offset_mapping"], strict=True), strict=True))
+    offsets = found["offset_mapping"] if places else [[] for _ in different]
+    tokens = dict(zip(different, zip(found["input_ids"], offsets, strict=True), strict=True))
     return [tokens[text] for text in texts]
+
+
+def refuse_slow(tokenizer: Any) -> None:
+    """Raises `AdapterError` for a tokenizer that is not a fast one."""
+    if not tokenizer.is_fast:
+        raise AdapterError("the tokenizer cannot say which characters a token stands for (it is not a fast one)")

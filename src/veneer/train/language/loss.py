@@ -1,0 +1,106 @@
+"""The loss of learned tokens, in chunks: the `(tokens, vocabulary)` matrix of logits never exists."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 128  # tokens: the head's weight is read once for each, and 128 × 49,152 logits are 25 MB
+
+
+def learned_loss(hidden: Tensor, head: nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Σ -log softmax(head(hidden))[target] in fp32, hidden `(tokens, size)`, targets `(tokens)`.
+
+    With label smoothing ε (Szegedy et al. 2016, arXiv:1512.00567), a target's share is 1 - ε, and ε is spread evenly
+    over the vocabulary. A frozen linear head's part of the gradient is computed along with the loss; any other head
+    runs again in the backward.
+    """
+    if type(head) is nn.Linear and not any(own.requires_grad for own in head.parameters()):
+        return _FrozenHead.apply(hidden, head.weight, head.bias, targets, smoothing)
+    return sum(
+        (
+            checkpoint(_chunk_loss, head, own, wanted, smoothing, use_reentrant=False)
+            for own, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        ),
+        torch.zeros((), device=hidden.device),
+    )
+
+
+def token_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The same from logits `(tokens, vocabulary)`."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+
+
+def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    return token_loss(head(hidden), targets, smoothing)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The loss of a head that does not learn: `d loss / d hidden = (p - target) W`, a chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
+    ) -> Tensor:
+        total, grads = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)), []
+        for own, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+            logits = F.linear(own, weight, bias)
+            log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            at_target = log_p.gather(1, wanted[:, None])
+            total -= (1 - smoothing) * at_target.sum()
+            if smoothing:
+                total -= smoothing * log_p.mean(1).sum()
+            if ctx.needs_input_grad[0]:
+                p = log_p.exp_()
+                p.scatter_add_(1, wanted[:, None], torch.full_like(at_target, smoothing - 1))
+                if smoothing:
+                    p.sub_(smoothing / p.shape[1])
+                grads.append(p.to(weight.dtype) @ weight)
+        if grads:
+            ctx.save_for_backward(torch.cat(grads))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (dhidden,) = ctx.saved_tensors
+        return dhidden * grad.to(dhidden.dtype), None, None, None, None
+
+
+@contextmanager
+def head_input(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the output layer computes nothing: what it was given, `(rows, tokens, size)`, is put into the list."""
+    given: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given.append(args[0])
+        return args[0][..., :0, :], *args[1:]
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def ends_with_head(model: Any) -> bool:
+    """Whether the model's logits are what its output layer gives: neither scaled nor capped afterwards."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    was_training, ids = model.training, torch.arange(4, device=model.device)[None]
+    model.eval()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        with head_input(head) as given:
+            model(input_ids=ids, use_cache=False)
+        return len(given) == 1 and torch.equal(head(given[0]), logits)
+    finally:
+        model.train(was_training)

@@ -1,0 +1,125 @@
+"""Packing: documents laid end to end in one row, so that no padding goes through the model.
+
+Whether a model can be packed is found by trying: two documents packed give what each gives alone, or they are not.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.train.language.attention import documents, register
+from veneer.train.language.model import quiet
+
+TRIAL = (7, 12)  # tokens of the two documents
+PASS_BYTES = {True: 1024, False: 32768}  # tokens × bytes a number, on a CPU and elsewhere
+LEAK = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.02,
+}  # of the outputs' spread, for each token
+
+
+def packed(rows: Sequence[Sequence[int]], first: int = 0) -> dict[str, Tensor]:
+    """The rows' tokens as one packed row; in each, positions begin with `first`."""
+    lengths = [len(row) for row in rows]
+    ids = torch.cat([torch.as_tensor(row, dtype=torch.long) for row in rows])
+    places = torch.cat([torch.arange(first, first + length) for length in lengths])
+    return {"input_ids": ids[None], "position_ids": places[None], "attention_mask": documents(lengths)}
+
+
+def on_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The inputs of a model on its device; the lengths of packed documents stay where they are read."""
+    stays = "attention_mask" if inputs["attention_mask"].ndim == 4 else None
+    return {name: tensor if name == stays else tensor.to(device) for name, tensor in inputs.items()}
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """The rows' tokens, padded on the right to the longest."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad)  # (rows, tokens)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def passes(lengths: Sequence[int], most: int, pads: bool) -> list[list[int]]:
+    """The rows, by number, in passes of about equally many tokens, at most `most`; rows of like length go together.
+
+    A row that is longer than that goes by itself. With `pads`, each row counts as long as the longest of its pass.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    count = max(1, -(-sum(lengths) // most))
+    while True:
+        found = _shared_out(order, lengths, count)
+        sizes = [len(own) * lengths[own[-1]] if pads else sum(lengths[i] for i in own) for own in found]
+        if all(len(own) == 1 or size <= most for own, size in zip(found, sizes, strict=True)):
+            return found
+        count += 1
+
+
+def most_tokens(model: Any) -> int:
+    """The tokens of a pass: on a CPU few, for more gain nothing there and cost memory."""
+    return PASS_BYTES[model.device.type == "cpu"] // model.dtype.itemsize
+
+
+def _shared_out(order: list[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    share, done = sum(lengths) / count, 0
+    found: dict[int, list[int]] = {}
+    for i in order:
+        found.setdefault(int((done + lengths[i] / 2) / share), []).append(i)
+        done += lengths[i]
+    return list(found.values())
+
+
+def find_packing(model: Any) -> int | None:
+    """The position that each document of a packed row begins with; None where the model cannot be packed.
+
+    Afterwards a model that can be packed has veneer's attention; rows that are not packed give what they gave.
+    """
+    config, was_training = model.config, model.training
+    most = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if most is None or config.is_encoder_decoder or config._attn_implementation != "sdpa":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randperm(most, generator=generator)
+    rows = [row.tolist() for row in tokens[tokens != pad][: sum(TRIAL)].split(TRIAL)]
+    model.eval()
+    try:
+        alone = torch.cat([_outputs(model, padded([row], 0)) for row in rows])
+        with quiet():
+            model.set_attn_implementation(register())
+        for first in [0] if pad is None else [0, pad + 1]:  # RoBERTa's begin there
+            if _agree(alone, _packed_outputs(model, rows, first), model.dtype):
+                return first
+        with quiet():
+            model.set_attn_implementation("sdpa")
+        return None
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The first output of each token, `(tokens, …)`."""
+    more = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    return model(**on_device(inputs, model.device), **more)[0][0].double()
+
+
+def _packed_outputs(model: Any, rows: Sequence[Sequence[int]], first: int) -> Tensor | None:
+    try:
+        return _outputs(model, packed(rows, first))
+    except Exception:  # whatever a model of any kind makes of such inputs, it says that it cannot be packed
+        return None
+
+
+def _agree(alone: Tensor, together: Tensor | None, dtype: torch.dtype) -> bool:
+    if together is None or together.shape != alone.shape:
+        return False
+    apart = (together - alone).flatten(1).pow(2).mean(1).sqrt()  # of each token
+    return bool(apart.max() <= LEAK[dtype] * alone.std())

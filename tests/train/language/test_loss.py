@@ -1,0 +1,83 @@
+"""The loss in chunks equals the plain one, and so does its gradient, whatever the head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from veneer import LoraConfig, get_peft_model
+from veneer.train.language import loss as losses
+from veneer.train.language.loss import ends_with_head, learned_loss
+
+TOKENS, SIZE, VOCABULARY = 300, 16, 70
+
+
+def head_of(kind: str, dtype: torch.dtype) -> nn.Module:
+    head = nn.Linear(SIZE, VOCABULARY, bias="bias" in kind, dtype=dtype)
+    if "adapted" in kind:
+        config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        return get_peft_model(nn.Sequential(head), config)[0]
+    return head.requires_grad_("trained" in kind)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "frozen, bias", "adapted", "trained, bias"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_it_equals_the_plain_loss(kind, smoothing, dtype, near):
+    head, hidden = head_of(kind, dtype), torch.randn(TOKENS, SIZE, dtype=dtype, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    trained = [hidden, *(own for own in head.parameters() if own.requires_grad)]
+    found = learned_loss(hidden, head, targets, smoothing)
+    wanted = F.cross_entropy(head(hidden), targets, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(found, wanted, rtol=near, atol=0)
+    pairs = zip(torch.autograd.grad(found / 7, trained), torch.autograd.grad(wanted / 7, trained), strict=True)
+    for got, own in pairs:
+        torch.testing.assert_close(got, own, rtol=10 * near, atol=near)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "adapted"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_all_logits_never_exist(kind, grad, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 10)
+    head, hidden = head_of(kind, torch.float32), torch.randn(TOKENS, SIZE, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **kwargs or {})
+            largest = max(largest, *(own.numel() for own in [out] if isinstance(own, torch.Tensor)), 0)
+            return out
+
+    with Watch(), torch.set_grad_enabled(grad):
+        loss = learned_loss(hidden, head, torch.randint(VOCABULARY, (TOKENS,)))
+        if grad:
+            loss.backward()
+    assert largest <= TOKENS * SIZE
+
+
+def test_no_learned_token_is_a_loss_of_nothing():
+    head, hidden = head_of("frozen", torch.float32), torch.randn(0, SIZE, requires_grad=True)
+    loss = learned_loss(hidden, head, torch.randint(VOCABULARY, (0,)))
+    loss.backward()
+    assert loss == 0
+
+
+def test_bf16_is_summed_in_fp32():
+    head, hidden = head_of("frozen", torch.bfloat16), torch.randn(TOKENS, SIZE, dtype=torch.bfloat16)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    found = learned_loss(hidden, head, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, F.cross_entropy(head(hidden).float(), targets, reduction="sum"))
+
+
+@pytest.mark.parametrize(("family", "plain"), [("llama", True), ("gpt2", True), ("opt", True), ("gemma2", False)])
+def test_what_changes_logits_after_the_head_is_found(tiny, family, plain):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    if family == "gemma2":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=1, head_dim=16, vocab_size=64)).eval()
+    else:
+        model = tiny(family)
+    assert ends_with_head(model) == plain
