@@ -53,9 +53,9 @@ def quick_pieces(model: nn.Module, compile: bool = False) -> Iterator[Pieces]:
     pieces = Pieces()
     with ExitStack() as afterwards:
         for path, piece in quick.items():
-            module: Any = model.get_submodule(path)
-            reclass(module, piece)
-            afterwards.callback(restore, module)
-            pieces.replaced[path] = module
+            found: Any = model.get_submodule(path)
+            reclass(found, piece)
+            afterwards.callback(restore, found)
+            pieces.replaced[path] = found
         pieces.seconds = make_kernels(pieces.replaced.values()) if compile else 0.0
         yield pieces
