@@ -101,6 +101,10 @@ def test_what_cannot_be_packed_is_found_and_left_as_it_was(tiny, family):
     assert model.config._attn_implementation == before
 
 
+def test_a_model_without_a_padding_token_can_be_packed(tiny):
+    assert find_packing(tiny("llama", pad_token_id=None, vocab_size=9, bos_token_id=None, eos_token_id=None)) == 0
+
+
 @pytest.mark.parametrize("where", ["attention", "positions"])
 def test_a_leak_is_found(tiny, where, monkeypatch):
     if where == "attention":

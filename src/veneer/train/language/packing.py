@@ -87,8 +87,8 @@ def find_packing(model: Any) -> int | None:
     if most is None or config.is_encoder_decoder or config._attn_implementation != "sdpa":
         return None
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randperm(most, generator=generator)
-    rows = [row.tolist() for row in tokens[tokens != pad][: sum(TRIAL)].split(TRIAL)]
+    tokens = [token for token in range(most) if token != pad]
+    rows = [[tokens[i] for i in torch.randint(len(tokens), (size,), generator=generator)] for size in TRIAL]
     model.eval()
     try:
         alone = torch.cat([_outputs(model, padded([row], 0)) for row in rows])
