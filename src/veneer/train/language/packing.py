@@ -13,7 +13,7 @@ from veneer.train.language.attention import documents, register
 from veneer.train.language.model import quiet
 
 TRIAL = (7, 12)  # tokens of the two documents
-PASS_BYTES = {True: 1024, False: 32768}  # tokens × bytes a number, on a CPU and elsewhere
+PASS_BYTES = {True: 6144, False: 32768}  # tokens × bytes a number, on a CPU and elsewhere
 LEAK = {
     torch.float64: 1e-9,
     torch.float32: 1e-3,
@@ -63,7 +63,7 @@ def passes(lengths: Sequence[int], most: int, pads: bool) -> list[list[int]]:
 
 
 def most_tokens(model: Any) -> int:
-    """The tokens of a pass: on a CPU few, for more gain nothing there and cost memory."""
+    """The tokens of a pass: on a CPU fewer, for more gain little there and cost memory."""
     return PASS_BYTES[model.device.type == "cpu"] // model.dtype.itemsize
 
 
