@@ -57,7 +57,7 @@ def _show_preview(preview: "Preview") -> None:
     print(
         f"memory, about: {size(memory.total)} (interpreter and libraries {size(memory.process)}, base "
         f"{size(memory.base)}, adapter and optimizer {size(memory.adapter)}, activations {size(memory.activations)}, "
-        f"allocator {size(memory.slack)}; while loading {size(memory.loading)})"
+        f"allocator and kernels {size(memory.slack)}; while loading {size(memory.loading)})"
     )
     console.rule("tokens")
     for sentence in preview.facts["report"].sentences():

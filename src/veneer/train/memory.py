@@ -16,7 +16,9 @@ from veneer.train.task import Batch, Task
 
 ADAM = 4  # fp32 numbers a trained parameter: itself, its gradient, two averages
 STEPS = 64  # how many steps are looked through for the largest pass
-SLACK = 0.25  # what glibc's heap holds between the activations of passes of many sizes: 0.2 to 0.3, measured
+# measured on CPUs: what matrix libraries keep of their own, and, as a share of the activations of passes of many sizes,
+# what glibc's heap holds freed between them (0.2 to 0.6; next to nothing where layers run again, see recompute.py)
+KERNELS, SLACK = 100e6, 0.4
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Estimate:
     base: int
     adapter: int  # with its gradient and the optimizer's averages
     activations: int  # the most that a pass holds at once beside these
-    slack: int  # of the memory allocator
+    slack: int  # of matrix libraries and of the memory allocator
     loading: int  # the most that was held until the model stood
 
     @property
@@ -42,8 +44,8 @@ def estimate(task: Task, settings: TrainSettings) -> Estimate:
     """
     loading = peak_memory()
     largest, rows = _largest(task, settings)
-    share = max(1, len(rows) // 8)
-    few, more = (max(task.batches(rows[:count]), key=_size) for count in (share, 2 * share))
+    eighth = max(1, len(rows) // 8)
+    few, more = (max(task.batches(rows[:count]), key=_size) for count in (eighth, 2 * eighth))
     task.model.train()
     with torch.no_grad():
         task.loss(few)  # the weights and kernels that a pass needs are in memory from now on
@@ -58,8 +60,8 @@ def estimate(task: Task, settings: TrainSettings) -> Estimate:
     task.model.zero_grad(set_to_none=True)
     slope = (high - low) / max(1, _size(more) - _size(few))
     activations = int(high + slope * (largest - _size(more)))
-    heaped = device.type == "cpu" and not settings.gradient_checkpointing  # which has the heap give back
-    slack = int(SLACK * activations) if heaped else 0
+    share = 0.0 if settings.gradient_checkpointing else SLACK
+    slack = int(KERNELS + share * activations) if device.type == "cpu" else 0
     return Estimate(process, base, ADAM * trained, activations, slack, loading)
 
 

@@ -61,6 +61,9 @@ def load_causal_lm(folder: Path, dtype: str | None, device: torch.device, quanti
             f"base {folder} is a {config.model_type} without the weights of a causal language model: "
             f"{collapsed(missing)} are missing; choose another base"
         )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # else nf4 is packed anew, as other numbers, to be measured
+            module.support_avx512bf16_for_cpu = False
     return model if more else model.to(device)
 
 
