@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from veneer import LoraConfig, get_peft_model
 from veneer.train.language import attention, packing
@@ -99,6 +99,25 @@ def test_what_cannot_be_packed_is_found_and_left_as_it_was(tiny, family):
     before = model.config._attn_implementation
     assert find_packing(model) is None
     assert model.config._attn_implementation == before
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama4_text", {"attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 48}),
+        ("phimoe", {"sliding_window": 16, "num_local_experts": 2}),
+        ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}),
+    ],
+)
+def test_a_window_that_only_masks_know_is_not_packed_however_long_it_is(family, settings):
+    """The trial's documents fit into it; those of the data may not."""
+    sizes = {**SIZES, "intermediate_size": 48, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **settings)).eval()
+    assert find_packing(model) is None
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("where", ["attention", "positions"])
