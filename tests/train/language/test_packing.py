@@ -101,7 +101,13 @@ def test_what_cannot_be_packed_is_found_and_left_as_it_was(tiny, family):
     assert model.config._attn_implementation == before
 
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+def decoder(family, **settings):
+    """A family that `tiny` does not know."""
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    config = AutoConfig.for_model(family, **{**tokens, **heads, **sizes, **settings})
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize(
@@ -114,10 +120,22 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "n
 )
 def test_a_window_that_only_masks_know_is_not_packed_however_long_it_is(family, settings):
     """The trial's documents fit into it; those of the data may not."""
-    sizes = {**SIZES, "intermediate_size": 48, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **settings)).eval()
+    model = decoder(family, **settings)
     assert find_packing(model) is None
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False}),
+    ],
+)
+def test_a_leak_that_is_smaller_than_rounding_is_found(family, settings, dtype):
+    """A convolution over the border, with weights that hardly matter yet."""
+    assert find_packing(decoder(family, **settings).to(dtype)) is None
 
 
 @pytest.mark.parametrize("where", ["attention", "positions"])

@@ -54,13 +54,13 @@ def windows() -> Iterator[tuple[set[int | None], set[int | None]]]:
     masks: set[int | None] = set()
     told: set[int | None] = set()
 
-    def mask(*args: Any, local_size: int | None = None, **more: Any) -> Any:
-        masks.add(local_size)
-        return sdpa_mask(*args, local_size=local_size, **more)
+    def mask(*args: Any, **more: Any) -> Any:
+        masks.add(more.get("local_size"))
+        return sdpa_mask(*args, **more)
 
-    def attention(*args: Any, sliding_window: int | None = None, **more: Any) -> Any:
-        told.add(sliding_window)
-        return attend(*args, sliding_window=sliding_window, **more)
+    def attention(*args: Any, **more: Any) -> Any:
+        told.add(more.get("sliding_window"))
+        return attend(*args, **more)
 
     _registered(attention, mask)
     try:

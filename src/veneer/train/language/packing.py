@@ -1,25 +1,26 @@
 """Packing: documents laid end to end in one row, so that no padding goes through the model.
 
-Whether a model can be packed is found by trying: two documents packed give what each gives alone, or they are not.
+Whether a model can be packed is found by trying: two documents packed give what each gives alone, and what the one
+gives has no gradient in the other's tokens, or they are not.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.train.language.attention import documents, register, windows
 from veneer.train.language.model import quiet
 
 TRIAL = (7, 12)  # tokens of the two documents
 PASS_BYTES = {True: 1024, False: 32768}  # tokens × bytes a number, on a CPU and elsewhere
-LEAK = {
+NOISE = {
     torch.float64: 1e-9,
     torch.float32: 1e-3,
     torch.bfloat16: 0.1,
     torch.float16: 0.02,
-}  # of the outputs' spread, for each token
+}  # of the outputs' spread, for each token: what rounding may make of it
 
 
 def packed(rows: Sequence[Sequence[int]], first: int = 0) -> dict[str, Tensor]:
@@ -76,6 +77,7 @@ def _shared_out(order: list[int], lengths: Sequence[int], count: int) -> list[li
     return list(found.values())
 
 
+@torch.no_grad()
 def find_packing(model: Any) -> int | None:
     """The position that each document of a packed row begins with; None where the model cannot be packed.
 
@@ -105,7 +107,6 @@ def find_packing(model: Any) -> int | None:
         model.train(was_training)
 
 
-@torch.no_grad()
 def _outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The first output of each token, `(tokens, …)`."""
     more = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
@@ -122,14 +123,35 @@ def _knows_windows(model: Any, row: Sequence[int], alone: Tensor) -> bool:
 
 
 def _packed_outputs(model: Any, rows: Sequence[Sequence[int]], first: int) -> Tensor | None:
+    """What the packed row gives; None where the model does not take it, or where a document sees another, however
+    little: what it gives has a gradient in the other's tokens then.
+    """
+    embedded: list[Tensor] = []
+
+    def leaf(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(leaf)
     try:
-        return _outputs(model, packed(rows, first))
+        with torch.enable_grad():
+            found = _outputs(model, packed(rows, first))
+            direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype)
+            of_each = (found * direction).flatten(1).sum(1).split(TRIAL)
+            (tokens,) = embedded
+            for i, own in enumerate(of_each):
+                (grad,) = torch.autograd.grad(own.sum(), tokens, retain_graph=True)
+                if any(other.any() for j, other in enumerate(grad.flatten(0, 1).split(TRIAL)) if j != i):
+                    return None
+        return found.detach()
     except Exception:  # whatever a model of any kind makes of such inputs, it says that it cannot be packed
         return None
+    finally:
+        handle.remove()
 
 
 def _agree(alone: Tensor, together: Tensor | None, dtype: torch.dtype) -> bool:
     if together is None or together.shape != alone.shape:
         return False
     apart = (together - alone).flatten(1).pow(2).mean(1).sqrt()  # of each token
-    return bool(apart.max() <= LEAK[dtype] * alone.std())
+    return bool(apart.max() <= NOISE[dtype] * alone.std())
