@@ -86,6 +86,17 @@ def test_rows_that_are_not_packed_give_what_they_gave(model, dtype):
     assert torch.equal(model(**inputs)[0], before)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_without_a_padding_token_is_packed(tiny, family):
+    assert find_packing(tiny(family, pad_token_id=None)) == 0
+
+
+def test_a_window_that_no_layer_has_is_none():
+    """Qwen2-MoE makes a mask for it all the same."""
+    model = decoder("qwen2_moe", use_sliding_window=False)
+    assert find_packing(model) == 0
+
+
 def test_generating_is_as_before(tiny):
     model, prompt = tiny("llama"), torch.randint(3, 64, (2, 5))
     before = model.generate(prompt, max_new_tokens=8, do_sample=False)

@@ -90,7 +90,8 @@ def find_packing(model: Any) -> int | None:
         return None
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randperm(most, generator=generator)
-    rows = [row.tolist() for row in tokens[tokens != pad][: sum(TRIAL)].split(TRIAL)]
+    read = tokens if pad is None else tokens[tokens != pad]
+    rows = [row.tolist() for row in read[: sum(TRIAL)].split(TRIAL)]
     model.eval()
     try:
         alone = torch.cat([_outputs(model, padded([row], 0)) for row in rows])
@@ -119,7 +120,7 @@ def _knows_windows(model: Any, row: Sequence[int], alone: Tensor) -> bool:
     """
     with windows() as (masks, told):
         now = _outputs(model, padded([row], 0))
-    return masks - {None} <= told and _agree(alone[: len(now)], now, model.dtype)
+    return masks - {None, 0} <= told and _agree(alone[: len(now)], now, model.dtype)
 
 
 def _packed_outputs(model: Any, rows: Sequence[Sequence[int]], first: int) -> Tensor | None:
@@ -130,7 +131,7 @@ def _packed_outputs(model: Any, rows: Sequence[Sequence[int]], first: int) -> Te
 
     def leaf(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # which the model may write into
 
     handle = model.get_input_embeddings().register_forward_hook(leaf)
     try:
