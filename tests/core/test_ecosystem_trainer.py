@@ -94,12 +94,14 @@ def test_several_adapters_that_train_at_once_are_resumed(train, tiny):
 
 
 def test_the_best_model_is_loaded_at_the_end(train):
-    trainer = train(6, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, learning_rate=1.0)
+    # the "best" has the largest loss, so that it is not the last
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1.0, "greater_is_better": True}
+    trainer = train(6, load_best_model_at_end=True, **steps)
     evaluated = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
     assert len(evaluated) == 3
-    assert trainer.state.best_metric == min(evaluated.values())
+    assert trainer.state.best_metric == max(evaluated.values())
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
-    assert trainer.state.best_metric < evaluated[6]
+    assert trainer.state.best_metric > evaluated[6]
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(train, tiny, tmp_path):

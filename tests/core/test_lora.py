@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig
-from veneer.core.methods import METHODS, method
+from veneer.core.methods import METHODS
 from veneer.core.methods.dora import Dora, row_norms
 from veneer.core.methods.lora import Lora
 
@@ -42,7 +42,7 @@ def test_the_parameters_live_where_the_weight_lives_in_at_least_fp32():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_names_its_parameters_in_a_file(name):
-    made = method(name)(nn.Linear(3, 2).weight, LoraConfig(r=1, peft_type=name, target_modules=["q"]))
+    made = METHODS[name](nn.Linear(3, 2).weight, LoraConfig(r=1, peft_type=name, target_modules=["q"]))
     assert set(dict(made.named_parameters())) <= set(made.file_names)
 
 

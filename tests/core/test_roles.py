@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from veneer import LoraConfig, get_peft_model
+from veneer import AdapterError, LoraConfig, get_peft_model
 from veneer.core.targets import base_modules, select
 
 _LLAMA = (r"self_attn\.[qkvo]_proj", r"mlp\.(gate|up|down)_proj", r"layers\.\d\..*norm|norm")
@@ -33,15 +33,17 @@ FAMILIES = {
 WORDS = ("attention", "feed-forward", "norm")
 
 
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+CLIP = {
+    "text_config": {**_SIZES, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "vision_config": {**_SIZES, "image_size": 8, "patch_size": 4},
+}
+
+
 def clip() -> nn.Module:
     import transformers
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    config = transformers.CLIPConfig(
-        text_config={**sizes, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-        vision_config={**sizes, "image_size": 8, "patch_size": 4},
-    )
-    return transformers.CLIPModel(config)
+    return transformers.CLIPModel(transformers.CLIPConfig(**CLIP))
 
 
 def unet() -> nn.Module:
@@ -87,3 +89,34 @@ def test_attention_in_one_module_has_the_role():
     assert list(select(model, LoraConfig(target_modules="attention"))[0]) == ["self_attn"]
     assert list(select(model, LoraConfig(target_modules="feed-forward"))[0]) == ["linear1", "linear2"]
     assert list(select(model, LoraConfig(target_modules="norm"))[0]) == ["norm1", "norm2"]
+
+
+def _mixture(family: str) -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    more = {"intermediate_size": 24, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "vocab_size": 32}
+    experts = "num_local_experts" if family == "Mixtral" else "num_experts"
+    config = getattr(transformers, f"{family}Config")(**sizes, **more, **{experts: 2}, num_experts_per_tok=1)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def test_what_routes_to_experts_is_no_feed_forward():
+    found = select(_mixture("Qwen2Moe"), LoraConfig(target_modules="feed-forward"))[0]
+    ends = {path.rpartition(".mlp.")[2] for path in found}
+    assert ends == {f"shared_expert.{name}_proj" for name in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize("names", ["feed-forward", ["w1"]], ids=str)
+def test_experts_that_are_stacks_are_told_as_target_parameters(names):
+    with pytest.raises(AdapterError, match=r"target_parameters there are 'experts.gate_up_proj', 'experts.down_proj'"):
+        select(_mixture("Mixtral"), LoraConfig(target_modules=names))
+
+
+def test_a_head_that_stands_in_the_backbone_itself_is_left_out():
+    import transformers
+
+    config = transformers.CLIPConfig(**CLIP)
+    linear = set(select(transformers.CLIPForImageClassification(config), LoraConfig(target_modules="all-linear"))[0])
+    assert "classifier" not in linear
+    assert any(path.endswith("q_proj") for path in linear)

@@ -101,7 +101,7 @@ def test_the_gradient_is_that_of_the_definition(config, name):
     )
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, "conv of its own"])
 def test_rows_are_shifted_each_by_its_own(config, name):
     model, x = adapted(config, name)
     rows = ["a", "__base__", {"a": 0.5, "b": 2.0}, "b"]
@@ -113,9 +113,8 @@ def test_rows_are_shifted_each_by_its_own(config, name):
         assert torch.equal(y[1], model(x)[1])
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_a_forward_of_its_own_has_one_bias_for_all_rows(config, name):
-    model, x = adapted(config, name)
+def test_a_linear_forward_of_its_own_has_one_bias_for_all_rows(config):
+    model, x = adapted(config, "linear of its own")
     with pytest.raises(AdapterError, match="cannot be mixed by rows"):
         model(x, adapter_names=["a", "b", "a", "b"])
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from veneer import Adapter, AdapterError, LoraConfig
-from veneer.core import whole
+from veneer.safe import whole
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Children save one adapter after the other into a folder until they are killed; the tensors hold the config's alpha.

@@ -12,9 +12,8 @@ from laws.examples import EXAMPLES, Example
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.core.inject import adapted_layers
 from veneer.core.kinds import KINDS
-from veneer.core.kinds.dense import AdaptedParameters
+from veneer.core.kinds.dense import AdaptedModule, AdaptedParameters
 from veneer.core.kinds.layer import AdaptedLayer
-from veneer.core.kinds.module import AdaptedModule
 from veneer.core.methods import METHODS, dora
 from veneer.core.start import start
 from veneer.core.update import Update

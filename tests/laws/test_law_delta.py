@@ -1,5 +1,7 @@
 """Delta: the forward of an adapted layer equals the formula with W + Σ weight · ΔW in the place of W."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,12 @@ def test_the_settings_change_nothing_in_that(case, settings):
         pytest.skip("a copy has no rank")
     model, x = case.adapted(**settings), case.x(3)
     torch.testing.assert_close(model(x), case.dense(model.layer, {"default": 1}, x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_input_has_the_name_that_it_had(case):
+    name = list(inspect.signature(type(case.base().layer).forward).parameters)[1]
+    model, x = case.adapted(), case.x(3)
+    assert torch.equal(model.layer(**{name: x}), model.layer(x))
 
 
 def test_a_non_contiguous_input_is_only_an_input(case):

@@ -8,7 +8,7 @@ from torch import nn
 
 import veneer
 from veneer.core.inject import adapted_layers
-from veneer.core.methods.tokens import Tied
+from veneer.core.methods.beside import Tied
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from veneer import LoraConfig, get_peft_model
+from veneer.core.errors import AdapterError
+from veneer.core.reclass import mixin_of
 from veneer.train.pieces import quick_pieces
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -22,6 +24,7 @@ FAMILIES = {
     "bert": {},
     "gpt_neox": {"QuickRotary": 2},
 }
+imports_inductor = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 IDS = torch.tensor([[5, 9, 3, 60, 33, 7, 21]])
 
 
@@ -39,6 +42,10 @@ def adapted(tiny):
         return get_peft_model(model, LoraConfig(r=2, lora_alpha=0.2, **config))
 
     return build
+
+
+def _kind(piece: nn.Module) -> str:
+    return mixin_of(piece).__name__
 
 
 def _outputs(model: nn.Module) -> torch.Tensor:
@@ -77,8 +84,8 @@ def _kept(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_replaced(adapted, family):
-    with quick_pieces(adapted(family)) as quick:
-        names = [piece.__name__ for piece in quick.values()]
+    with quick_pieces(adapted(family)) as pieces:
+        names = [_kind(piece) for piece in pieces.replaced.values()]
     assert {name: names.count(name) for name in names} == FAMILIES[family]
 
 
@@ -124,11 +131,11 @@ def test_less_is_kept(adapted, family, dtype, most):
 def test_nothing_is_left_behind(adapted, bits):
     model = adapted("llama")
     before = {path: (type(module), dict(vars(module))) for path, module in model.named_modules()}
-    weights = bits(model)
+    weights, draws = bits(model), torch.get_rng_state()
 
     def fail() -> None:
-        with quick_pieces(model) as quick:
-            assert quick
+        with quick_pieces(model) as pieces:
+            assert pieces.replaced
             assert bits(model) == weights
             assert all(isinstance(module, before[path][0]) for path, module in model.named_modules())
             raise KeyError("in the middle")
@@ -136,6 +143,7 @@ def test_nothing_is_left_behind(adapted, bits):
     with pytest.raises(KeyError, match="in the middle"):
         fail()
     assert {path: (type(module), dict(vars(module))) for path, module in model.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), draws)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -204,8 +212,9 @@ def test_modules_that_somebody_took_over_are_left_alone(adapted):
     layers[0].input_layernorm.register_forward_hook(lambda *_: seen.append("norm"))
     layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append("up_proj"))
     layers[1].mlp.forward = layers[1].mlp.forward
-    with quick_pieces(model) as quick:
+    with quick_pieces(model) as pieces:
         _run(model)
+    quick = pieces.replaced
     assert sorted(seen) == ["act_fn", "norm", "up_proj"]
     assert not any("mlp" in path for path in quick)
     assert "model.norm" not in quick
@@ -243,8 +252,38 @@ def test_a_name_proves_nothing():
     imposters = nn.Sequential(
         ClippedMLP(7.0), ClippedMLP(1e9, dropout=0.1).eval(), CentredRMSNorm(4, 1e-6), ShiftedGELU(), nn.LayerNorm(4)
     )
-    with quick_pieces(imposters) as quick:
-        assert quick == {}
+    with quick_pieces(imposters) as pieces:
+        assert pieces.replaced == {}
     assert not imposters[1].dropout.training
-    with quick_pieces(nn.Sequential(ClippedMLP(1e9), nn.RMSNorm(4, 1e-6))) as quick:
-        assert [piece.__name__ for piece in quick.values()] == ["GatedSilu", "QuickNorm"]
+    with quick_pieces(nn.Sequential(ClippedMLP(1e9), nn.RMSNorm(4, 1e-6))) as pieces:
+        assert [_kind(piece) for piece in pieces.replaced.values()] == ["GatedSilu", "QuickNorm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@imports_inductor
+def test_compiled_pieces(adapted, dtype):
+    model = adapted("gemma", dtype)
+    exact = _run(copy.deepcopy(model).double())
+    plain, kept = _run(model), _kept(model)
+    with quick_pieces(model, compile=True) as pieces:
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        quick = _run(model)
+        assert _kept(model) <= 0.95 * kept
+        said = pieces.payback(20)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert said.startswith("compiled in ")
+    assert _error(exact, quick) <= 1.5 * _error(exact, plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain, _run(model), strict=True))
+
+
+@imports_inductor
+def test_without_a_compiler_nothing_is_left_behind(adapted, monkeypatch):
+    model = adapted("llama")
+    types = [type(module) for module in model.modules()]
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    with pytest.raises(AdapterError, match="cannot be compiled here"), quick_pieces(model, compile=True):
+        pass
+    torch._dynamo.reset()
+    assert [type(module) for module in model.modules()] == types

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.core.errors import AdapterError
-from veneer.core.whole import write_whole
+from veneer.safe.whole import write_whole
 
 if TYPE_CHECKING:
     from veneer.train.language.speaker import Speaker

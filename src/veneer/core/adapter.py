@@ -17,8 +17,8 @@ from torch import Tensor
 from veneer.core.config import LoraConfig, judged
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.methods import file_names
-from veneer.core.stored import existing, is_finite, parsed, read_bytes, read_header, read_tensors
-from veneer.core.whole import write_whole
+from veneer.safe.stored import existing, is_finite, parsed, read_bytes, read_header, read_tensors
+from veneer.safe.whole import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ON_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # PEFT's names there

@@ -80,9 +80,10 @@ def _plain_linear(
     """`fused_linear` without gradients, x `(tokens, in)`."""
     y = _base_linear(x, weight, bias, gain)
     for A, B, scale, dropout, rows in changes:
-        few = len(x) <= FEW
+        few, mask = len(x) <= FEW, _mask(dropout)
         A, B = (A, B) if few else (A.to(x.dtype), B.to(x.dtype))
-        h = torch.mm(F.dropout(x, dropout).to(A.dtype), A.t())  # (tokens, r)
+        h = torch.mm((x if mask is None else mask(x).mul_(x)).to(A.dtype), A.t())  # (tokens, r)
+        scale = scale / (1 - dropout)
         h = h if rows is None else by_row(h, rows)
         y = y.add_(torch.mm(h, B.t()), alpha=scale) if few else y.addmm_(h, B.t(), alpha=scale)
     return y

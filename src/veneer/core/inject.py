@@ -1,8 +1,9 @@
-"""Adapters onto layers and off again: all of them, or none."""
+"""Adapters onto layers, off again, and into live ones: all of them, or none."""
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,18 +12,24 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, named
+from veneer.core.kinds.dense import AdaptedModule
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.kinds.module import AdaptedModule
-from veneer.core.methods import maker, method
-from veneer.core.methods.tokens import Tied
+from veneer.core.methods import maker
+from veneer.core.methods.beside import Tied
 from veneer.core.plan import BASE, Plan
 from veneer.core.reclass import mixin_of, reclass, restore
-from veneer.core.stored import is_finite
 from veneer.core.targets import Target, select
-from veneer.core.update import Parts, Update, own_precision
+from veneer.core.update import Parts, own_precision
+from veneer.safe.stored import is_finite
 
-_Layer = tuple[type[AdaptedLayer], nn.Module, Any]  # its kind, itself, its update
+
+class Carrier(NamedTuple):
+    """A layer that has an update, or is to have one."""
+
+    kind: type[AdaptedLayer]
+    layer: Any
+    update: Any
 
 
 # what sees tokens as a router sends them, or pairs of positions: their number may well be that of the rows
@@ -43,17 +50,17 @@ def inject(model: nn.Module, plan: Plan, name: str, what: LoraConfig | Adapter) 
     that does not fit, before anything is changed.
     """
     _refuse_name(name)
-    targets, updates, resolved = prepared(model, what)
-    for path, update in updates.items():
-        _attach(targets[path], plan, name, update)
+    carriers, resolved = prepared(model, what)
+    for path, carrier in carriers.items():
+        _attach(carrier, plan, name)
         if _ROUTED.search(path):
             plan.unmixable[name] = path
     settle(model)
     return resolved
 
 
-def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Target], dict[str, Update], LoraConfig]:
-    """The layers that are meant and their updates, not attached yet, and the config with its targets spelled out.
+def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Carrier], LoraConfig]:
+    """The layers that are meant, with updates that are not attached yet, and the config with its targets spelled out.
 
     Raises as `inject` does.
     """
@@ -61,21 +68,20 @@ def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Ta
     faults = list(values.faults) if values else []
     try:
         targets, resolved = select(model, config, fresh=values is None)
-        updates = _built(targets, resolved, sketched=values is not None)
+        carriers = _built(targets, resolved, sketched=values is not None)
     except AdapterError as error:
         raise AdapterError("\n".join([*faults, str(error)])) from None
-    layers = {path: (target.kind, target.layer, updates[path]) for path, target in targets.items()}
     if values is not None:
-        if method(config.peft_type).saved_config(config) != config:
+        if config.method.saved_config(config) != config:
             faults.append("the config says how an adapter is trained, which its tensors are not read under")
-        faults += _misfits(model, layers, values)
+        faults += _misfits(model, carriers, values)
     if faults:
         raise AdapterError("\n".join(faults))
     if values is not None:
         if any(matrix.is_meta for target in targets.values() for matrix in target.matrices().values()):
             raise AdapterError("the base is on 'meta', where an adapter's values would be lost: load its weights first")
-        _fill(targets, layers, values)
-    return targets, updates, resolved
+        _fill(carriers, values)
+    return carriers, resolved
 
 
 def settle(model: nn.Module) -> None:
@@ -90,20 +96,21 @@ def settle(model: nn.Module) -> None:
                 module.use_nested_tensor = None if adapted else True  # type: ignore[assignment]
 
 
-def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) -> dict[str, Update]:
-    """The updates of the targets; a sketch takes no memory, whatever the config claims, and draws no values."""
+def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) -> dict[str, Carrier]:
+    """The targets with their updates; a sketch takes no memory, whatever the config claims, and draws no values."""
 
     def on(weight: Tensor) -> Tensor:
         return weight.to("meta") if sketched else weight
 
     by_method = [target for target in targets.values() if target.own is None]
-    made = maker(config, ((on(matrix), each.config) for each in by_method for matrix in each.matrices().values()))
+    make = maker(config, ((on(matrix), each.config) for each in by_method for matrix in each.matrices().values()))
 
-    def built(target: Target) -> Update:
-        def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
-            return target.own(on(weight)) if target.own else made(on(weight), own, start)
-
-        return target.kind.build(make, target.layer, target.configs)
+    def built(target: Target) -> Any:
+        parts = {}
+        for part, matrix in target.matrices().items():
+            if own := target.configs.get(part, target.configs.get("")):
+                parts[part] = target.own(on(matrix)) if target.own else make(on(matrix), own, target.kind.start)
+        return parts[""] if "" in parts else Parts(parts)
 
     updates = {path: built(target) for path, target in targets.items() if target.tied_to is None}
     for path, target in targets.items():
@@ -111,7 +118,7 @@ def _built(targets: Mapping[str, Target], config: LoraConfig, sketched: bool) ->
             updates[path] = _tied(updates[target.tied_to], target, targets[target.tied_to])
         if (bias := target.bias()) is not None:
             updates[path].own_bias = on(bias.detach()).to(own_precision(bias), copy=True)
-    return updates
+    return {path: Carrier(target.kind, target.layer, updates[path]) for path, target in targets.items()}
 
 
 def _tied(update: Any, target: Target, source: Target) -> Any:
@@ -122,24 +129,28 @@ def _tied(update: Any, target: Target, source: Target) -> Any:
     return Tied(update, turned=lookups[0] != lookups[1])
 
 
+def carrying(model: nn.Module, name: str) -> dict[str, Carrier]:
+    """The layers that carry the adapter called `name`."""
+    layers = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
+    return {path: Carrier(mixin_of(layer), layer, layer.adapters[name]) for path, layer in layers.items()}  # type: ignore[arg-type]
+
+
 def extract(model: nn.Module, name: str, config: LoraConfig) -> Adapter:
     """The adapter called `name` as plain data: live tensors, not copies, where it is saved as it is.
 
     Tensors that `fully_shard` spread over processes are gathered, for which all of these call it.
     """
-    layers: dict[str, Any] = {
-        path: (mixin_of(own), own, own.adapters[name]) for path, own in adapted_layers(model) if name in own.adapters
-    }
-    for _, own, _ in layers.values():
-        own.adapters.part()  # whoever saves a tensor saves all of its memory
+    carriers = carrying(model, name)
+    for carrier in carriers.values():
+        carrier.layer.adapters.part()  # whoever saves a tensor saves all of its memory
     plan: Any = model.adapter_plan
-    if lost := len(plan.updates[name]) - len(layers):
+    if lost := len(plan.updates[name]) - len(carriers):
         raise AdapterError(f"{name!r} is on {lost} layers that are no longer in the model: something replaced them")
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for (path, key), entry in _entries(layers).items():
+    for (path, key), entry in entries(carriers).items():
         tensors[path][key] = gathered(entry.filed)
-    embeddings = frozenset(path for path, (kind, _, _) in layers.items() if issubclass(kind, AdaptedEmbedding))
-    return Adapter(method(config.peft_type).saved_config(config), dict(tensors), embeddings)
+    embeddings = frozenset(path for path, own in carriers.items() if issubclass(own.kind, AdaptedEmbedding))
+    return Adapter(config.method.saved_config(config), dict(tensors), embeddings)
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -156,11 +167,11 @@ def detach(layer: AdaptedLayer, name: str | None = None) -> None:
         restore(layer)
 
 
-def _attach(target: Target, plan: Plan, name: str, update: Update) -> None:
-    layer = target.layer
+def _attach(carrier: Carrier, plan: Plan, name: str) -> None:
+    kind, layer, update = carrier
     if not isinstance(layer, AdaptedLayer):
         layer.adapters = Adapters(plan)
-        reclass(layer, target.kind)
+        reclass(layer, kind)
     assert isinstance(layer, AdaptedLayer)
     if not layer.training:
         update.eval()
@@ -170,55 +181,55 @@ def _attach(target: Target, plan: Plan, name: str, update: Update) -> None:
 def _refuse_name(name: str) -> None:
     fits = isinstance(name, str) and re.fullmatch(r"[\w +-]+", name) and name != BASE
     if not fits or hasattr(Adapters(Plan()), name):
-        raise AdapterError(
-            f"{name!r} cannot be an adapter's name: expected letters, digits, _, - and spaces, no attribute of a module"
-        )
+        expected = "expected letters, digits, _, - and spaces, no attribute of a module"
+        raise AdapterError(f"{name!r} cannot be an adapter's name: {expected}")
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """One tensor of an update, and how a file has it."""
 
     tensor: Tensor
     filed: Tensor
     form: str
     kind: type[AdaptedLayer]
+    scale: float  # that of its update
 
 
-def _entries(layers: Mapping[str, _Layer]) -> dict[tuple[str, str], _Entry]:
+def entries(carriers: Mapping[str, Carrier]) -> dict[tuple[str, str], Entry]:
     """(path, name) → what a file says there; what all layers share stands under the path of the model itself."""
-    entries = {}
-    for path, (kind, layer, update) in layers.items():
+    found = {}
+    for path, (kind, layer, update) in carriers.items():
         for part, place in kind.places(update).items():
             own = update.parts()[part]
             for name, tensor in own.shared_tensors().items():
-                entries["", name] = _Entry(tensor, tensor, "", kind)
+                found["", name] = Entry(tensor, tensor, "", kind, own.scale)
             if (bias := own.own_bias) is not None:
-                entries[f"{path}.bias", "value"] = _Entry(bias.detach(), bias.detach(), "", kind)
+                found[f"{path}.bias", "value"] = Entry(bias.detach(), bias.detach(), "", kind, own.scale)
             for name, tensor in own.tensors().items():
                 form = own.forms.get(name, "")
-                entries[path + place, name] = _Entry(tensor, kind.filed(layer, form, tensor), form, kind)
-    return entries
+                found[path + place, name] = Entry(tensor, kind.filed(layer, form, tensor), form, kind, own.scale)
+    return found
 
 
-def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) -> list[str]:
+def _misfits(model: nn.Module, carriers: Mapping[str, Carrier], values: Adapter) -> list[str]:
     """All in the file that does not fit the model."""
-    wanted = {place: entry.filed.shape for place, entry in _entries(layers).items()}
+    wanted = {place: entry.filed.shape for place, entry in entries(carriers).items()}
     found = {(path, key): t for path, own in values.tensors.items() for key, t in own.items()}
     missing, misshaped, broken = [], [], []
     for key, shape in wanted.items():
         if key not in found:
-            missing.append(_said(key))
+            missing.append(said(key))
         elif shape != found[key].shape:
-            misshaped.append(f"{_said(key)} expected {tuple(shape)} found {tuple(found[key].shape)}")
+            misshaped.append(f"{said(key)} expected {tuple(shape)} found {tuple(found[key].shape)}")
         elif not is_finite(found[key]):
-            broken.append(_said(key))
-    strangers = [_said(key) for key in found if key not in wanted]
+            broken.append(said(key))
+    strangers = [said(key) for key in found if key not in wanted]
     for path, base in values.bases.items():
-        weight = layers[path][1].get_parameter("weight").detach() if path in layers else None
+        weight = carriers[path].layer.get_parameter("weight").detach() if path in carriers else None
         if weight is None or weight.shape != base.shape or not torch.equal(weight.to(base.device, base.dtype), base):
             strangers.append(f"{path}.base_layer.weight (of another base)")
-    said = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
-    problems = [f"{what}: {collapsed(names)}" for what, names in said if names]
+    told = (("missing", missing), ("unexpected", strangers), ("of another shape", misshaped))
+    problems = [f"{what}: {collapsed(names)}" for what, names in told if names]
     if problems:
         made_for = values.config.base_model_name_or_path
         origin = f" (it was made for {named(made_for)})" if made_for else ""
@@ -226,15 +237,55 @@ def _misfits(model: nn.Module, layers: Mapping[str, _Layer], values: Adapter) ->
     return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
 
 
-def _said(key: tuple[str, str]) -> str:
+def said(key: tuple[str, str]) -> str:
+    """What messages call an entry."""
     return ".".join(filter(None, key))
 
 
 @torch.no_grad()
-def _fill(targets: Mapping[str, Target], layers: Mapping[str, _Layer], values: Adapter) -> None:
-    for path, (_, _, update) in layers.items():
-        matrices = targets[path].matrices()
+def _fill(carriers: Mapping[str, Carrier], values: Adapter) -> None:
+    for kind, layer, update in carriers.values():
+        matrices = kind.matrices(layer)
         for part, own in update.parts().items():
             own.materialise(matrices[part].device)
-    for (path, key), (tensor, _, form, kind) in _entries(layers).items():
-        tensor.copy_(kind.unfiled(form, values.tensors[path][key], tensor.shape))
+    for (path, key), entry in entries(carriers).items():
+        entry.tensor.copy_(entry.kind.unfiled(entry.form, values.tensors[path][key], entry.tensor.shape))
+
+
+@torch.no_grad()
+def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) -> None:
+    """Copy `values` into the live adapter `name`: compiled code, CUDA graphs and optimizers go on with its tensors.
+
+    A smaller rank is filled up with zeros. The live scale stays, as compiled code holds it: B is multiplied by the
+    ratio of the scales. So the config stays too, and what is saved gives the same outputs. Raises one `AdapterError`
+    with all that does not fit, before anything is copied.
+    """
+    faults, found = values.faults, values.config
+    if found.peft_type != "LORA" or config.peft_type != "LORA" or found.use_dora != config.use_dora:
+        one, other = (own.peft_type + " with use_dora" * own.use_dora for own in (config, found))
+        differ = f"{name!r} is {one} and the other is {other}"
+        faults.append(f"{differ}: one LORA is hot-swapped with another, use_dora alike")
+    elif replace(config.method.saved_config(config), init_lora_weights=config.init_lora_weights) != config:
+        faults.append(f"{name!r} did not start as the LoRA that its file holds, so it cannot be swapped: load it again")
+    if found.trainable_token_indices != config.trainable_token_indices:
+        faults.append("trainable_token_indices are other tokens than the live adapter's")
+    live, new = entries(carrying(model, name)), entries(prepared(model, values)[0])
+    fitted, larger = {}, []
+    for key in [key for key in live if key in new]:
+        (own, *_, scale), (value, *_, its_scale) = live[key], new[key]
+        if any(found > room for found, room in zip(value.shape, own.shape, strict=True)):
+            larger.append(key)
+            continue
+        if key[1] in ("B", "b"):
+            value = value * (its_scale / scale if scale else torch.nan)
+        fitted[key] = torch.zeros_like(own, dtype=value.dtype)
+        fitted[key][tuple(map(slice, value.shape))] = value
+    told = {
+        "only in one of the two": [key for key in [*live, *new] if key not in live or key not in new],
+        "of a larger rank than the live one": larger,
+        "cannot be told at the live scale": [key for key, value in fitted.items() if not value.isfinite().all()],
+    }
+    if faults := [f"{what}: {collapsed(map(said, keys))}" for what, keys in told.items() if keys]:
+        raise AdapterError(f"{name!r} cannot be hot-swapped: " + "; ".join(faults))
+    for key, value in fitted.items():
+        live[key].tensor.copy_(value)

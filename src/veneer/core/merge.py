@@ -11,7 +11,7 @@ from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.kinds.layer import AdaptedLayer, is_plain
 from veneer.core.plan import Plan, Term
-from veneer.core.tied import tied_parameters
+from veneer.core.trained import tied_parameters
 
 
 @torch.no_grad()
@@ -70,25 +70,16 @@ def unmerge(model: nn.Module, plan: Plan) -> None:
 def _refuse(changing: Mapping[str, tuple[AdaptedLayer, str]]) -> None:
     """Raise `AdapterError` for what is not there, no parameter, or not to be read."""
     values = {path: attrgetter(name)(layer) for path, (layer, name) in changing.items()}
-    absent = [path for path, value in values.items() if value is None]
-    computed = [path for path, (layer, name) in changing.items() if not _is_parameter(layer, name)]
-    unreadable = [path for path, value in values.items() if not is_plain(value)]
-    if absent:
-        raise AdapterError(
-            f"cannot merge a change of the bias into layers that have none: {listed(absent)}; let it act live"
-        )
-    if computed:
+    if absent := [path for path, value in values.items() if value is None]:
+        raise AdapterError(f"cannot merge a bias into layers that have none: {listed(absent)}; let it act live")
+    own = {layer: dict(layer.named_parameters(remove_duplicate=False)) for layer, _ in changing.values()}
+    if computed := [path for path, (layer, name) in changing.items() if name not in own[layer]]:
         raise AdapterError(f"cannot merge into a weight that is computed from other parameters: {listed(computed)}")
-    if unreadable:
+    if unreadable := [path for path, value in values.items() if not is_plain(value)]:
         raise AdapterError(
             f"cannot merge into weights that are quantised or spread over processes: {listed(unreadable)}; "
             "save the adapter, and merge it into the base model as it was before"
         )
-
-
-def _is_parameter(layer: AdaptedLayer, name: str) -> bool:
-    owner, _, last = name.rpartition(".")
-    return last in layer.get_submodule(owner)._parameters
 
 
 def _apart(model: nn.Module, changed: Mapping[str, Tensor]) -> list[list[str]]:

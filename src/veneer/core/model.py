@@ -11,14 +11,12 @@ from torch import nn
 from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed
-from veneer.core.hotswap import hotswap
-from veneer.core.inject import adapted_layers, detach, extract, inject, settle
+from veneer.core.inject import adapted_layers, detach, extract, hotswap, inject, settle
 from veneer.core.merge import merge, unmerge
-from veneer.core.plan import Plan, Rows, Spec, Term, terms_by_row, terms_of
+from veneer.core.plan import Plan, Rows, Spec, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore
 from veneer.core.status import get_layer_status, get_model_status
-from veneer.core.trainer import Trainable
-from veneer.core.watch import watching
+from veneer.core.trainer import Trainable, watching
 
 Folder = str | os.PathLike[str]
 
@@ -30,7 +28,6 @@ class PeftModel(Trainable):
     here touches `requires_grad` but what freezes the base once: `get_peft_model` and `from_pretrained`.
     """
 
-    adapter_plan: Plan
     peft_config: dict[str, LoraConfig]
 
     @classmethod
@@ -71,13 +68,8 @@ class PeftModel(Trainable):
     def set_adapter(self, adapters: Spec) -> None:
         """Let these adapters act: a name, a list of names (their sum), or `{name: weight}` (a blend)."""
         terms = terms_of(adapters, self.peft_config)
-        self._refuse_merged("switching adapters")
+        self.adapter_plan.refuse_merged("switching adapters")
         self.adapter_plan.act(terms)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the adapters that act, live or merged."""
-        return [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
 
     @property
     def modules_to_save(self) -> set[str]:
@@ -87,14 +79,12 @@ class PeftModel(Trainable):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the model. If it acted, the others of its blend act on; without any, the base does."""
         self._config(adapter_name)
-        self._refuse_merged("deleting an adapter")
+        self.adapter_plan.refuse_merged("deleting an adapter")
         for _, layer in list(adapted_layers(self)):
             detach(layer, adapter_name)
         del self.peft_config[adapter_name]
-        self.adapter_plan.unmixable.pop(adapter_name, None)
-        self.adapter_plan.updates.pop(adapter_name, None)
         settle(self)
-        self.adapter_plan.act(self._carried(self.adapter_plan.terms))
+        self.adapter_plan.forget(adapter_name)
 
     @contextmanager
     def using(self, adapters: Spec) -> Iterator[None]:
@@ -108,8 +98,8 @@ class PeftModel(Trainable):
             yield
         finally:
             unmerge(self, self.adapter_plan)
-            self.adapter_plan.act(self._carried(before))
-            if merged := self._carried(merged):
+            self.adapter_plan.act(self.adapter_plan.carried(before))
+            if merged := self.adapter_plan.carried(merged):
                 merge(self, self.adapter_plan, merged)
 
     def __call__(self, *inputs: Any, adapter_names: Rows | None = None, **more: Any) -> Any:
@@ -136,7 +126,7 @@ class PeftModel(Trainable):
     @contextmanager
     def _mixed(self, adapter_names: Rows, repeats: bool = False) -> Iterator[None]:
         terms = terms_by_row(adapter_names, self.peft_config)
-        self._refuse_merged("mixing rows")
+        self.adapter_plan.refuse_merged("mixing rows")
         unmixable = self.adapter_plan.unmixable
         if stuck := [unmixable[term.adapter] for term in terms if term.adapter in unmixable]:
             raise AdapterError(f"{stuck[0]} does not see the rows of the batch: adapters on it cannot be mixed")
@@ -154,7 +144,10 @@ class PeftModel(Trainable):
             self.adapter_plan.repeats = False
 
     def _recomputes(self) -> bool:
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        plan = self.adapter_plan
+        if plan.checkpointed is None:
+            plan.checkpointed = [module for module in self.modules() if hasattr(module, "gradient_checkpointing")]
+        return any(module.gradient_checkpointing for module in plan.checkpointed)
 
     def disable_adapter(self) -> Any:
         """`with model.disable_adapter():` the base model acts inside, to the bit. `requires_grad` is not touched."""
@@ -165,7 +158,7 @@ class PeftModel(Trainable):
         self._merge(adapter_names, untie=False)
 
     def _merge(self, adapter_names: Spec | None, untie: bool) -> None:
-        self._refuse_merged("merging")
+        self.adapter_plan.refuse_merged("merging")
         terms = self.adapter_plan.terms if adapter_names is None else terms_of(adapter_names, self.peft_config)
         if not terms:
             raise AdapterError(f"no adapter acts: name some to merge of {listed(self.peft_config)}")
@@ -199,13 +192,13 @@ class PeftModel(Trainable):
         Raises `AdapterError`, with nothing changed, when it holds a larger rank, other layers or another method.
         """
         config = self._config(adapter_name)
-        self._refuse_merged("a hot swap")
+        self.adapter_plan.refuse_merged("a hot swap")
         hotswap(self, adapter_name, config, examine(folder))
 
     def _add(self, name: str, what: LoraConfig | Adapter, is_trainable: bool) -> None:
         if name in self.peft_config:
             raise AdapterError(f"the model already carries an adapter named {name!r}; delete it or take another name")
-        self._refuse_merged("adding an adapter")
+        self.adapter_plan.refuse_merged("adding an adapter")
         resolved = inject(self, self.adapter_plan, name, what)
         if not is_trainable:
             for _, layer in adapted_layers(self):
@@ -217,14 +210,6 @@ class PeftModel(Trainable):
     def _config(self, name: str) -> LoraConfig:
         terms_of([name], self.peft_config)
         return self.peft_config[name]
-
-    def _carried(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
-        return tuple(term for term in terms if term.adapter in self.peft_config)
-
-    def _refuse_merged(self, doing: str) -> None:
-        if merged := self.adapter_plan.merged:
-            names = listed(term.adapter for term in merged)
-            raise AdapterError(f"{doing} while {names} is merged would be wrong: call unmerge_adapter() first")
 
     def _strip(self) -> nn.Module:
         for module in self.modules():
@@ -266,9 +251,8 @@ def _first_adapter(model: nn.Module, name: str, what: LoraConfig | Adapter, is_t
     if inner := next(adapted_layers(model), None):
         raise AdapterError(f"{inner[0]} carries adapters already, of a part of this model: unload that part first")
     if is_fixed(model):
-        raise AdapterError(
-            f"{type(model).__name__} inherits from something else before nn.Module: adapt the model before fully_shard"
-        )
+        kind = type(model).__name__
+        raise AdapterError(f"{kind} inherits from something else before nn.Module: adapt the model before fully_shard")
     base = list(model.parameters())
     reclass(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
     assert isinstance(model, PeftModel)

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -59,7 +59,9 @@ class Plan:
     # same, and never an adapter's name, so that one graph serves all adapters of the same shapes
     updates: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict), repr=False, compare=False)
     acting: tuple[tuple[Term, dict[str, Any]], ...] = field(default=(), repr=False, compare=False)  # found(terms)
-    layers: int = field(default=0, compare=False)
+    # the modules of which transformers says whether they run again in backward, once they were looked for
+    checkpointed: list[Any] | None = field(default=None, repr=False, compare=False)
+    layers: int = field(default=0, compare=False)  # that were ever adapted
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what was made for `terms`, once
 
     def act(self, terms: tuple[Term, ...]) -> None:
@@ -91,18 +93,30 @@ class Plan:
         """The terms with the updates, by layer, of their adapters."""
         return tuple((term, self.updates[term.adapter]) for term in terms)
 
-    def new_key(self) -> str:
-        """By which a layer is known here."""
-        self.layers += 1
-        return str(self.layers)
-
     def __getstate__(self) -> dict[str, Any]:
         """Without what layers enter, as the copy of one layer is not one of all, and without a backward to come."""
-        return {**vars(self), "updates": defaultdict(dict), "acting": (), "tables": {}, "pending": None}
+        fresh = vars(Plan())
+        return vars(self) | {name: fresh[name] for name in ("updates", "acting", "tables", "pending", "checkpointed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.act(self.terms)
+
+    def carried(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """Those of the terms whose adapters are still on the model."""
+        return tuple(term for term in terms if term.adapter in self.updates)
+
+    def forget(self, name: str) -> None:
+        """The adapter is no longer on the model; what acted with it acts on."""
+        self.unmixable.pop(name, None)
+        self.updates.pop(name, None)
+        self.act(self.carried(self.terms))
+
+    def refuse_merged(self, doing: str) -> None:
+        """Raise `AdapterError` where adapters are inside the weights."""
+        if self.merged:
+            names = listed(term.adapter for term in self.merged)
+            raise AdapterError(f"{doing} while {names} is merged would be wrong: call unmerge_adapter() first")
 
     def row_weights(self, term: Term, like: Tensor) -> Tensor:
         """The weights `(rows)` of a mixed batch's term for `like`, whose first dimension holds the rows."""
@@ -135,15 +149,15 @@ def _grouped(terms: tuple[Term, ...], names: tuple[str, ...], device: torch.devi
     take = [row for rows in own.values() for row in (rows * most)[:most]]
     weights = [[of[name][row] for row in rows] + [0.0] * (most - len(rows)) for name, rows in own.items()]
     rows = len(of[names[0]])
-    return Groups(
-        torch.tensor(take, device=device), torch.tensor(weights, device=device), rows, take == list(range(rows))
-    )
+    places, counts = torch.tensor(take, device=device), torch.tensor(weights, device=device)
+    return Groups(places, counts, rows, take == list(range(rows)))
 
 
 def terms_of(spec: Spec, known: Iterable[str]) -> tuple[Term, ...]:
     """The terms that a name, a list of names (the sum), or a mapping of names to weights (a blend) asks for."""
     if isinstance(spec, Mapping):
-        if wrong := {name: weight for name, weight in spec.items() if not _is_weight(weight)}:
+        numbers = {name for name, weight in spec.items() if isinstance(weight, SupportsFloat) and math.isfinite(weight)}
+        if wrong := {name: weight for name, weight in spec.items() if name not in numbers}:
             raise AdapterError(f"an adapter's weight should be a finite number, found {wrong}")
         terms = tuple(Term(name, float(weight)) for name, weight in spec.items())
     else:
@@ -171,13 +185,6 @@ def terms_by_row(specs: Rows, known: Iterable[str]) -> tuple[Term, ...]:
         for term in () if spec == BASE else terms_of(spec, known):
             rows.setdefault(term.adapter, [0.0] * len(specs))[i] = term.weight
     return tuple(Term(name, rows=tuple(weights)) for name, weights in rows.items())
-
-
-def _is_weight(weight: object) -> bool:
-    try:
-        return math.isfinite(float(weight))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
 
 
 def by_row(y: Tensor, weights: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown, unmatched
-from veneer.core.expression import Expression, Path
 from veneer.core.kinds import kind_of
-from veneer.core.roles import ROLES
+from veneer.core.kinds.dense import AdaptedAttention
+from veneer.safe.expression import Expression, Path
 
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
 
@@ -67,14 +67,24 @@ class Search:
                 for end in ends:
                     missing.pop(end, None)
         if missing:
-            hint = f"; the linear layers end with {listed(self.last_parts())}" if what == "module" else ""
+            hint = f"; {self.known()}" if what == "module" else ""
             self.fault(field, unmatched(missing, what, _tails(among)) + hint)
         return found
 
+    def known(self) -> str:
+        """What may have been meant: how the paths of linear layers end, and those of parameters that are stacks."""
+        stacks = dict.fromkeys(
+            f"{path.rpartition('.')[2]}.{name}"
+            for path, module in self.modules.items()
+            for name, own in ({} if self.kind(path) else module._parameters).items()
+            if own is not None and own.ndim == 3
+        )
+        more = f", and for target_parameters there are {listed(stacks)}" if stacks else ""
+        return f"the linear layers end with {listed(self.last_parts())}{more}"
+
     def last_parts(self) -> list[str]:
         """The last parts of the linear layers' paths, each once, in the model's order."""
-        is_linear = ROLES["all-linear"]
-        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.modules if is_linear(path, self)))
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.modules if _is_linear(path, self)))
 
     def _expression(self, text: str, field: str, among: Iterable[str]) -> list[str]:
         """Containers and layers without parameters are passed over."""
@@ -107,26 +117,23 @@ class Search:
 
     def own_numbers(self, places: Iterable[Place], config: LoraConfig) -> dict[Place, dict[str, Any]]:
         """The `r` and `lora_alpha` of the places that a pattern matches; the first one counts."""
-        places, own = list(places), defaultdict[Place, dict[str, Any]](dict)
+        names = {place: {place[0], ".".join(filter(None, place))} for place in places}
+        own = defaultdict[Place, dict[str, Any]](dict)
         for field, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             patterns, missing = getattr(config, field), []
-            if len(patterns) > 4 * len(places) + 16:
-                self.fault(field, f"{len(patterns)} patterns for {name}, of {len(places)} layers, are too many")
+            if len(patterns) > 4 * len(names) + 16:
+                self.fault(field, f"{len(patterns)} patterns for {name}, of {len(names)} layers, are too many")
                 continue
             for key, value in patterns.items():
                 with self._keeping(field):
                     expression = Expression(key)
-                    matches = [place for place in places if self._ends_with(expression, *place)]
+                    matches = [at for at, paths in names.items() if any(map(expression.tail, map(self.path, paths)))]
                     missing += [] if matches else [key]
                     for place in matches:
                         own[place].setdefault(name, value)
             if missing:
-                self.fault(field, unmatched(missing, "adapted layer", _tails(dict(places))))
+                self.fault(field, unmatched(missing, "adapted layer", _tails([path for path, _ in names])))
         return own
-
-    def _ends_with(self, expression: Expression, path: str, part: str) -> bool:
-        names = [f"{path}.{part}", path] if part else [path]
-        return any(expression.tail(self.path(name)) for name in names)
 
 
 def _ends(path: str, in_a_word: bool) -> Iterator[str]:
@@ -151,3 +158,44 @@ def _number(path: Path, expressions: list[Expression]) -> int | None:
 
 def _is_bare(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
+
+
+# What families call the modules that hold the layers of a role: (their own names, the ends of their classes' names)
+_ATTENTION = (re.compile(r"(.*_)?(attn|attention)\d*"), ("Attention",))
+_FEED_FORWARD = (
+    re.compile(r"(.*_)?(mlp|ff|ffn|feed_forward)"),
+    ("MLP", "FeedForward", "FFN", "Intermediate", "Output", "ActDense", "Mlp"),
+)
+_DIRECT = {"fc1", "fc2", "linear1", "linear2"}  # OPT and nn.TransformerEncoderLayer keep these in the block itself
+
+
+def _is_linear(path: str, search: Search) -> bool:
+    return getattr(search.kind(path), "linear", False)
+
+
+def _stands_in(path: str, search: Search, names: re.Pattern[str], classes: tuple[str, ...]) -> bool:
+    while path := path.rpartition(".")[0]:
+        if names.fullmatch(path.rpartition(".")[2]) or type(search.modules[path]).__name__.endswith(classes):
+            return True
+    return False
+
+
+def _is_attention(path: str, search: Search) -> bool:
+    linear = _is_linear(path, search)
+    return _stands_in(path, search, *_ATTENTION) if linear else search.kind(path) is AdaptedAttention
+
+
+def _is_feed_forward(path: str, search: Search) -> bool:
+    holder, _, name = path.rpartition(".")
+    routes = hasattr(search.modules.get(holder), "experts")  # what stands beside experts says which of them run
+    if not _is_linear(path, search) or _is_attention(path, search) or routes:
+        return False
+    return name in _DIRECT or _stands_in(path, search, *_FEED_FORWARD)
+
+
+ROLES: dict[str, Callable[[str, Search], bool]] = {
+    "all-linear": _is_linear,
+    "attention": _is_attention,
+    "feed-forward": _is_feed_forward,
+    "norm": lambda path, search: getattr(search.kind(path), "norm", False),
+}

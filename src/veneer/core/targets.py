@@ -12,18 +12,13 @@ from torch import Tensor, nn
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, shown
 from veneer.core.kinds import kind_of
-from veneer.core.kinds.dense import AdaptedParameters
+from veneer.core.kinds.dense import AdaptedModule, AdaptedParameters
 from veneer.core.kinds.embedding import AdaptedEmbedding
 from veneer.core.kinds.layer import AdaptedLayer, Adapters
-from veneer.core.kinds.module import AdaptedModule
-from veneer.core.methods import method
-from veneer.core.methods.copy import Copy
-from veneer.core.methods.tokens import Tokens
+from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.reclass import is_fixed
-from veneer.core.roles import ROLES
-from veneer.core.search import Place, Search
-from veneer.core.tied import tie
-from veneer.core.trained import inside, other_biases, refuse_clashes, saved_modules, token_tables
+from veneer.core.search import ROLES, Place, Search
+from veneer.core.trained import TASK_HEADS, inside, other_biases, refuse_clashes, saved_modules, tie, token_tables
 from veneer.core.update import Update
 
 # The layers that people adapt when they name none: mostly the attention's query and value, as in the LoRA paper.
@@ -117,7 +112,7 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
         twice = (first.kind, first.rows) != (kind, ids)
         again = "that is changed in two ways: target it in one way only" if twice else None
         search.refuse(field, path, target.refusal() or again)
-    options = method(config.peft_type).placed(config, search, list(dict.fromkeys(path for path, _ in places)))
+    options = config.method.placed(config, search, list(dict.fromkeys(path for path, _ in places)))
     # a pattern for a layer whose name is misspelt is not wrong itself
     own = search.own_numbers(dict.fromkeys(search.modules, "").items() if search.faults else places, config)
     search.stop()
@@ -155,14 +150,10 @@ def _select_modules(model: nn.Module, search: Search, config: LoraConfig) -> tup
     excluded = set(search.matching(config.exclude_modules or [], "exclude_modules"))
     chosen = search.in_layers([path for path in named if path not in excluded], config)
     if not chosen and not search.faults:
-        search.fault(
-            "target_modules",
-            f"{shown(names)} leaves no layer of {type(model).__name__} to adapt; "
-            f'its linear layers end with {listed(search.last_parts())}, or say "all-linear"',
-        )
-    # PEFT does not read an expression together with layer numbers, and for some methods not these either, nor roles
-    numbered = method(config.peft_type).peft_names.get("layers_to_transform", "") is not None
-    spell = role is not None or (config.layers_to_transform is not None and (isinstance(names, str) or not numbered))
+        said = f"{shown(names)} leaves no layer of {type(model).__name__} to adapt"
+        search.fault("target_modules", f'{said}; say "all-linear", or {search.known()}')
+    # PEFT does not read roles, nor an expression together with layer numbers, and for some methods no numbers at all
+    spell = role is not None or config.layers_to_transform is not None
     return chosen, _shortest(search.modules, chosen) if spell and chosen else names
 
 
@@ -186,11 +177,13 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _heads(model: nn.Module, search: Search) -> set[nn.Module | None]:
-    """Output layers: transformers' output embeddings, and what stands outside of its backbone."""
-    backbone = getattr(model, "base_model", model)
-    apart = isinstance(backbone, nn.Module) and backbone is not model
-    heads = set(search.modules.values()) - set(backbone.modules()) if apart else set()
-    return heads | {getattr(model, "get_output_embeddings", lambda: None)()}
+    """Output layers: transformers' output embeddings, and what stands outside of its backbone or has a head's name."""
+    backbone = getattr(model, "base_model", None)
+    if not isinstance(backbone, nn.Module):
+        return set()
+    named = {search.modules.get(name) for heads in TASK_HEADS.values() for name in heads}
+    apart = set(search.modules.values()) - set(backbone.modules()) if backbone is not model else set()
+    return apart | named | {getattr(model, "get_output_embeddings", lambda: None)()}
 
 
 def _usual(model: nn.Module, search: Search) -> list[str]:

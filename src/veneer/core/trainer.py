@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, gathered
-from veneer.core.plan import Plan, Term
+from veneer.core.plan import Plan
 from veneer.core.reclass import Reclassed
-from veneer.core.whole import write_whole
+from veneer.safe.whole import write_whole
 
 # all that adapters are, to the bit and under the model's own names: what Trainer reads back into a model that is not of
 # PEFT's own class
@@ -26,9 +28,12 @@ class Trainable(Reclassed):
 
     adapter_plan: Plan
     get_adapter: Callable[[str | None], Adapter]
-    _refuse_merged: Callable[[str], None]
-    _carried: Callable[[tuple[Term, ...]], tuple[Term, ...]]
     _hf_peft_config_loaded = True  # asked before a quantised model is trained, and when layers are checkpointed
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters that act, live or merged."""
+        return [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], adapter_name: str | None = None, is_main_process: bool = True, **_: Any
@@ -41,7 +46,7 @@ class Trainable(Reclassed):
         made.
         """
         folder = Path(folder)
-        acting = [term.adapter for term in self.adapter_plan.terms or self.adapter_plan.merged]
+        acting = self.active_adapters
         resumable = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
         several = resumable and len(acting) > 1 and adapter_name is None
         names = {folder / name: name for name in acting} if several else {folder: adapter_name}
@@ -64,26 +69,25 @@ class Trainable(Reclassed):
         given = {key: value for key, value in state_dict.items() if ".adapters." in key}
         wrong = [key for key, value in given.items() if key not in own or value.shape != own[key].shape]
         if wrong and not strict:
-            raise AdapterError(
-                f"the weights are of other adapters than the model has: {collapsed(wrong)}; give it the same ones first"
-            )
+            said = f"the weights are of other adapters than the model has: {collapsed(wrong)}"
+            raise AdapterError(f"{said}; give it the same ones first")
         partial = not strict and given.keys() == state_dict.keys()
-        self._refuse_merged("loading weights")
+        self.adapter_plan.refuse_merged("loading weights")
         result = super().load_state_dict(state_dict, strict, assign)
         return result._replace(missing_keys=[key for key in own if key not in given]) if partial else result
 
     def disable_adapters(self) -> None:
         """The base model acts from now on, until `enable_adapters`; for a block there is `disable_adapter`."""
         plan = self.adapter_plan
-        self._refuse_merged("disabling adapters")
+        plan.refuse_merged("disabling adapters")
         plan.disabled = plan.terms or plan.disabled
         plan.act(())
 
     def enable_adapters(self) -> None:
         """What acted before `disable_adapters` acts again."""
         plan = self.adapter_plan
-        self._refuse_merged("enabling adapters")
-        plan.act(plan.terms or self._carried(plan.disabled))
+        plan.refuse_merged("enabling adapters")
+        plan.act(plan.terms or plan.carried(plan.disabled))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters), adapters included."""
@@ -103,3 +107,23 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
         for path, layer in adapted_layers(model)
         for key, tensor in layer.adapters.state_dict().items()
     }
+
+
+@contextmanager
+def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Warn of the layers with acting adapters that were not called inside: they would learn nothing."""
+    acting = {term.adapter for term in plan.terms}
+    carriers = ((path, layer) for path, layer in adapted_layers(model) if acting.intersection(layer.adapters))
+    idle: dict[nn.Module, str] = {layer: path for path, layer in carriers}
+
+    def called(layer: nn.Module, inputs: object) -> None:
+        idle.pop(layer, None)
+
+    with ExitStack() as hooks:
+        for layer in idle:
+            hooks.callback(layer.register_forward_pre_hook(called).remove)
+        yield
+    plan.watched |= acting
+    if idle:
+        told = collapsed(idle.values())
+        warnings.warn(f"adapted layers that the model did not call, so they learn nothing: {told}", stacklevel=3)

@@ -1,6 +1,6 @@
 """`Update`: the change that one adapter makes to one layer. A method is a subclass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from veneer.core.config import LoraConfig
     from veneer.core.search import Search
 
-# PEFT's names in the configs of LoHa and LoKr
-LYCORIS_NAMES: dict[str, str | None] = {
-    "lora_alpha": "alpha",
-    "init_lora_weights": "init_weights",
-    **dict.fromkeys(("bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "target_parameters")),
-    **dict.fromkeys(("trainable_token_indices", "use_dora", "use_rslora")),
-}
+# Fields of which PEFT's configs of other methods have some or none: there they are written where they say something.
+LORAS_OWN: dict[str, str | None] = dict.fromkeys((
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_dora", "use_rslora",
+))  # fmt: skip
+LYCORIS_NAMES = {**LORAS_OWN, "lora_alpha": "alpha", "init_lora_weights": "init_weights"}
 
 
 _BLOCK = 2**18  # entries of a weight that are summed at once
@@ -35,8 +35,9 @@ class Option(NamedTuple):
     expected: str
 
 
-# (a weight as `(out, in)`, its config, what the kind of layer does to the starting values) → a fresh update
-Make = Callable[[Tensor, "LoraConfig", Callable[["Update", bool | str], None]], "Update"]
+def switch(default: bool) -> Option:
+    """An option that is on or off."""
+    return Option(default, lambda value: isinstance(value, bool), "true or false")
 
 
 class Factors(NamedTuple):
@@ -45,13 +46,6 @@ class Factors(NamedTuple):
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
     scale: float
-
-
-class Rows(NamedTuple):
-    """Rescaled rows, and perhaps a low-rank change: ΔW = gain ⊙ W + scale · B A."""
-
-    gain: Tensor  # (out)
-    factors: Factors | None
 
 
 class Few(NamedTuple):
@@ -154,8 +148,8 @@ class Update(nn.Module):
         """The updates of the layer's matrices, by part; most layers are one matrix, called ""."""
         return {"": self}
 
-    def by_rows(self, weight: Tensor) -> Rows | None:
-        """The same change as rescaled rows of `weight` and two thin matrices, where it is one."""
+    def by_rows(self, weight: Tensor) -> tuple[Tensor, Factors | None] | None:
+        """The same change as g `(out)` and perhaps factors, with ΔW = g ⊙ W + scale · B A, where it is one."""
         return None
 
     def by_columns(self) -> Tensor | None:
@@ -186,7 +180,13 @@ class Update(nn.Module):
 class Parts(nn.ModuleDict):
     """The updates that one adapter has on a layer of several matrices, by part."""
 
-    dropout = 0.0
+    def __init__(self, parts: Mapping[str, Update]) -> None:
+        """Raises `AdapterError` for a name that a module has already."""
+        super().__init__()
+        for part, update in parts.items():
+            if hasattr(self, part):
+                raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
+            self[part] = update
 
     def parts(self) -> dict[str, Update]:
         return dict(self.items())  # type: ignore[arg-type]
@@ -198,9 +198,9 @@ class Stack(Update):
     Its parameters are the method's, each with a first dimension more.
     """
 
-    def __init__(self, build: Callable[[Tensor, Any], Update], weight: Tensor, config: Any) -> None:
+    def __init__(self, build: Callable[[Tensor], Update], weight: Tensor) -> None:
         super().__init__()
-        each = [build(matrix, config) for matrix in weight]
+        each = [build(matrix) for matrix in weight]
         filed = each[0].tensors().keys()
         if [*each[0].children(), *each[0].buffers()] or filed != each[0]._parameters.keys():
             raise AdapterError(

@@ -58,7 +58,8 @@ def estimate(task: Task, settings: TrainSettings) -> Estimate:
     task.model.zero_grad(set_to_none=True)
     slope = (high - low) / max(1, _size(more) - _size(few))
     activations = int(high + slope * (largest - _size(more)))
-    slack = int(SLACK * activations) if device.type == "cpu" else 0
+    heaped = device.type == "cpu" and not settings.gradient_checkpointing  # which has the heap give back
+    slack = int(SLACK * activations) if heaped else 0
     return Estimate(process, base, ADAM * trained, activations, slack, loading)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.errors import AdapterError
-from veneer.core.whole import write_whole
+from veneer.safe.whole import write_whole
 
 USAGE = "veneer.json"  # beside an adapter: how it is used
 

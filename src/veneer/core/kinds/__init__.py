@@ -2,13 +2,11 @@
 
 from torch import nn
 
-from veneer.core.kinds.attention import AdaptedAttention
 from veneer.core.kinds.conv import AdaptedConv, AdaptedOwnConv
-from veneer.core.kinds.dense import AdaptedNorm, AdaptedParameters
+from veneer.core.kinds.dense import AdaptedAttention, AdaptedModule, AdaptedNorm, AdaptedParameters
 from veneer.core.kinds.embedding import AdaptedEmbedding, AdaptedOwnEmbedding
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.kinds.linear import AdaptedConv1D, AdaptedLinear, AdaptedOwnLinear
-from veneer.core.kinds.module import AdaptedModule
 from veneer.core.reclass import mixin_of
 
 KINDS: tuple[type[AdaptedLayer], ...] = (

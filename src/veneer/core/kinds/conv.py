@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.core.kinds.dense import AdaptedDense
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.plan import by_row
 
@@ -49,7 +50,8 @@ class AdaptedConv(AdaptedLayer):
             return tensor.view(1, -1, *point)
         return tensor.view(*tensor.shape, *point) if form == "B" else tensor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         y = super().forward(x)
         for update, weight, rows in self.adapters.acting_on(y):
             dropped = F.dropout(x, update.dropout, self.training)
@@ -67,14 +69,9 @@ class AdaptedConv(AdaptedLayer):
         return y
 
 
-class AdaptedOwnConv(AdaptedConv):
+class AdaptedOwnConv(AdaptedDense, AdaptedConv):
     """A subclass with a forward of its own (a standardised kernel, say): it runs on the kernel W + Σ weight · ΔW."""
-
-    drops = False
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
         return isinstance(layer, _KINDS)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.own_forward(self.changed(), *args, **kwargs)

@@ -1,6 +1,6 @@
 """The fallback for everything: a layer's own forward, run with W + ΔW in the place of its parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, listed
 from veneer.core.kinds.layer import AdaptedLayer
-from veneer.core.kinds.rows import forward_by_row
-from veneer.core.update import Make, Parts, Stack, Update
+from veneer.core.plan import Term
+from veneer.core.update import Update
 
 
 class AdaptedDense(AdaptedLayer):
@@ -65,32 +65,13 @@ class AdaptedParts(AdaptedDense):
 
     @classmethod
     def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
-        return {part: _as_matrix(attrgetter(name)(layer)) for part, name in cls.names(layer).items()}
+        values = {part: attrgetter(name)(layer) for part, name in cls.names(layer).items()}
+        return {part: value.unsqueeze(1) if value.ndim == 1 else value for part, value in values.items()}
 
     @classmethod
     def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = {part: name for part, name in cls.names(layer).items() if part in matrices}
         return {name: matrices[part].reshape(attrgetter(name)(layer).shape) for part, name in names.items()}
-
-    @classmethod
-    def build(cls, make: Make, layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Any:
-        updates = Parts()
-        for part, matrix in cls.matrices(layer).items():
-            config = configs.get(part, configs.get(""))
-            if config is not None:
-                if hasattr(updates, part):
-                    raise AdapterError(f"a parameter named {part!r} cannot be adapted: the name is taken")
-                updates[part] = cls.part(make, matrix, config)
-        return updates
-
-    @classmethod
-    def part(cls, make: Make, matrix: Tensor, config: LoraConfig) -> Update:
-        """The update of one of them."""
-
-        def one(weight: Tensor, config: LoraConfig) -> Update:
-            return make(weight, config, cls.start)
-
-        return one(matrix, config) if matrix.ndim == 2 else Stack(one, matrix, config)
 
 
 class AdaptedParameters(AdaptedParts):
@@ -133,8 +114,113 @@ class AdaptedParameters(AdaptedParts):
         return super().unfiled(form, tensor, shape)
 
 
-def _as_matrix(parameter: Tensor) -> Tensor:
-    return parameter.unsqueeze(1) if parameter.ndim == 1 else parameter
+class AdaptedAttention(AdaptedParts):
+    """y = attention(q, k, v; W + Σ weight · ΔW), for the projections of the inputs and that of the output at once.
+
+    The inputs' projections are one matrix `(3 · dim, dim)`, or three where keys or values have sizes of their own.
+    """
+
+    rowwise = False  # batch_first and the masks say which dimension it is
+
+    @classmethod
+    def handles(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.MultiheadAttention)
+
+    @classmethod
+    def names(cls, layer: nn.Module) -> dict[str, str]:
+        together = getattr(layer, "in_proj_weight", None) is not None
+        inputs = ("in_proj",) if together else ("q_proj", "k_proj", "v_proj")
+        return {**{name: f"{name}_weight" for name in inputs}, "out_proj": "out_proj.weight"}
+
+    @classmethod
+    def places(cls, update: Update) -> dict[str, str]:
+        """The inputs' projection stands at the layer itself, the output's inside PEFT's wrapper; PEFT has no others."""
+        own = {"in_proj": "", "out_proj": ".base_layer.out_proj"}
+        return {part: own.get(part, f".{part}") for part in update.parts()}
+
+
+class AdaptedModule(AdaptedParts):
+    """y = f(x; W + Σ weight · (W′ - W)) for parameters W of a module of any class, those of modules in it included.
+
+    One adapter with weight 1 gives y = f(x; W′), to the bit.
+    """
+
+    @classmethod
+    def refusal(cls, layer: nn.Module, config: LoraConfig) -> str | None:
+        parameters = dict(layer.named_parameters(remove_duplicate=False))
+        if buffers := [name for name in layer.state_dict() if name not in parameters]:
+            return f"with buffers, which training changes and no adapter holds: {listed(buffers)}"
+        if quantised := [name for name, own in parameters.items() if not own.is_floating_point()]:
+            return f"with quantised parameters, which cannot be trained: {listed(quantised)}"
+        if type(layer).forward is nn.Module.forward:
+            return "that is never called itself: name the modules in it"
+        return None if parameters else "without parameters"
+
+    @classmethod
+    def names(cls, layer: nn.Module) -> dict[str, str]:
+        names = (name for name, _ in layer.named_parameters() if not name.startswith("adapters."))
+        return {name.replace(".", "/"): name for name in names}  # modules are not named with dots
+
+    @classmethod
+    def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
+        return {part: attrgetter(name)(layer) for part, name in cls.names(layer).items()}
+
+    @classmethod
+    def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {part.replace("/", "."): value for part, value in matrices.items()}
+
+    @classmethod
+    def places(cls, update: Any) -> dict[str, str]:
+        return {part: "." + part.replace("/", ".") for part in update.parts()}
+
+    def own_forward(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The base class's own forward; it may run all that it holds (`nn.Sequential`), so it does not see adapters."""
+        adapters = self._modules.pop("adapters")
+        try:
+            return super().own_forward(values, *args, **kwargs)
+        finally:
+            self._modules["adapters"] = adapters
+
+
+def forward_by_row(
+    layer: AdaptedLayer, terms: Sequence[Term], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """y[i] = f(x[i]; W + Σ weight[i] · ΔW), where f is the layer's own forward on inputs `(rows, …)`.
+
+    For rows of the base f runs on the whole batch, as a batch of another size may round differently. Raises
+    `AdapterError` for inputs and outputs that are not tensors of rows.
+    """
+    inputs = [value for value in (*args, *kwargs.values()) if not isinstance(value, bool | int | float | str | None)]
+    _expect_rows(layer, "called with", inputs)
+    for value in inputs:
+        layer.adapters.plan.count(value)
+    groups: dict[tuple[Term, ...], list[int]] = {}
+    number = len(terms[0].rows or ())
+    for row in range(number):
+        weights = ((term.adapter, term.rows[row]) for term in terms if term.rows)
+        groups.setdefault(tuple(Term(name, weight) for name, weight in weights if weight), []).append(row)
+    places = torch.arange(len(inputs[0]), device=inputs[0].device).view(number, -1)
+    order = [places[rows].flatten() for rows in groups.values()]
+
+    def run(own: tuple[Term, ...], chosen: Tensor) -> Any:
+        def picked(value: Any) -> Any:
+            return value[chosen] if own and isinstance(value, Tensor) else value
+
+        named = {name: picked(value) for name, value in kwargs.items()}
+        y = layer.own_forward(layer.changed(own), *map(picked, args), **named)
+        _expect_rows(layer, "that gives", [y])
+        return y if own else y[chosen]
+
+    return torch.cat(list(map(run, groups, order)))[torch.cat(order).argsort()]
+
+
+def _expect_rows(layer: AdaptedLayer, how: str, values: Sequence[object]) -> None:
+    if not values or not all(isinstance(value, Tensor) and value.ndim for value in values):
+        kinds = ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
+        raise AdapterError(
+            f"a {type(layer).__name__} {how} {kinds} cannot be mixed by rows: expected tensors (rows, …); "
+            "run them apart"
+        )
 
 
 def _turned(layer: nn.Module, matrix: Tensor) -> Tensor:

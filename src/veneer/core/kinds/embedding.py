@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
+from veneer.core.kinds.dense import AdaptedDense
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.plan import by_row
 from veneer.core.update import Update
@@ -46,7 +47,8 @@ class AdaptedEmbedding(AdaptedLayer):
             nn.init.zeros_(factors.A)
             nn.init.normal_(factors.B)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         y = super().forward(x)
         for update, weight, rows in self.adapters.acting_on(y):
             if factors := update.factors():
@@ -72,17 +74,12 @@ class AdaptedEmbedding(AdaptedLayer):
         return change
 
 
-class AdaptedOwnEmbedding(AdaptedEmbedding):
+class AdaptedOwnEmbedding(AdaptedDense, AdaptedEmbedding):
     """A subclass with a forward of its own (learned positions, say): it runs on the table W + Σ weight · ΔW."""
-
-    drops = False
 
     @classmethod
     def handles(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Embedding)
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        return self.own_forward(self.changed(), *args, **kwargs)
 
 
 def _is_scaled(layer: nn.Module) -> bool:

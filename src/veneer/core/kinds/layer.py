@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError
 from veneer.core.joint import Joint, joined, parted
-from veneer.core.methods import method
 from veneer.core.plan import Plan, Term
 from veneer.core.reclass import Reclassed, base_of
-from veneer.core.update import Make, Update, own_precision, summed
+from veneer.core.update import Update, own_precision, summed
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -35,7 +34,8 @@ class Adapters(nn.ModuleDict):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.plan, self.key = plan, plan.new_key()
+        plan.layers += 1
+        self.plan, self.key = plan, str(plan.layers)
         # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
         self.register_forward_pre_hook(_never_called)
 
@@ -68,9 +68,7 @@ class Adapters(nn.ModuleDict):
         for term, own in self.plan.now() if terms is None else self.plan.found(terms):
             if self.key in own:
                 if term.rows is not None:
-                    raise AdapterError(
-                        "a kind of layer that runs on changed weights cannot be mixed by rows: run them apart"
-                    )
+                    raise AdapterError("a layer that runs on changed weights cannot be mixed by rows: run them apart")
                 yield own[self.key], term.weight
 
     def by_row(self) -> tuple[Term, ...]:
@@ -143,9 +141,9 @@ class AdaptedLayer(Reclassed):
         """Why this one layer cannot be adapted so though its kind can, as the end of a sentence."""
         if config.lora_dropout and not cls.drops:
             return f"whose change has no input that lora_dropout={config.lora_dropout} could drop: set it to 0"
-        if method(config.peft_type).share and not cls.linear:
+        if config.method.share and not cls.linear:
             return f"and {config.peft_type} adapts linear layers alone: its projections are shared among these"
-        if method(config.peft_type).shifts(config) and not cls.biased:
+        if config.method.shifts(config) and not cls.biased:
             return "and this adapter changes biases too, which it does for linear layers and convolutions alone"
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and not is_plain(weight):
@@ -171,11 +169,6 @@ class AdaptedLayer(Reclassed):
     def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `matrices`: the layer's parameters by name, for other matrices, of all parts or some."""
         return {"weight": cls.matrix(matrices[""])} if matrices else {}
-
-    @classmethod
-    def build(cls, make: Make, layer: nn.Module, configs: Mapping[str, LoraConfig]) -> Update:
-        """A fresh update for the layer; `configs` by part."""
-        return make(cls.matrices(layer)[""], configs[""], cls.start)
 
     @classmethod
     def places(cls, update: Update) -> dict[str, str]:

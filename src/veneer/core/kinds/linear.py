@@ -1,29 +1,21 @@
 """Linear layers: `nn.Linear` and its subclasses, and transformers' `Conv1D`, which is one transposed."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veneer.core.config import LoraConfig
+from veneer.core.config import LoraConfig, start_of
 from veneer.core.fused import FEW, Change, few_linear, fused_linear, is_traced, thin_linear
 from veneer.core.kinds.layer import AdaptedLayer, is_plain
-from veneer.core.methods import method
 from veneer.core.plan import by_row
-from veneer.core.ranges import start_of
 from veneer.core.start import FROM_WEIGHT
 from veneer.core.update import Update
 
-
-class Dense(NamedTuple):
-    """weight · ΔW · drop(x), for a method that gives no thin matrices."""
-
-    update: Update
-    weight: float
-    dropout: float
-    rows: Tensor | None  # (rows), in a mixed batch
+# weight · ΔW · drop(x) of a method that gives no thin matrices; the last are the weights of a mixed batch's rows
+Dense = tuple[Update, float, float, Tensor | None]
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -39,7 +31,8 @@ class AdaptedLinear(AdaptedLayer):
     def matrix(weight: Tensor) -> Tensor:
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         adapters: Any = self._modules["adapters"]
         matrix, bias = self.matrix(self.weight), self.bias
         if not torch.is_grad_enabled() and not is_traced():
@@ -67,14 +60,14 @@ class AdaptedLinear(AdaptedLayer):
             factors = update.factors()
             rescaled = None if matrix is None else update.by_rows(matrix)
             if rescaled:
-                gains.append(_weighted(rescaled.gain, weight, rows))
-                factors = rescaled.factors
+                gain, factors = rescaled
+                gains.append(_weighted(gain, weight, rows))
             if (shift := update.bias_change(bias)) is not None:
                 shifts.append(_weighted(shift, weight, rows))
             if factors:
                 thin.append(Change(factors.A, factors.B, weight * factors.scale, dropout, rows))
             elif not rescaled:
-                dense.append(Dense(update, weight, dropout, rows))
+                dense.append((update, weight, dropout, rows))
         return thin, dense, gains, shifts
 
     def _with_dense(self, y: Tensor, x: Tensor, dense: list[Dense]) -> Tensor:
@@ -106,13 +99,13 @@ class AdaptedOwnLinear(AdaptedLinear):
     @classmethod
     def quantised(cls, layer: Any, config: LoraConfig) -> str | None:
         from_weight = isinstance(config.init_lora_weights, str) and start_of(config) in FROM_WEIGHT
-        reads = config.use_dora or from_weight or method(config.peft_type).reads_weight
+        reads = config.use_dora or from_weight or config.method.reads_weight
         if reads and not _can_be_read(layer.weight):
             return (
                 f"whose weight is quantised ({layer.weight.dtype}) and cannot be read, as use_dora, a start from the "
                 "weight and some methods want: use LoRA without them"
             )
-        if layer.bias is None and method(config.peft_type).shifts(config):
+        if layer.bias is None and config.method.shifts(config):
             return "whose weight is quantised and which has no bias, as a change of biases wants there: set it off"
         return None
 
@@ -125,7 +118,8 @@ class AdaptedOwnLinear(AdaptedLinear):
         unknown = torch.full((), torch.nan, device=layer.weight.device)
         return {"": unknown.expand(layer.out_features, layer.in_features)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         # its own forward tells nothing about the rows of W x, nor about what it does with b
         thin, dense, _, shifts = self._changes(x, None, self.bias)
         y = self.own_forward(self.shifted() if shifts else {}, x)

@@ -6,34 +6,29 @@ from typing import Any
 from torch import Tensor
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed, nearest, shown
-from veneer.core.methods.copy import Copy
+from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.methods.dora import Dora
 from veneer.core.methods.ia3 import Ia3
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
 from veneer.core.methods.lora import Lora, PartedLora
-from veneer.core.methods.tokens import Tokens
 from veneer.core.methods.vera import Vera
-from veneer.core.update import Make, Update
+from veneer.core.update import Stack, Update
 
 METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3}
 
 
-def method(peft_type: str) -> type[Update]:
-    """The method of that name. Raises `AdapterError` when there is none."""
-    if peft_type not in METHODS:
-        hint = nearest(peft_type, METHODS)
-        raise AdapterError(f"peft_type {shown(peft_type)} is not a method of veneer: it has {listed(METHODS)}{hint}")
-    return METHODS[peft_type]
+def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Callable[..., Update]:
+    """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config.
 
-
-def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Make:
-    """What makes the fresh updates of one adapter; `layers`: its weights `(out, in)`, each with its config."""
-    made_by: Any = method(config.peft_type)
+    It takes a weight, its config, and what the kind of layer does to the starting values.
+    """
+    made_by: Any = config.method
     common = [made_by.share(given)] if made_by.share and (given := list(layers)) else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
+        if weight.ndim == 3:
+            return Stack(lambda matrix: make(matrix, own, start), weight)
         update = (PartedLora if own.options.get("fused") else made_by)(weight, own, *common)
         update.dropout = own.lora_dropout
         start(update, own.init_lora_weights)
@@ -44,9 +39,5 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ma
 
 def file_names(config: LoraConfig) -> dict[str, str]:
     """Name of a tensor of such an update → its name in a PEFT file."""
-    return {
-        **Copy.file_names,
-        **Tokens.file_names,
-        **method(config.peft_type).file_names,
-        **(Dora.file_names if config.use_dora else {}),
-    }
+    own = config.method.file_names | (Dora.file_names if config.use_dora else {})
+    return Copy.file_names | Tokens.file_names | own

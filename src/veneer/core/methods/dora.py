@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.update import Rows, Update, own_precision
+from veneer.core.update import Factors, Update, own_precision
 
 
 class Dora(Update):
@@ -31,12 +31,12 @@ class Dora(Update):
     def delta(self, weight: Tensor) -> Tensor:
         return self._gain(weight)[:, None] * (weight + self.inner.delta(weight)) - weight
 
-    def by_rows(self, weight: Tensor) -> Rows | None:
+    def by_rows(self, weight: Tensor) -> tuple[Tensor, Factors] | None:
         factors = self.inner.factors()
         if factors is None:
             return None
         gain = self._gain(weight)
-        return Rows(gain - 1, factors._replace(B=gain[:, None] * factors.B))
+        return gain - 1, factors._replace(B=gain[:, None] * factors.B)
 
     def shift(self, bias: Tensor | None) -> Tensor | None:
         return self.inner.shift(bias)

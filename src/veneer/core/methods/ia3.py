@@ -5,14 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig
-from veneer.core.ranges import is_names
-from veneer.core.update import Option, Rows, Update, own_precision
-
-_UNKNOWN_TO_PEFT = (
-    "alpha_pattern", "bias", "ensure_weight_tying", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
-)  # fmt: skip
+from veneer.core.config import LoraConfig, is_names
+from veneer.core.update import LORAS_OWN, Option, Update, own_precision
 
 
 class Ia3(Update):
@@ -26,7 +20,7 @@ class Ia3(Update):
 
     file_names: ClassVar = {"l": "ia3_l"}
     forms: ClassVar = {"l": "l"}
-    peft_names: ClassVar = {"init_lora_weights": "init_ia3_weights", **dict.fromkeys(_UNKNOWN_TO_PEFT)}
+    peft_names: ClassVar = {**LORAS_OWN, "r": None, "init_lora_weights": "init_ia3_weights"}
     options: ClassVar = {
         "feedforward_modules": Option(
             [], lambda value: value == [] or (value is not None and is_names(value)), "names of layers"
@@ -59,9 +53,9 @@ class Ia3(Update):
     def shift(self, bias: Tensor | None) -> Tensor | None:
         return None if self.scales_inputs or bias is None else bias * (self.l.squeeze(1) - 1)
 
-    def by_rows(self, weight: Tensor) -> Rows | None:
+    def by_rows(self, weight: Tensor) -> tuple[Tensor, None] | None:
         """Not where an input of the change is dropped."""
-        return None if self.scales_inputs or self.dropout else Rows(self.l.squeeze(1) - 1, None)
+        return None if self.scales_inputs or self.dropout else (self.l.squeeze(1) - 1, None)
 
     def by_columns(self) -> Tensor | None:
         return self.l.squeeze(0) - 1 if self.scales_inputs else None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.start import start
-from veneer.core.update import LYCORIS_NAMES, Option, Update, own_precision
+from veneer.core.update import LYCORIS_NAMES, Option, Update, own_precision, switch
 
 
 class Lokr(Update):
@@ -24,7 +24,7 @@ class Lokr(Update):
     }  # fmt: skip
     peft_names: ClassVar = LYCORIS_NAMES
     options: ClassVar = {
-        "decompose_both": Option(False, lambda value: isinstance(value, bool), "true or false"),
+        "decompose_both": switch(False),
         "decompose_factor": Option(
             -1, lambda value: type(value) is int and (value == -1 or value > 0), "-1 or a whole number of at least 1"
         ),

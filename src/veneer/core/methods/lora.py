@@ -1,19 +1,22 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685), with rsLoRA's scale."""
 
 import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig, scaling
+from veneer.core.config import LoraConfig, scaling, start_of
 from veneer.core.errors import AdapterError, shown
-from veneer.core.methods.parted import is_fused, ordinary, placed
-from veneer.core.ranges import start_of
 from veneer.core.start import FROM_DATA, FROM_THE_START, FROM_WEIGHT, PLAIN, start, start_from_weight
-from veneer.core.update import Factors, Option, Update, own_precision
+from veneer.core.update import Factors, Option, Update, own_precision, switch
+
+if TYPE_CHECKING:
+    from veneer.core.search import Search
 
 
 class Lora(Update):
@@ -32,10 +35,9 @@ class Lora(Update):
     reads_weight: ClassVar = False
     forms: ClassVar = {"A": "A", "B": "B"}
     options: ClassVar = {
-        **dict.fromkeys(
-            ("freeze_A", "lora_bias"), Option(False, lambda value: isinstance(value, bool), "true or false")
-        ),
-        "fused": Option({}, is_fused, '{name: ranks of its parts}, as {"c_attn": [8, 0, 4]}'),
+        "freeze_A": switch(False),
+        "lora_bias": switch(False),
+        "fused": Option({}, lambda value: is_fused(value), '{name: ranks of its parts}, as {"c_attn": [8, 0, 4]}'),
     }
     peft_names: ClassVar = {"freeze_A": None, "fused": None}
     faster: ClassVar[tuple[str, ...]] = ("B",)
@@ -54,10 +56,8 @@ class Lora(Update):
             self.register_parameter("b", nn.Parameter(weight.new_zeros(rows, dtype=dtype)))
         how = start_of(config)
         saved = self.saved_config(config) if how in FROM_THE_START else config
-        self.__dict__ |= {
-            "scale": scaling(saved.r, saved.lora_alpha, saved.use_rslora),
-            "simple": type(self) is Lora and how not in FROM_THE_START and not config.options["lora_bias"],
-        }
+        simple = type(self) is Lora and how not in FROM_THE_START and not config.options["lora_bias"]
+        vars(self).update(scale=scaling(saved.r, saved.lora_alpha, saved.use_rslora), simple=simple)
         if how in FROM_WEIGHT:
             start_from_weight(self.A, self.B, str(config.init_lora_weights), weight, self.scale)
         else:
@@ -156,3 +156,72 @@ class PartedLora(Lora):
             blocks.append(F.pad(B.view(self.repeats, size, r), (before, total - before - r)))  # (repeats, size, Σ r)
             before += r
         return Factors(self.A, torch.cat(blocks, 1).flatten(0, 1), self.scale)
+
+
+_MOST = 1_000  # names of fused layers
+
+# How transformers splits its projections: the rows of the parts, which repeat where the heads are interleaved.
+_KNOWN: dict[str, Callable[[Any], list[int]]] = {
+    "GPT2Attention.c_attn": lambda own: [own.split_size] * (2 if own.is_cross_attention else 3),
+    "Phi3Attention.qkv_proj": lambda own: [
+        own.head_dim * heads for heads in (own.config.num_attention_heads, *[own.num_key_value_heads] * 2)
+    ],
+    "Phi3MLP.gate_up_proj": lambda own: [own.config.intermediate_size] * 2,
+    "GPTNeoXAttention.query_key_value": lambda own: [own.head_size] * 3,
+    "BloomAttention.query_key_value": lambda own: [own.head_dim] * 3,
+    "FalconAttention.query_key_value": lambda own: [
+        own.head_dim * heads
+        for heads in (own.num_heads // own.num_kv_heads if own.new_decoder_architecture or own.multi_query else 1, 1, 1)
+    ],
+}
+
+
+def is_fused(value: object) -> bool:
+    """Whether it is `{name: ranks}`, or `{name: {"r": ranks, "sizes": rows}}`."""
+    if not isinstance(value, dict) or len(value) > _MOST:
+        return False
+    return all(isinstance(name, str) and name and _is_split(**_spelt(split)) for name, split in value.items())
+
+
+def _is_split(r: Any = None, sizes: Any = (1,), **more: Any) -> bool:
+    lists = isinstance(r, list) and isinstance(sizes, (list, tuple)) and not more
+    return lists and all(type(n) is int and 0 <= n <= 2**20 for n in (*r, *sizes)) and any(r) and all(sizes)
+
+
+def _spelt(split: Any) -> dict[str, Any]:
+    return {str(key): value for key, value in split.items()} if isinstance(split, dict) else {"r": split}
+
+
+def placed(config: LoraConfig, search: "Search", paths: list[str]) -> dict[str, dict[str, Any]]:
+    """The options of each layer, whose `fused` is `{path: {"r": …, "sizes": …}}` or nothing."""
+    fused: dict[str, Any] = {path: {} for path in paths}
+    for path, name in search.named(config.options["fused"], "fused", paths, "adapted layer").items():
+        known = _known(search.modules, path)
+        split = {"sizes": known, **_spelt(config.options["fused"][name])}
+        fused[path] = {path: split}
+        if split["sizes"] is None:
+            search.fault(
+                "fused",
+                f"how {path} is split is not known: give {{'r': …, 'sizes': …}}, sizes being the rows of "
+                "its parts (of one head's, where the heads are interleaved)",
+            )
+        elif known and split["sizes"] != known:
+            search.fault("fused", f"{path} is split into parts of {known} rows, not of {shown(split['sizes'])}")
+    if start_of(config) in (*FROM_WEIGHT, *FROM_DATA):
+        how = config.init_lora_weights
+        search.fault("fused", f"parts cannot start from the weight or from data, as init_lora_weights={how!r} asks")
+    return {path: {"options": {**config.options, "fused": split}} for path, split in fused.items()}
+
+
+def _known(modules: Mapping[str, nn.Module], path: str) -> list[int] | None:
+    holder, _, name = path.rpartition(".")
+    own = modules.get(holder)
+    split = _KNOWN.get(f"{type(own).__name__}.{name}")
+    return split(own) if split and type(own).__module__.startswith("transformers.") else None
+
+
+def ordinary(config: LoraConfig) -> LoraConfig:
+    """The config of the same adapter as a LoRA: the ranks of the fused layers are those of all their parts."""
+    ranks = {re.escape(name): sum(_spelt(split)["r"]) for name, split in config.options["fused"].items()}
+    others = {key: r for key, r in config.rank_pattern.items() if key not in ranks}
+    return replace(config, rank_pattern=ranks | others, options={**config.options, "fused": {}}) if ranks else config

@@ -7,14 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig
-from veneer.core.ranges import is_finite
-from veneer.core.update import Factors, Option, Update, own_precision
-
-_UNKNOWN_TO_PEFT = (
-    "alpha_pattern", "ensure_weight_tying", "exclude_modules", "lora_alpha", "rank_pattern", "target_parameters",
-    "trainable_token_indices", "use_dora", "use_rslora"
-)  # fmt: skip
+from veneer.core.config import LoraConfig, is_finite
+from veneer.core.update import LORAS_OWN, Factors, Option, Update, own_precision, switch
 
 
 class Projection(nn.Module):
@@ -55,16 +49,10 @@ class Vera(Update):
 
     file_names: ClassVar = {"b": "vera_lambda_b", "d": "vera_lambda_d", "A": "vera_A", "B": "vera_B"}
     reads_weight: ClassVar = False
-    peft_names: ClassVar = {
-        "lora_dropout": "vera_dropout",
-        "init_lora_weights": "init_weights",
-        **dict.fromkeys(_UNKNOWN_TO_PEFT),
-    }
+    peft_names: ClassVar = {**LORAS_OWN, "lora_dropout": "vera_dropout", "init_lora_weights": "init_weights"}
     options: ClassVar = {
-        "projection_prng_key": Option(
-            0, lambda value: type(value) is int and 0 <= value < 2**63, "a whole number below 2^63"
-        ),
-        "save_projection": Option(True, lambda value: isinstance(value, bool), "true or false"),
+        "projection_prng_key": Option(0, lambda key: type(key) is int and 0 <= key < 2**63, "a whole number < 2^63"),
+        "save_projection": switch(True),
         "d_initial": Option(0.1, is_finite, "a finite number"),
     }
     share: ClassVar = Projection

@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
     documents: int
     longest: int
-    lengths: Tensor  # (documents)
+    lengths: tuple[int, ...]
 
 
 class Layout(NamedTuple):
@@ -129,27 +129,31 @@ def _inside(
     q: Tensor, k: Tensor, v: Tensor, group: Group, causal: bool, window: int | None, dropout: float, scale: float
 ) -> Tensor:
     """Attention inside documents, q `(documents, key heads, queries a key, longest, size)`; of padding, anything."""
+    lengths = (group.longest,) if causal else group.lengths
     if q.device.type == "cpu" and not dropout and group.longest <= SHORT:
-        return _Products.apply(q, k, v, _bias(group, causal, window, q), scale)
+        return _Products.apply(q, k, v, _bias(lengths, window, causal, q.dtype, q.device), scale)
     k, v = (own.expand(q.shape).flatten(1, 2) for own in (k, v))
     plain = causal and window is None
-    mask = None if plain else _bias(group, causal, window, q).unsqueeze(1)
+    mask = None if plain else _bias(lengths, window, causal, q.dtype, q.device).unsqueeze(1)
     y = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, mask, dropout, is_causal=plain, scale=scale)
     return y.view(q.shape)
 
 
-def _bias(group: Group, causal: bool, window: int | None, q: Tensor) -> Tensor:
-    """`(1 or documents, longest, longest)`: 0 where a query sees a key, else -∞; padding sees something too."""
-    places = torch.arange(group.longest, device=q.device)
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # it is kept, and gradients may be wanted later
+def _bias(lengths: tuple[int, ...], window: int | None, causal: bool, dtype: torch.dtype, device: Any) -> Tensor:
+    """`(lengths, longest, longest)`: 0 where a query sees a key, else -∞; padding sees something too."""
+    places = torch.arange(max(lengths), device=device)
     if causal:
         seen = (places[:, None] >= places).unsqueeze(0)
         seen = seen if window is None else seen & (places[:, None] - places < window)
     else:
-        seen = (places < group.lengths[:, None])[:, None, :].expand(-1, group.longest, -1)
-    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
+        seen = (places < torch.tensor(lengths, device=device)[:, None])[:, None, :].expand(-1, max(lengths), -1)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _layout(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.device) -> Layout:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     together: list[list[int]] = []
@@ -165,7 +169,7 @@ def _layout(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.
         places = torch.arange(longest).expand(len(own), -1)  # (documents, longest)
         tokens.append(starts[own][:, None] + torch.minimum(places, of_each[:, None] - 1))
         real.append(places < of_each[:, None])
-        groups.append(Group(len(own), longest, of_each.to(device)))
+        groups.append(Group(len(own), longest, tuple(of_each.tolist())))
 
     def moves(heads: int) -> tuple[Tensor, Tensor]:
         each = torch.arange(heads)[:, None]

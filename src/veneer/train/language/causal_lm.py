@@ -53,7 +53,7 @@ class CausalLM(Task):
         if recipe.data.eval_share and not held_out:
             reporter.say("held-out rows: none, because all rows have the same prompt; data.eval_path names some")
         self.size = len(self.part.examples)
-        model = load_causal_lm(folder, recipe.dtype, device)
+        model = load_causal_lm(folder, recipe.dtype, device, recipe.quantization)
         torch.manual_seed(recipe.train.seed)
         self.first_place = find_packing(model) if recipe.train.packing else None
         if recipe.train.packing and self.first_place is None:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from veneer.core.errors import AdapterError, collapsed
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.fused import has_matrix_units
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # a base brings no programs
@@ -37,16 +39,18 @@ def longest_row(folder: Path) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def load_causal_lm(folder: Path, dtype: str | None, device: torch.device) -> Any:
+def load_causal_lm(folder: Path, dtype: str | None, device: torch.device, quantization: str = "none") -> Any:
     """The causal language model in `folder`, every weight from its files; in `dtype` (None: as stored), on `device`.
 
+    With `quantization` the linear layers but the head hold 8 or 4 bits a weight, and compute in `dtype`.
     Raises `AdapterError` when the folder holds another kind of model, or not all of its weights.
     """
+    more = _quantising(quantization, dtype, device)
     try:
         with quiet():  # what it would say of missing weights is an error here
             config = AutoConfig.from_pretrained(folder, **LOCAL)
             model, found = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype or "auto", output_loading_info=True, **LOCAL
+                folder, config=config, dtype=dtype or "auto", output_loading_info=True, **LOCAL, **more
             )
     except (OSError, ValueError, KeyError) as error:
         raise AdapterError(
@@ -57,7 +61,26 @@ def load_causal_lm(folder: Path, dtype: str | None, device: torch.device) -> Any
             f"base {folder} is a {config.model_type} without the weights of a causal language model: "
             f"{collapsed(missing)} are missing; choose another base"
         )
-    return model.to(device)
+    return model if more else model.to(device)
+
+
+def _quantising(quantization: str, dtype: str | None, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told: LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339), or NF4 of QLoRA (Dettmers et
+    al. 2023, arXiv:2305.14314).
+    """
+    if quantization == "none":
+        return {}
+    if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
+        raise AdapterError(
+            f"quantization={quantization} needs: pip install 'veneer[quantised]' ({listed(missing)} is missing)"
+        )
+    from transformers import BitsAndBytesConfig
+
+    getLogger("bitsandbytes").setLevel(ERROR)  # which of its own kernels it does without
+    given: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "nf4":
+        given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype or "float32"}
+    return {"quantization_config": BitsAndBytesConfig(**given), "device_map": {"": device}}
 
 
 @contextmanager

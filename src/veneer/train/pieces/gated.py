@@ -26,9 +26,10 @@ class Activation:
     def __call__(self, x: Tensor) -> Tensor:
         return getattr(F, self.name)(x, **self.options)
 
-    def backward_(self, grad: Tensor, x: Tensor) -> Tensor:
-        """In grad's place."""
-        return getattr(torch.ops.aten, f"{self.name}_backward").grad_input(grad, x, **self.options, grad_input=grad)
+    def backward(self, grad: Tensor, x: Tensor, **into: Tensor) -> Tensor:
+        """a′(x) ⊙ grad; `grad_input=grad` puts it in the place of grad."""
+        kernels = getattr(torch.ops.aten, f"{self.name}_backward")
+        return (kernels.grad_input if into else kernels.default)(grad, x, **self.options, **into)
 
 
 SILU, GELU, GELU_TANH = Activation("silu"), Activation("gelu"), Activation("gelu", {"approximate": "tanh"})
@@ -38,34 +39,57 @@ class _Gated(torch.autograd.Function):
     """Keeps gate and up alone; a(gate) is made again."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation, kernels: Any) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return activation(gate).mul_(up)
+        ctx.activation, ctx.kernels = activation, kernels
+        return kernels[0](gate.detach(), up.detach()) if kernels else activation(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if ctx.kernels:
+            return (*ctx.kernels[1](grad.data, gate.detach(), up.detach()), None, None)
         dup = ctx.activation(gate).mul_(grad) if ctx.needs_input_grad[1] else None
-        dgate = ctx.activation.backward_(grad * up, gate) if ctx.needs_input_grad[0] else None
-        return dgate, dup, None
+        dgate = None
+        if ctx.needs_input_grad[0]:
+            dgate = ctx.activation.backward(product := grad * up, gate, grad_input=product)
+        return dgate, dup, None, None
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation, kernels: Any = None) -> Tensor:
+    """a(gate) ⊙ up."""
+    if gate.dtype != up.dtype or gate.shape != up.shape:
+        return activation(gate) * up
+    flat = [x.reshape(-1, x.shape[-1]) for x in (gate, up)] if kernels else (gate, up)
+    return _Gated.apply(*flat, activation, kernels).view(gate.shape)
 
 
 class QuickGated(Piece):
     """A feed-forward layer W_down (a(W_gate x) ⊙ W_up x), its projections called as modules."""
 
     activation: ClassVar[Activation]
+    kernels: ClassVar[Any] = None  # compiled ones, of the forward and of the backward
+    inputs: ClassVar[int] = 2
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
 
+    @property
+    def width(self) -> int:
+        return getattr(self.down_proj, "in_features", 64)
+
+    @property
+    def example(self) -> Tensor:
+        return next(self.down_proj.parameters())
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or is_traced():
             return self.own(*args, **kwargs)
-        gate, up = self.gate_proj(args[0]), self.up_proj(args[0])
-        same = gate.dtype == up.dtype and gate.shape == up.shape
-        return self.down_proj(_Gated.apply(gate, up, self.activation) if same else self.activation(gate) * up)
+        return self.down_proj(self.run(self.gate_proj(args[0]), self.up_proj(args[0]), self.kernels))
+
+    def run(self, gate: Tensor, up: Tensor, kernels: Any) -> Tensor:
+        return gated(gate, up, self.activation, kernels)
 
 
 class GatedSilu(QuickGated):
@@ -100,7 +124,7 @@ def quick_gated(module: nn.Module) -> type[Piece] | None:
 
     with _in_training(inner):
         for piece in (GatedSilu, GatedGelu, GatedGeluTanh):
-            if agrees(own, lambda gate, up, by=piece: _Gated.apply(gate, up, by.activation), [gate, up]):
+            if agrees(own, lambda gate, up, by=piece: gated(gate, up, by.activation), [gate, up]):
                 return piece
     return None
 

@@ -17,7 +17,12 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps x itself and 1/rms `(rows, 1)`. With h = g ⊙ w: dx = (h - x̂ mean(h ⊙ x̂)) / rms, where x̂ = x / rms."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Any) -> Tensor:
+        ctx.kernels = kernels
+        if kernels:
+            y, rstd = kernels[0](x.detach(), weight, eps)
+            ctx.save_for_backward(x, rstd, weight)
+            return y
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (rows, 1)
         rstd = rms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, rstd, weight)
@@ -32,6 +37,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
+        if ctx.kernels:
+            return ctx.kernels[1](grad.data, x.detach(), rstd, weight), None, None, None
         weight = weight.float()
         dx = torch.empty_like(x)
         for rows in _blocks(x):
@@ -40,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
             pull = dot.mul_(scale).mul_(scale).mul_(scale).div_(-x.shape[-1])  # (rows, 1)
             torch.mul(h, weight, out=product)
             torch.addcmul(product.mul_(scale), block, pull, out=dx[rows])
-        return dx, None, None
+        return dx, None, None, None
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -49,23 +56,35 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Any = None) -> Tensor:
     """y = w ⊙ x / √(mean x² + ε) in the dtype of x `(..., n)`; w `(n)` has no gradient."""
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, kernels).view(x.shape)
 
 
 class QuickNorm(Piece):
     """An RMSNorm whose weight is frozen; any other call runs the module's own forward."""
 
     offset: ClassVar[float] = 0.0  # what is added to the weight
+    kernels: ClassVar[Any] = None  # compiled ones, of the forward and of the backward
+    inputs: ClassVar[int] = 1
     weight: Tensor
+
+    @property
+    def width(self) -> int:
+        return len(self.weight)
+
+    @property
+    def example(self) -> Tensor:
+        return self.weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight
         other = args or kwargs or weight.requires_grad or x.dtype not in DTYPES or x.dtype != weight.dtype
-        if other or is_traced():
-            return self.own(x, *args, **kwargs)
-        return rms_norm(x, weight.float() + self.offset if self.offset else weight, _eps(self))
+        return self.own(x, *args, **kwargs) if other or is_traced() else self.run(x, self.kernels)
+
+    def run(self, x: Tensor, kernels: Any) -> Tensor:
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        return rms_norm(x, weight, _eps(self), kernels)
 
 
 class QuickNormFromOne(QuickNorm):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer import AdapterError
-from veneer.core.expression import LONGEST, Expression, Path, faulty
+from veneer.safe.expression import LONGEST, Expression, Path, faulty
 
 ATOMS = [
     "a", "b", ".", r"\.", "[ab]", "[^a.]", "[a-c]", r"[\d.]", r"\w", r"\W", r"\d", r"\D", r"\s", "^", "$", r"\A", r"\Z",

@@ -1,4 +1,4 @@
-"""Rows of a table by themselves: what `trainable_token_indices` trains beside an adapter's method."""
+"""What is trained beside an adapter's method: copies of parameters, rows of a table; and what is trained elsewhere."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -7,6 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.update import Factors, Few, Update, own_precision
+
+
+class Copy(Update):
+    """ΔW = W′ - W for a parameter W of any shape, where W′ is trained and starts as W, to the bit."""
+
+    file_names: ClassVar = {"value": ""}  # a file has it under the parameter's own path
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(weight.detach().to(own_precision(weight), copy=True))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.value - weight
+
+    def onto(self, weight: Tensor) -> Tensor:
+        return self.value
 
 
 class Tokens(Update):
@@ -41,11 +57,10 @@ class Tied(Update):
     What is trained is the other's; a file has it here too where it is factors, and else there alone.
     """
 
-    file_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}
-
     def __init__(self, of: Update, turned: bool) -> None:
         super().__init__()
-        self.of, self.turned, self.dropout = of, turned, of.dropout
+        self.of, self.turned = of, turned
+        self.dropout, self.scale = of.dropout, of.scale
 
     def _turn(self, matrix: Tensor) -> Tensor:
         return matrix.t() if self.turned else matrix

@@ -1,0 +1,1 @@
+"""What knows nothing of adapters: patterns that cannot hang, files read within limits and written whole."""
