@@ -114,3 +114,9 @@ def test_without_fp16_nothing_is_scaled_and_a_bad_step_is_not_taken(tiny):
     assert all(torch.equal(before[name], value) for name, value in trained(model).items())
     with pytest.raises(AdapterError, match="no adapter got a gradient"):
         stepper.step(1e-2)
+
+
+def test_a_loss_that_nothing_trained_made_is_refused(tiny):
+    _, stepper = adapted(tiny, torch.float32)
+    with pytest.raises(AdapterError, match="no adapter got a gradient"):
+        stepper.backward(torch.zeros(()))

@@ -16,6 +16,8 @@ from veneer.core.update import Update
 if TYPE_CHECKING:  # LoRA+ needs none of what reads recipes
     from veneer.train.settings import TrainSettings
 
+UNTRAINED = "no adapter got a gradient: the adapted layers were never called"
+
 
 def optimizer(model: nn.Module, settings: "TrainSettings") -> torch.optim.Optimizer:
     """Fused AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over the parameters that require gradients."""
@@ -43,7 +45,9 @@ class Stepper:
         self.skipped = 0  # steps, since the beginning
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a part of the step's loss."""
+        """Add the gradients of a part of the step's loss. Raises `AdapterError` where it has none."""
+        if not loss.requires_grad:
+            raise AdapterError(UNTRAINED)
         self.scaler.scale(loss).backward()
 
     def step(self, lr: float) -> float:
@@ -53,7 +57,7 @@ class Stepper:
         """
         trains = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         if not trains:
-            raise AdapterError("no adapter got a gradient: the adapted layers were never called")
+            raise AdapterError(UNTRAINED)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(trains, self.longest).item()
         if math.isfinite(norm) or self.scaler.is_enabled():

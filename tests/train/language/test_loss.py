@@ -81,3 +81,14 @@ def test_what_changes_logits_after_the_head_is_found(tiny, family, plain):
     else:
         model = tiny(family)
     assert ends_with_head(model) == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_s_own_gradient_is_not_rounded(dtype):
+    """fp16's loss scale is 65536, which fp16 does not know; and 1/301 in bf16 would be off by a thousandth."""
+    head, hidden = head_of("frozen", dtype), torch.randn(TOKENS, SIZE, dtype=dtype, requires_grad=True)
+    loss = learned_loss(hidden, head, torch.randint(VOCABULARY, (TOKENS,)))
+    (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    for scale in (65536.0, 1 / 301):
+        (found,) = torch.autograd.grad(loss * scale, hidden, retain_graph=True)
+        assert torch.equal(found, (one.float() * scale).to(dtype))

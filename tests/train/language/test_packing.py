@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from veneer import LoraConfig, get_peft_model
 from veneer.train.language import attention, packing
@@ -86,6 +86,17 @@ def test_rows_that_are_not_packed_give_what_they_gave(model, dtype):
     assert torch.equal(model(**inputs)[0], before)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_without_a_padding_token_is_packed(tiny, family):
+    assert find_packing(tiny(family, pad_token_id=None)) == 0
+
+
+def test_a_window_that_no_layer_has_is_none():
+    """Qwen2-MoE makes a mask for it all the same."""
+    model = decoder("qwen2_moe", use_sliding_window=False)
+    assert find_packing(model) == 0
+
+
 def test_generating_is_as_before(tiny):
     model, prompt = tiny("llama"), torch.randint(3, 64, (2, 5))
     before = model.generate(prompt, max_new_tokens=8, do_sample=False)
@@ -103,6 +114,43 @@ def test_what_cannot_be_packed_is_found_and_left_as_it_was(tiny, family):
 
 def test_a_model_without_a_padding_token_can_be_packed(tiny):
     assert find_packing(tiny("llama", pad_token_id=None, vocab_size=9, bos_token_id=None, eos_token_id=None)) == 0
+
+
+def decoder(family, **settings):
+    """A family that `tiny` does not know."""
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    config = AutoConfig.for_model(family, **{**tokens, **heads, **sizes, **settings})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama4_text", {"attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 48}),
+        ("phimoe", {"sliding_window": 16, "num_local_experts": 2}),
+        ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}),
+    ],
+)
+def test_a_window_that_only_masks_know_is_not_packed_however_long_it_is(family, settings):
+    """The trial's documents fit into it; those of the data may not."""
+    model = decoder(family, **settings)
+    assert find_packing(model) is None
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False}),
+    ],
+)
+def test_a_leak_that_is_smaller_than_rounding_is_found(family, settings, dtype):
+    """A convolution over the border, with weights that hardly matter yet."""
+    assert find_packing(decoder(family, **settings).to(dtype)) is None
 
 
 @pytest.mark.parametrize("where", ["attention", "positions"])

@@ -4,7 +4,8 @@ A packed row is one row of documents laid end to end. Its `attention_mask` is no
 `(1, 1, 1, documents)`, which transformers hands to every layer as it is. Documents of like length are taken together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -42,8 +43,35 @@ class Layout(NamedTuple):
 
 def register() -> str:
     """Make the attention known to transformers; the name that a config says it by."""
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return _registered(attend, sdpa_mask)
+
+
+@contextmanager
+def windows() -> Iterator[tuple[set[int | None], set[int | None]]]:
+    """Inside, the windows that masks are made with, and those that attention is told: in a packed row there is no mask,
+    so that only the second are known.
+    """
+    masks: set[int | None] = set()
+    told: set[int | None] = set()
+
+    def mask(*args: Any, **more: Any) -> Any:
+        masks.add(more.get("local_size"))
+        return sdpa_mask(*args, **more)
+
+    def attention(*args: Any, **more: Any) -> Any:
+        told.add(more.get("sliding_window"))
+        return attend(*args, **more)
+
+    _registered(attention, mask)
+    try:
+        yield masks, told
+    finally:
+        register()
+
+
+def _registered(attention: Callable[..., Any], mask: Callable[..., Any]) -> str:
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
     return NAME
 
 

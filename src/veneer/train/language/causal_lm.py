@@ -131,7 +131,7 @@ class CausalLM(Task):
 
     def _batches(self, part: Part, rows: Sequence[int]) -> list[Batch]:
         """The rows in passes of at most `train.pass_tokens` tokens."""
-        lengths = [len(part.examples[row].ids) for row in rows]
+        lengths = [int(part.examples.lengths[row]) for row in rows]
         most = self.recipe.train.pass_tokens
         shared = passes(lengths, most or sum(lengths), pads=self.first_place is None)
         return [self._batch(part, [rows[i] for i in own]) for own in shared]
@@ -153,7 +153,7 @@ class CausalLM(Task):
     @torch.no_grad()
     def _held_out_loss(self, part: Part) -> float:
         rows = evenly(range(len(part.examples)), self.recipe.eval.rows)
-        rows.sort(key=lambda row: len(part.examples[row].ids))
+        rows.sort(key=lambda row: int(part.examples.lengths[row]))
         total, units, size = 0.0, 0, self.recipe.train.batch_size
         self.model.eval()
         for start in range(0, len(rows), size):

@@ -70,7 +70,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
-        return dhidden * grad.to(dhidden.dtype), None, None, None, None
+        return dhidden * grad, None, None, None, None  # a number of fp32: fp16's scale may be beyond fp16
 
 
 @contextmanager
