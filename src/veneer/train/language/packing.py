@@ -123,8 +123,8 @@ def _knows_windows(model: Any, row: Sequence[int], alone: Tensor) -> bool:
 
 
 def _packed_outputs(model: Any, rows: Sequence[Sequence[int]], first: int) -> Tensor | None:
-    """What the packed row gives; None where the model does not take it, does not read the positions, or where a document
-    sees another, however little: what it gives has a gradient in the other's tokens then.
+    """What the packed row gives. None where the model does not take it or does not read the positions, or where a
+    document sees another, however little: what it gives has a gradient in the other's tokens then.
     """
     embedded: list[Tensor] = []
 
