@@ -60,7 +60,7 @@ class Recipe(Settings):
     quantization: Literal["none", "int8", "nf4"] = Field(
         "none",
         description="Of the frozen base's linear layers: int8 takes one byte a weight, nf4 half a byte. On a CPU this "
-        "saves memory and no time.",
+        "takes a little more time, and saves memory for large bases only.",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps, …")
     adapter: LoraConfig = Field(default_factory=LoraConfig, description="LoraConfig's own fields.")
