@@ -215,6 +215,21 @@ def test_ctrl_c_keeps_what_was_learned(veneer, recipe, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_error_between_steps_keeps_what_was_learned(veneer, recipe, tmp_path, monkeypatch):
+    from veneer.train.language.causal_lm import CausalLM
+
+    evaluate = CausalLM.evaluate
+    monkeypatch.setattr(
+        CausalLM, "evaluate", lambda self, whole: evaluate(self, whole) if whole else {"eval_loss": float("nan")}
+    )
+    said = veneer("train", recipe, "train.steps=4", "eval.every_steps=2")
+    assert said.code == 2
+    folder = tmp_path / "runs/small-1"
+    assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2]
+    assert "what was learned until then is in" in said.out + said.err
+    assert (folder / "adapter/adapter_model.safetensors").is_file()
+
+
 def test_nan_stops_the_run_with_step_rows_and_advice(veneer, recipe, tmp_path, monkeypatch):
     from veneer.train.language.causal_lm import CausalLM
 

@@ -90,7 +90,12 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
     def measure(step: int) -> None:
         _noted(task.evaluate(whole=False), folder, reporter, step)
 
-    outcome = train(task, recipe.train, every, folder.measure, measure, reporter)
+    try:
+        outcome = train(task, recipe.train, every, folder.measure, measure, reporter)
+    except BaseException:
+        task.model.save_pretrained(folder.adapter)  # as the last whole step left it
+        reporter.say(f"what was learned until then is in {folder.adapter}")
+        raise
     result = Result(folder, outcome, before, {}, trainable, parameters, 0.0)
     _save(task, recipe, result)
     if outcome.failure:
