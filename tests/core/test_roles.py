@@ -46,24 +46,9 @@ def clip() -> nn.Module:
     return transformers.CLIPModel(transformers.CLIPConfig(**CLIP))
 
 
-def unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_role_is_the_same_layers_in_every_family(tiny, family):
-    model = {"clip": clip, "unet": unet}.get(family, lambda: tiny(family, ""))()
+def test_a_role_is_the_same_layers_in_every_family(tiny, unet, family):
+    model = {"clip": clip, "unet": lambda: unet}.get(family, lambda: tiny(family, ""))()
     layers = base_modules(model)
     linear = set(select(model, LoraConfig(target_modules="all-linear"))[0])
     found = {word: set(select(model, LoraConfig(target_modules=word))[0]) for word in WORDS}
