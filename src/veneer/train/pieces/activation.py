@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.fused import is_traced
-from veneer.train.pieces.gated import GELU, GELU_TANH, SILU, Activation
+from veneer.train.pieces.gated import Activation, of_each_activation
 from veneer.train.pieces.piece import ROWS, Piece, agrees, kept_bytes, samples
 
 NAMES = re.compile("gelu|silu|swish|activation", re.IGNORECASE)  # to look at; what they are is found out
@@ -22,16 +22,7 @@ class QuickActivation(Piece):
         return self.own(x, *args, **kwargs) if args or kwargs or is_traced() else self.activation(x)
 
 
-class QuickSilu(QuickActivation):
-    activation = SILU
-
-
-class QuickGelu(QuickActivation):
-    activation = GELU
-
-
-class QuickGeluTanh(QuickActivation):
-    activation = GELU_TANH
+QUICK = of_each_activation(QuickActivation, "Quick")
 
 
 def quick_activation(module: nn.Module) -> type[Piece] | None:
@@ -43,7 +34,7 @@ def quick_activation(module: nn.Module) -> type[Piece] | None:
         return type(module).forward(module, x)
 
     (x,) = samples(ROWS, 64, dtype=torch.float64, number=1)
-    for piece in (QuickSilu, QuickGelu, QuickGeluTanh):
+    for piece in QUICK:
         if agrees(own, piece.activation, [x]) and kept_bytes(own, x) > kept_bytes(piece.activation, x):
             return piece
     return None

@@ -32,7 +32,11 @@ class Activation:
         return (kernels.grad_input if into else kernels.default)(grad, x, **self.options, **into)
 
 
-SILU, GELU, GELU_TANH = Activation("silu"), Activation("gelu"), Activation("gelu", {"approximate": "tanh"})
+ACTIVATIONS = {
+    "Silu": Activation("silu"),
+    "Gelu": Activation("gelu"),
+    "GeluTanh": Activation("gelu", {"approximate": "tanh"}),
+}
 
 
 class _Gated(torch.autograd.Function):
@@ -92,16 +96,12 @@ class QuickGated(Piece):
         return gated(gate, up, self.activation, kernels)
 
 
-class GatedSilu(QuickGated):
-    activation = SILU
+def of_each_activation(piece: Any, prefix: str) -> list[Any]:
+    """The piece for each activation that is known, named by both."""
+    return [type(f"{prefix}{name}", (piece,), {"activation": own}) for name, own in ACTIVATIONS.items()]
 
 
-class GatedGelu(QuickGated):
-    activation = GELU
-
-
-class GatedGeluTanh(QuickGated):
-    activation = GELU_TANH
+GATED = of_each_activation(QuickGated, "Gated")
 
 
 def quick_gated(module: nn.Module) -> type[Piece] | None:
@@ -123,7 +123,7 @@ def quick_gated(module: nn.Module) -> type[Piece] | None:
         return type(module).forward(stand_in, x)
 
     with _in_training(inner):
-        for piece in (GatedSilu, GatedGelu, GatedGeluTanh):
+        for piece in GATED:
             if agrees(own, lambda gate, up, by=piece: gated(gate, up, by.activation), [gate, up]):
                 return piece
     return None
