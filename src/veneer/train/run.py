@@ -93,7 +93,7 @@ def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
     try:
         outcome = train(task, recipe.train, every, folder.measure, measure, reporter)
     except BaseException:
-        task.model.save_pretrained(folder.adapter)  # as the last whole step left it
+        _keep(task, folder)  # as the last whole step left it
         reporter.say(f"what was learned until then is in {folder.adapter}")
         raise
     result = Result(folder, outcome, before, {}, trainable, parameters, 0.0)
@@ -162,12 +162,18 @@ def _draw(folder: Run) -> None:
 def _save(task: Task, recipe: Recipe, result: Result) -> None:
     """The adapter, how to use it, and its card."""
     folder = result.run
-    task.model.save_pretrained(folder.adapter)
+    usage = _keep(task, folder)
     result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.glob("adapter_model*"))
-    usage = task.usage()
-    folder.write(f"{folder.adapter.name}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")
     rows = _figures(recipe, result)
     folder.write(f"{folder.adapter.name}/README.md", card(folder.folder.name, recipe.base, rows, usage, result.samples))
+
+
+def _keep(task: Task, folder: Run) -> dict[str, Any]:
+    """The adapter, and how to use it, which is returned."""
+    task.model.save_pretrained(folder.adapter)
+    usage = task.usage()
+    folder.write(f"{folder.adapter.name}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")
+    return usage
 
 
 def _figures(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
