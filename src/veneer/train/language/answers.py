@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from veneer.core.errors import AdapterError
+from veneer.train.language.packing import on_device, padded
 
 
 @torch.no_grad()
@@ -31,17 +31,16 @@ def answer(
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids, mask = _left_padded([prompts[i] for i in chosen], pad_of(tokenizer), model.device)
+            inputs = on_device(padded([prompts[i] for i in chosen], pad_of(tokenizer), left=True), model.device)
             options = {"do_sample": False, **generation}
             tokens = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **inputs,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad_of(tokenizer),
                 eos_token_id=stops_of(model, tokenizer),
                 **options,
             )
-            texts = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text.strip()
             progress(min(start + batch_size, len(order)), len(order))
@@ -76,13 +75,3 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     most = max(len(own) for own in references)
     streams = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
     return float(corpus_bleu(list(answers), streams).score)
-
-
-def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad)  # (rows, tokens)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)

@@ -25,18 +25,10 @@ LIKE = 0.75  # of the longest document: the shortest that is taken together with
 SHORT = 192  # tokens; with more, torch's own kernel is faster on a CPU too
 
 
-class Group(NamedTuple):
-    """Documents that are taken together, padded on the right to the longest."""
-
-    documents: int
-    longest: int
-    lengths: tuple[int, ...]
-
-
 class Layout(NamedTuple):
     """How rows `(tokens · heads)` of queries, and of keys, come into the groups, and back."""
 
-    groups: list[Group]
+    groups: list[tuple[int, ...]]  # the lengths of documents that are taken together, padded to the longest
     queries: tuple[Tensor, Tensor]  # (Σ documents · heads · longest): which row; (tokens · heads): to which place
     keys: tuple[Tensor, Tensor]
 
@@ -115,8 +107,8 @@ def attend(
     scale = size**-0.5 if scaling is None else scaling
     found, first = [], 0
     for group in layout.groups:
-        last = first + group.documents * group.longest
-        shape = (group.documents, key.shape[1], -1, group.longest, size)  # the third: queries a key
+        last = first + len(group) * max(group)
+        shape = (len(group), key.shape[1], -1, max(group), size)  # the third: queries a key
         own_q = q[first * heads : last * heads].view(shape)
         own_k, own_v = (rows[first * key.shape[1] : last * key.shape[1]].view(shape) for rows in (k, v))
         found.append(_inside(own_q, own_k, own_v, group, causal, window, dropout, scale).reshape(-1, size))
@@ -126,11 +118,18 @@ def attend(
 
 
 def _inside(
-    q: Tensor, k: Tensor, v: Tensor, group: Group, causal: bool, window: int | None, dropout: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    causal: bool,
+    window: int | None,
+    dropout: float,
+    scale: float,
 ) -> Tensor:
     """Attention inside documents, q `(documents, key heads, queries a key, longest, size)`; of padding, anything."""
-    lengths = (group.longest,) if causal else group.lengths
-    if q.device.type == "cpu" and not dropout and group.longest <= SHORT:
+    lengths = (max(lengths),) if causal else lengths  # a causal query sees no padding
+    if q.device.type == "cpu" and not dropout and max(lengths) <= SHORT:
         return _Products.apply(q, k, v, _bias(lengths, window, causal, q.dtype, q.device), scale)
     k, v = (own.expand(q.shape).flatten(1, 2) for own in (k, v))
     plain = causal and window is None
@@ -169,7 +168,7 @@ def _layout(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.
         places = torch.arange(longest).expand(len(own), -1)  # (documents, longest)
         tokens.append(starts[own][:, None] + torch.minimum(places, of_each[:, None] - 1))
         real.append(places < of_each[:, None])
-        groups.append(Group(len(own), longest, tuple(of_each.tolist())))
+        groups.append(tuple(of_each.tolist()))
 
     def moves(heads: int) -> tuple[Tensor, Tensor]:
         each = torch.arange(heads)[:, None]

@@ -1,21 +1,29 @@
 """The task `causal-lm`: a decoder learns to continue text. Only learned tokens reach the head."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer import zoo
 from veneer.core.errors import AdapterError
 from veneer.core.model import get_peft_model
 from veneer.train.language.answers import answer, bleu, pad_of
-from veneer.train.language.loss import ends_with_head, head_input, learned_loss, token_loss
+from veneer.train.language.loss import ends_with_head, head_input, learned_loss, only, token_loss
 from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer, longest_row
-from veneer.train.language.packing import find_packing, most_tokens, on_device, packed, padded, passes
+from veneer.train.language.packing import (
+    end_to_end,
+    filled,
+    find_packing,
+    most_tokens,
+    on_device,
+    packed,
+    padded,
+    passes,
+)
 from veneer.train.language.parts import Part, Question, evenly, questions, read_documents, tokenised
 from veneer.train.language.settings import LanguageData, LanguageEvaluation, LanguageSample, LanguageTraining
 from veneer.train.language.shapes import opening, typed
@@ -84,7 +92,7 @@ class CausalLM(Task):
         inputs, smoothing = dict(batch.inputs), self.recipe.train.label_smoothing if self.model.training else 0.0
         keep, targets = inputs.pop("keep"), inputs.pop("targets")
         if self.head is None:
-            with _only(self.model.get_output_embeddings(), keep):
+            with only(self.model.get_output_embeddings(), keep):
                 logits = self.model(**inputs, use_cache=False).logits
             return token_loss(logits if logits.ndim == 2 else logits[keep], targets, smoothing)
         with head_input(self.head) as given:
@@ -116,10 +124,8 @@ class CausalLM(Task):
         ]
 
     def facts(self) -> dict[str, Any]:
-        examples = self.part.examples
-        longest = int(examples.lengths.argmax())
-        looks = [coloured(example, self.tokenizer) for example in evenly(examples, 3)]
-        return {"report": self.part.report, "longest row": longest, "looks": looks}
+        looks = [coloured(example, self.tokenizer) for example in evenly(self.part.examples, 3)]
+        return {"report": self.part.report, "looks": looks}
 
     def usage(self) -> dict[str, Any]:
         keys = ("shape", "prompt", "completion", "chat")
@@ -141,9 +147,9 @@ class CausalLM(Task):
         examples = [part.examples[row] for row in rows]
         ids, flags = [example.ids for example in examples], [[0, *example.learned[1:]] for example in examples]
         if self.first_place is None:
-            inputs, learned = padded(ids, pad_of(self.tokenizer)), padded(flags, 0)["input_ids"].bool()
+            inputs, learned = padded(ids, pad_of(self.tokenizer)), filled(flags, 0).bool()
         else:
-            inputs, learned = packed(ids, self.first_place), packed(flags)["input_ids"].bool()
+            inputs, learned = packed(ids, self.first_place), end_to_end(flags).bool()
         keep = F.pad(learned[:, 1:], (0, 1))
         inputs |= {"keep": keep, "targets": inputs["input_ids"][:, 1:][learned[:, 1:]]}  # (learned tokens)
         tokens = sum(len(own) for own in ids)
@@ -180,16 +186,3 @@ class CausalLM(Task):
         if self.held_out is None or not wanted.count:
             return []
         return [(q.document.opening, q) for q in evenly(questions(self.held_out), wanted.count)]
-
-
-@contextmanager
-def _only(head: nn.Module | None, keep: Tensor) -> Iterator[None]:
-    """Inside, the output layer sees only the places that `keep (rows, tokens)` marks: `(places, hidden)`."""
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][keep], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,7 +1,7 @@
 """The loss of learned tokens, in chunks: the `(tokens, vocabulary)` matrix of logits never exists."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -82,11 +82,15 @@ def head_input(head: nn.Module) -> Iterator[list[Tensor]]:
         given.append(args[0])
         return args[0][..., :0, :], *args[1:]
 
-    handle = head.register_forward_pre_hook(keep)
-    try:
+    with head.register_forward_pre_hook(keep):
         yield given
-    finally:
-        handle.remove()
+
+
+def only(head: nn.Module | None, places: Tensor) -> AbstractContextManager[Any]:
+    """Inside, the output layer sees only the places that are marked, of `(rows, tokens)`: `(places, size)`."""
+    if head is None:
+        return nullcontext()
+    return head.register_forward_pre_hook(lambda _, args: (args[0][places], *args[1:]))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from veneer.train.language.attention import documents, register, windows
 from veneer.train.language.model import quiet
@@ -26,9 +27,13 @@ NOISE = {
 def packed(rows: Sequence[Sequence[int]], first: int = 0) -> dict[str, Tensor]:
     """The rows' tokens as one packed row; in each, positions begin with `first`."""
     lengths = [len(row) for row in rows]
-    ids = torch.cat([torch.as_tensor(row, dtype=torch.long) for row in rows])
-    places = torch.cat([torch.arange(first, first + length) for length in lengths])
-    return {"input_ids": ids[None], "position_ids": places[None], "attention_mask": documents(lengths)}
+    places = end_to_end([range(first, first + length) for length in lengths])
+    return {"input_ids": end_to_end(rows), "position_ids": places, "attention_mask": documents(lengths)}
+
+
+def end_to_end(rows: Sequence[Sequence[int]]) -> Tensor:
+    """All numbers of the rows as one row `(1, tokens)`."""
+    return torch.cat([torch.as_tensor(row, dtype=torch.long) for row in rows])[None]
 
 
 def on_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -37,15 +42,16 @@ def on_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tens
     return {name: tensor if name == stays else tensor.to(device) for name, tensor in inputs.items()}
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """The rows' tokens, padded on the right to the longest."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad)  # (rows, tokens)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
-        mask[i, : len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+def padded(rows: Sequence[Sequence[int]], pad: int, left: bool = False) -> dict[str, Tensor]:
+    """The rows' tokens, padded to the longest, on the right or on the left."""
+    mask = filled([[1] * len(row) for row in rows], 0, left)
+    return {"input_ids": filled(rows, pad, left), "attention_mask": mask}
+
+
+def filled(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> Tensor:
+    """The rows' numbers `(rows, longest)`, filled up on the right or on the left."""
+    own = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(own, batch_first=True, padding_value=fill, padding_side="left" if left else "right")
 
 
 def passes(lengths: Sequence[int], most: int, pads: bool) -> list[list[int]]:
@@ -89,8 +95,9 @@ def find_packing(model: Any) -> int | None:
     if most is None or config.is_encoder_decoder or config._attn_implementation != "sdpa":
         return None
     generator = torch.Generator().manual_seed(0)
-    tokens = [token for token in range(most) if token != pad]
-    rows = [[tokens[i] for i in torch.randint(len(tokens), (size,), generator=generator)] for size in TRIAL]
+    tokens = torch.arange(most)
+    tokens = tokens if pad is None else tokens[tokens != pad]
+    rows = [tokens[torch.randint(len(tokens), (size,), generator=generator)].tolist() for size in TRIAL]
     model.eval()
     try:
         alone = torch.cat([_outputs(model, padded([row], 0)) for row in rows])
