@@ -274,13 +274,13 @@ def test_the_adapter_loads_in_peft(run, tiny_base):
 
 def test_only_learned_tokens_reach_the_head(tiny_base):
     """The output layer sees the marked places, and gives what it would have given there."""
-    from veneer.train.language.causal_lm import _only
+    from veneer.train.language.loss import only
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), LoraConfig())
     ids = torch.arange(3, 23).view(2, 10)
     keep = torch.rand(2, 10) > 0.5
     whole = model(ids).logits
-    with _only(model.get_output_embeddings(), keep):
+    with only(model.get_output_embeddings(), keep):
         part = model(ids).logits
     assert part.shape == (int(keep.sum()), whole.shape[-1])
     torch.testing.assert_close(part, whole[keep])
