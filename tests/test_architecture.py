@@ -16,18 +16,19 @@ DRAWERS = {"utils", "util", "common", "helpers", "helper", "manager", "managers"
 MAY_IMPORT: dict[str, set[str]] = {
     "safe": {"core.errors"},
     "core": {"safe"},
-    "files": {"core"},
-    "combine": {"core"},
-    "analyse": {"core", "combine"},
+    "files": {"core", "safe"},
+    "combine": {"core", "safe"},
+    "analyse": {"core", "safe", "combine", "files"},
+    "library": {"core", "safe", "files", "analyse"},
     "starts": {"core"},
     "recipes": {"core.errors"},
     "zoo": {"core.errors"},
-    "train": {"core", "safe", "starts", "files", "recipes", "zoo"},
+    "train": {"core", "safe", "starts", "files", "library", "recipes", "zoo"},
     "serve": {"core", "files"},
-    "studio": {"core", "files", "combine", "analyse", "train", "recipes", "zoo", "serve"},
-    "cli": {"core", "safe", "files", "combine", "analyse", "train", "recipes", "zoo", "serve", "studio"},
+    "studio": {"core", "files", "combine", "analyse", "library", "train", "recipes", "zoo", "serve"},
+    "cli": {"core", "safe", "files", "combine", "analyse", "library", "train", "recipes", "zoo", "serve", "studio"},
     # the package itself only says where its names live
-    "": {"core", "starts", "files", "combine", "analyse", "train", "recipes", "zoo", "serve", "studio"},
+    "": {"core", "starts", "files", "combine", "analyse", "library", "train", "recipes", "zoo", "serve", "studio"},
 }
 BELOW = ("core", "safe")
 CORE_NEEDS = {"torch", "safetensors", "veneer", *sys.stdlib_module_names}
