@@ -2,8 +2,8 @@
 
     python killing.py RECIPE KILLS SEED
 
-prints {"kills": …, "ends": {sha256 of the final adapter: how often}, "undisturbed": sha256}. One process imports all that
-is needed and forks a child for each attempt, so that an attempt costs what a run costs and not what imports cost.
+prints {"kills": …, "ends": {sha256 of the final adapter: how often}, "undisturbed": sha256}. One process imports all
+that is needed and forks a child for each attempt, which so costs what a run costs and not what imports cost.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -98,10 +99,8 @@ def main(recipe: str, kills: int, seed: int) -> dict:
             child = attempt(recipe, output, at_write=draw.randint(1, 60) if by_write else None)
             if not by_write:
                 time.sleep(draw.uniform(0, lasts))
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             if ended(child):
                 break
             done += 1
