@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from veneer import __version__
-from veneer.cli import generate, merge, models, pull, recipes, train
+from veneer.cli import generate, library, merge, models, pull, recipes, train
 
 app = typer.Typer(
     name="veneer",
@@ -38,4 +38,5 @@ app.command()(generate.generate)
 app.command()(merge.merge)
 app.command()(models.models)
 app.command()(pull.pull)
+app.add_typer(library.app, name="library")
 app.add_typer(recipes.app, name="recipes")

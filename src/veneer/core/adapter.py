@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.core.config import LoraConfig, judged
-from veneer.core.errors import AdapterError, collapsed
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.methods import file_names
 from veneer.safe.stored import existing, is_finite, parsed, read_bytes, read_header, read_tensors
 from veneer.safe.whole import write_whole
@@ -24,7 +24,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ON_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # PEFT's names there
 _MODEL = "base_model"
 _BASE = ".base_layer.weight"
-_OWN, _REPLACED = "adapter_config", "replaces"  # what weights may say about themselves, beside PEFT's "format"
+# what weights say about themselves, to PEFT and to veneer
+_FORMAT, _OWN, _REPLACED = "format", "adapter_config", "replaces"
 
 
 @dataclass
@@ -34,12 +35,16 @@ class Adapter:
     `tensors[path][name]` is the parameter `name` of the method (`A`, `B`, …) for the layer at `path`; what all layers
     share stands under "". `embeddings` are the paths of lookup tables, whose tensors PEFT's files name otherwise;
     `bases` are tables of the base that PEFT's files repeat; `faults` is what is wrong with the file that it is from.
+    `metadata` is what the file says of itself (a kohya file's `ss_…`, `modelspec.…`). Of a pipeline's adapter, `parts`
+    are those that the first word of each path names: "unet", "text_encoder", …; of one model's, there are none.
     """
 
     config: LoraConfig
     tensors: dict[str, dict[str, Tensor]]
     embeddings: frozenset[str] = frozenset()
     bases: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
     faults: list[str] = field(default_factory=list, repr=False)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -47,8 +52,10 @@ class Adapter:
 
         Killed at any moment, it leaves the old adapter or the new one, and never one's config with the other's tensors.
 
-        Raises `AdapterError` when the folder cannot be written.
+        Raises `AdapterError` when the folder cannot be written, or the adapter is that of several `parts`.
         """
+        if self.parts:
+            raise AdapterError(f"an adapter of the parts {listed(self.parts)} is several: save each in its own folder")
         names, flat, homes = file_names(self.config), {}, set()
         for path, tensors in self.tensors.items():
             for name, tensor in tensors.items():
@@ -60,7 +67,7 @@ class Adapter:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            about = {"format": "pt", **_succession(folder, text)}
+            about = {**self.metadata, _FORMAT: "pt", **_succession(folder, text)}
             write_whole(
                 {
                     folder / WEIGHTS: lambda path: save_file(flat, path, metadata=about),
@@ -116,6 +123,8 @@ def examine(folder: str | os.PathLike[str]) -> Adapter:
     if config is None or flat is None:
         raise AdapterError("\n".join(dict.fromkeys(faults)))
     adapter, strangers = _by_layer(flat, config)
+    own = {_FORMAT, _OWN, _REPLACED}
+    adapter.metadata = {key: text for key, text in about.items() if key not in own and isinstance(text, str)}
     strangers += [name for name in header if name not in flat]
     adapter.faults = faults + [f"{folder / WEIGHTS}: unexpected tensors: {collapsed(strangers)}"] * bool(strangers)
     return adapter

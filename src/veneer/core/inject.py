@@ -219,7 +219,7 @@ def _misfits(model: nn.Module, carriers: Mapping[str, Carrier], values: Adapter)
     for key, shape in wanted.items():
         if key not in found:
             missing.append(said(key))
-        elif shape != found[key].shape:
+        elif _without_ones(shape) != _without_ones(found[key].shape):
             misshaped.append(f"{said(key)} expected {tuple(shape)} found {tuple(found[key].shape)}")
         elif not is_finite(found[key]):
             broken.append(said(key))
@@ -235,6 +235,11 @@ def _misfits(model: nn.Module, carriers: Mapping[str, Carrier], values: Adapter)
         origin = f" (it was made for {named(made_for)})" if made_for else ""
         problems.insert(0, f"the adapter does not fit this {type(model).__name__}{origin}:")
     return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
+
+
+def _without_ones(shape: torch.Size) -> torch.Size:
+    """The shape but for its last ones: kernels of a single point are filed as matrices, and matrices as kernels."""
+    return shape[: max((i + 1 for i, size in enumerate(shape) if size != 1), default=0)]
 
 
 def said(key: tuple[str, str]) -> str:

@@ -75,6 +75,7 @@ class Update(nn.Module):
     forms: ClassVar[dict[str, str]] = {}
     peft_names: ClassVar[dict[str, str | None]] = {}  # config field → its name in PEFT's config, None where it has none
     options: ClassVar[dict[str, Option]] = {}
+    naming: ClassVar[tuple[str, ...]] = ()  # the options that name layers: in one layer's config, whether it is one
     starts: ClassVar[tuple[bool | str, ...]] = PLAIN  # what init_lora_weights may be
     share: ClassVar[Callable[..., nn.Module] | None] = None  # makes what the updates of an adapter have in common
     reads_weight: ClassVar[bool] = True  # whether ΔW depends on more of W than its size
@@ -87,6 +88,12 @@ class Update(nn.Module):
     def placed(cls, config: "LoraConfig", search: "Search", paths: list[str]) -> dict[str, dict[str, Any]]:
         """The fields of `config` that layers have for themselves, by path; what is wrong is told to the search."""
         return {}
+
+    @classmethod
+    def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """The size `(out, in)` of ΔW, where a file's tensors say it."""
+        named = {form: tensors[name] for name, form in cls.forms.items() if name in tensors}
+        return (len(named["B"]), named["A"][0].numel()) if {"A", "B"} <= named.keys() else None
 
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW for the base's `weight`, both `(out, in)`, in the precision of the method's parameters."""

@@ -21,6 +21,7 @@ class Ia3(Update):
     file_names: ClassVar = {"l": "ia3_l"}
     forms: ClassVar = {"l": "l"}
     peft_names: ClassVar = {**LORAS_OWN, "r": None, "init_lora_weights": "init_ia3_weights"}
+    naming: ClassVar = ("feedforward_modules",)
     options: ClassVar = {
         "feedforward_modules": Option(
             [], lambda value: value == [] or (value is not None and is_names(value)), "names of layers"

@@ -1,5 +1,6 @@
 """LoHa (Hyeon-Woo et al. 2021, FedPara, arXiv:2108.06098; Yeh et al. 2023, LyCORIS, arXiv:2309.14859)."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,10 @@ class Loha(Update):
         self.scale = scaling(config.r, config.lora_alpha, config.use_rslora)
         start(self.A1, self.B1, False)
         start(self.A2, self.B2, config.init_lora_weights)
+
+    @classmethod
+    def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        return len(tensors["B1"]), tensors["A1"][0].numel()
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale * ((self.B1 @ self.A1) * (self.B2 @ self.A2))

@@ -1,6 +1,7 @@
 """LoKr (Edalati et al. 2022, KronA, arXiv:2212.10650; Yeh et al. 2023, LyCORIS, arXiv:2309.14859)."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -54,6 +55,13 @@ class Lokr(Update):
         if name in self._parameters:
             return getattr(self, name)
         return getattr(self, f"{name}_B") @ getattr(self, f"{name}_A")
+
+    @classmethod
+    def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(l·k, m·n)."""
+        rows = [len(tensors[name if name in tensors else f"{name}_B"]) for name in "CD"]
+        columns = [tensors[name if name in tensors else f"{name}_A"][0].numel() for name in "CD"]
+        return math.prod(rows), math.prod(columns)
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale * torch.kron(self._product("C"), self._product("D"))

@@ -1,0 +1,130 @@
+"""`veneer library`: the adapters of this machine, by name."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from veneer import library
+
+app = typer.Typer(help="The adapters of this machine, by name.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="The name of an adapter of the library.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def add(
+    source: Annotated[str, typer.Argument(metavar="FILE_OR_RUN", help="An adapter's file or folder, or a run's.")],
+    name: Annotated[
+        str | None, typer.Option(help="What to call it; the file's or folder's own name, if not said.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A word to find it by; may be repeated.")] = None,
+    trigger: Annotated[list[str] | None, typer.Option(help="A word that calls it up; may be repeated.")] = None,
+    licence: Annotated[str, typer.Option(help="Its licence.")] = "",
+    preview: Annotated[Path | None, typer.Option(metavar="PICTURE", help="A picture of what it does.")] = None,
+    note: Annotated[str, typer.Option(help="A word of your own on it.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Give it the name, if another adapter has it.")] = False,
+) -> None:
+    """Keep an adapter under a name, which then stands for it in every command."""
+    entry = library.add(
+        source,
+        name,
+        tags=tag or (),
+        triggers=trigger or (),
+        licence=licence,
+        preview=preview,
+        note=note,
+        force=force,
+        report=_say,
+    )
+    print(entry.name)
+
+
+@app.command("list")
+def listing(as_json: Json = False) -> None:
+    """List all adapters."""
+    _show(library.listed(), as_json)
+
+
+@app.command()
+def search(
+    words: Annotated[
+        list[str], typer.Argument(help="Words of names, tags, trigger words or bases; all must be there.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Find adapters."""
+    _show(library.search(words), as_json)
+
+
+@app.command()
+def show(name: Name, as_json: Json = False) -> None:
+    """Say all that is known of an adapter."""
+    entry = library.get(name)
+    values = _row(entry)
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    from veneer.cli.terminal import size
+
+    values |= {"size": size(entry.size)}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{name}  {text}" for name, text in value.items())
+        text = ", ".join(value) if isinstance(value, list) else str(value or "")
+        if text:
+            print(f"{key:9}", text.replace("\n", f"\n{'':10}"))
+
+
+@app.command()
+def remove(name: Name) -> None:
+    """Take an adapter out of the library; its content goes if no other name has the same."""
+    library.remove(name, _say)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _row(entry: library.Entry) -> dict[str, Any]:
+    """What is known of one adapter, and where it and its picture are."""
+    return asdict(entry) | {"path": str(library.path_of(entry)), "preview": str(library.preview_of(entry) or "")}
+
+
+def _show(entries: list[library.Entry], as_json: bool) -> None:
+    if broken := library.unreadable():
+        _say(f"entries that cannot be read: {len(broken)}; `veneer library verify` says more")
+    if as_json:
+        print(json.dumps([_row(entry) for entry in entries], indent=2))
+    elif entries:
+        _print_table(entries)
+
+
+def _print_table(entries: list[library.Entry]) -> None:
+    """Print one line for each adapter."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from veneer.cli.terminal import size
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("name", "base", "method", "format", "size", "tags", "trigger words", "licence", "added"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "size" else "left")
+    for entry in entries:
+        lists = (", ".join(entry.tags), ", ".join(entry.triggers))
+        cells = (
+            entry.name,
+            entry.base,
+            entry.method,
+            entry.format,
+            size(entry.size),
+            *lists,
+            entry.licence,
+            entry.added[:10],
+        )
+        table.add_row(*map(Text, cells))
+    Console().print(table)

@@ -1,0 +1,258 @@
+"""An adapter apart from any model: what it does to each layer, and back."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter
+from veneer.core.config import LoraConfig
+from veneer.core.errors import AdapterError, collapsed, listed
+from veneer.core.methods import maker
+from veneer.core.methods.beside import Copy, Tokens
+from veneer.core.search import Search
+from veneer.core.update import Update
+
+_WRAPPED = ".base_layer"  # what follows a layer's path in a file where it is adapted in several parts
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one layer: ΔW `(out, in · kernel)`, and perhaps Δb.
+
+    `config` is this layer's own (method, `r`, `lora_alpha`, `use_rslora`, `use_dora`, options); no other field says
+    anything. `tensors` are by the method's own parameter names and in the shapes of PEFT's files: a convolution's A is
+    `(r, in, *kernel)` and its B `(out, r, 1, 1)`; of what flattens to the method's shapes all is read. `shared` is
+    what all layers of the adapter have in common (VeRA's projections).
+    """
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """That of ΔW, or None where the tensors do not say it ((IA)³, VeRA)."""
+        return self.config.method.sides(self.tensors)
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether ΔW depends on more of W than its size."""
+        return self.config.use_dora or self.config.method.reads_weight
+
+    def update(self, weight: Tensor | None = None) -> Update:
+        """The change as the method has it, with these tensors, in fp32 at least.
+
+        Its `factors()` are (A, B, scale) or None, its `delta(weight)` is ΔW, for which `weight` may be on "meta" unless
+        `reads_weight`. The layer's weight `(out, in · kernel)` is to be given where `shape` is None. Raises
+        `AdapterError` when that is missing, or the tensors are not those of such a change.
+        """
+        if (shape := self.shape if weight is None else tuple(weight.shape)) is None:
+            raise AdapterError(f"the tensors of {self.config.peft_type} do not say the layer's size: give its weight")
+        if self.config.method.share and not self.shared:
+            raise AdapterError(
+                f"the projections of {self.config.peft_type} are not in the file, but drawn for all layers of a model "
+                "at once: put the adapter on its model"
+            )
+        first = next(iter(self.tensors.values()))
+        wide = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
+        sketch = torch.empty(shape, device="meta", dtype=torch.float64 if wide else torch.float32)
+        update = maker(self.config, [(sketch, self.config)])(sketch, self.config, lambda *_: None)
+        wanted = {name: own.numel() for name, own in update.tensors().items()}
+        if wanted != {name: own.numel() for name, own in self.tensors.items()}:
+            expected, found = (
+                ", ".join(f"{name} {tuple(own.shape)}" for name, own in tensors.items())
+                for tensors in (update.tensors(), self.tensors)
+            )
+            raise AdapterError(
+                f"a {self.config.peft_type} of rank {self.config.r} for a weight {tuple(shape)} has {expected}, "
+                f"found {found}"
+            )
+        update.materialise(first.device)
+        with torch.no_grad():
+            for name, own in update.tensors().items():
+                own.copy_(self.tensors[name].reshape(own.shape))
+            for name, own in update.shared_tensors().items():  # of the widest layers'
+                own.copy_(self.shared[name][tuple(map(slice, own.shape))])
+        return update
+
+
+def changes(adapter: Adapter) -> dict[str, Change]:
+    """What the adapter's method does to each layer, by path. What it trains `beside` is none of this.
+
+    Raises `AdapterError` for patterns that name no layer.
+    """
+    rest = beside(adapter)
+    paths = [path for path in adapter.tensors if path and path not in rest]
+    own, shared = own_configs(adapter.config, paths), adapter.tensors.get("", {})
+    return {path: Change(own[path], dict(adapter.tensors[path]), shared) for path in paths}
+
+
+def beside(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    """What the adapter trains that is no change of a layer by its method: modules and biases whole (`{"value": W′}`
+    under the parameter's path), rows of tables (`{"rows": R}`), and what `target_parameters` names, whose tensors do
+    not say of how many matrices they are.
+    """
+    whole = {*Copy.file_names, *Tokens.file_names}
+    rest = {path: own for path, own in adapter.tensors.items() if path and own.keys() <= whole}
+    if adapter.config.target_parameters:
+        paths = [path for path in adapter.tensors if path and path not in rest]
+        names = adapter.config.target_modules
+        layers = _searching(paths).matching(names, "target_modules", paths) if names else []
+        rest |= {path: adapter.tensors[path] for path in paths if path not in layers}
+    return rest
+
+
+def own_configs(config: LoraConfig, paths: Iterable[str]) -> dict[str, LoraConfig]:
+    """The config of each layer for itself, with no more in it than says what its tensors do."""
+    layers = {path: path.partition(_WRAPPED)[0] for path in paths}
+    config = config.method.saved_config(config)
+    search = _searching(layers.values())
+    placed = config.method.placed(config, search, list(search.modules))
+    own = search.own_numbers([(path, "") for path in search.modules], config)
+    search.stop()
+    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "options")
+    plain = LoraConfig(**{name: getattr(config, name) for name in names})
+    found = {path: replace(plain) for path in search.modules}
+    for path, one in found.items():
+        vars(one).update({**placed.get(path, {}), **own.get((path, ""), {})})  # checked before, for all at once
+    return {path: found[layer] for path, layer in layers.items()}
+
+
+def adapter_of(
+    changes: Mapping[str, Change],
+    *,
+    like: Adapter | None = None,
+    metadata: Mapping[str, str] | None = None,
+    parts: Iterable[str] = (),
+    embeddings: Iterable[str] = (),
+    base: str | None = None,
+    task_type: str | None = None,
+) -> Adapter:
+    """The adapter that makes these changes, by path: its one config says all layers.
+
+    `r` and `lora_alpha` are the commonest, `rank_pattern` and `alpha_pattern` hold the others under escaped whole
+    paths. With `like`, what that adapter trains `beside` and all that it says of itself is kept, and its config as it
+    is where it says the same. Raises `AdapterError` when one adapter cannot say it.
+    """
+    if not changes and not (like and beside(like)):
+        raise AdapterError("an adapter changes at least one layer")
+    old = like or Adapter(LoraConfig(base_model_name_or_path=base, task_type=task_type), {})
+    own = {path: change.config for path, change in changes.items()}
+    layers = dict[str, LoraConfig]()
+    for path, config in own.items():
+        if layers.setdefault(path.partition(_WRAPPED)[0], config) != config:
+            raise AdapterError(f"{path}: the parts of one layer have one config")
+    if like and own_configs(like.config, own) == own:
+        config = like.config.method.saved_config(like.config)
+    else:
+        config = _spelt(layers, old.config)
+    tensors = {path: dict(change.tensors) for path, change in changes.items()} | (beside(like) if like else {})
+    shared: dict[str, Tensor] = {}
+    for change in changes.values():
+        for name, tensor in change.shared.items():
+            if shared.setdefault(name, tensor) is not tensor and not torch.equal(shared[name], tensor):
+                raise AdapterError(
+                    f"the layers share several {change.config.peft_type} projections {name}: one is wanted"
+                )
+    return Adapter(
+        config,
+        tensors | ({"": shared} if shared else {}),
+        frozenset(embeddings) or frozenset(old.embeddings & tensors.keys()),
+        {path: table for path, table in old.bases.items() if path in tensors},
+        {**old.metadata, **(metadata or {})},
+        tuple(parts) or old.parts,
+    )
+
+
+def _spelt(layers: Mapping[str, LoraConfig], old: LoraConfig) -> LoraConfig:
+    """The one config that says those of the layers; what it says of other things is `old`'s."""
+    kinds = {path: _kind(config) for path, config in layers.items()}
+    if len(set(kinds.values())) > 1:
+        raise AdapterError(f"one adapter has one method for all layers, found {listed(set(kinds.values()), say=str)}")
+    first = next(iter(layers.values()), old)
+    options = dict(first.options)
+    for name in first.method.naming:
+        options[name] = [path for path, config in layers.items() if config.options[name]]
+    r, lora_alpha = (
+        getattr(old, name) if old.target_parameters else _commonest(getattr(config, name) for config in layers.values())
+        for name in ("r", "lora_alpha")
+    )
+    return replace(
+        old,
+        peft_type=first.peft_type,
+        use_rslora=first.use_rslora,
+        use_dora=first.use_dora,
+        options=options,
+        r=r or old.r,
+        lora_alpha=old.lora_alpha if lora_alpha is None else lora_alpha,
+        rank_pattern={_exact(path): own.r for path, own in layers.items() if own.r != r} | old.rank_pattern,
+        alpha_pattern={_exact(path): own.lora_alpha for path, own in layers.items() if own.lora_alpha != lora_alpha},
+        target_modules=list(layers),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        init_lora_weights=True,
+    )
+
+
+def by_part(adapter: Adapter) -> dict[str, Adapter]:
+    """The adapter of each of a pipeline's parts, with the paths that its own modules have.
+
+    Raises `AdapterError` for what is trained `beside`, whose config names no part.
+    """
+    _refuse_beside(adapter)
+    every, found = changes(adapter), {}
+    for part in adapter.parts:
+        length = len(part) + 1
+        own = {path[length:]: change for path, change in every.items() if path.startswith(f"{part}.")}
+        tables = [path[length:] for path in adapter.embeddings if path.startswith(f"{part}.")]
+        base = adapter.config.base_model_name_or_path
+        found[part] = adapter_of(own, metadata=adapter.metadata, embeddings=tables, base=base)
+    return found
+
+
+def joined(adapters: Mapping[str, Adapter]) -> Adapter:
+    """The one adapter of a pipeline's parts, by their names. Raises as `by_part` does."""
+    every, metadata = dict[str, Change](), dict[str, str]()
+    tables, bases = [], set()
+    for part, adapter in adapters.items():
+        _refuse_beside(adapter)
+        every |= {f"{part}.{path}": change for path, change in changes(adapter).items()}
+        tables += [f"{part}.{path}" for path in adapter.embeddings]
+        metadata |= adapter.metadata
+        bases.add(adapter.config.base_model_name_or_path)
+    base = bases.pop() if len(bases) == 1 else None
+    return adapter_of(every, metadata=metadata, parts=adapters, embeddings=tables, base=base)
+
+
+def _kind(config: LoraConfig) -> str:
+    """What two layers' configs have in common beside their numbers."""
+    options = {name: value for name, value in config.options.items() if name not in config.method.naming}
+    return f"{config.peft_type}{options}{' with DoRA' * config.use_dora}{' with rsLoRA' * config.use_rslora}"
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return next((value for value, _ in Counter(values).most_common(1)), None)
+
+
+def _exact(path: str) -> str:
+    """The pattern for this one layer."""
+    return "^" + re.escape(path).replace(r"\-", "-")
+
+
+def _searching(paths: Iterable[str]) -> Search:
+    """A search among layers of which only the paths are known."""
+    return Search(dict.fromkeys(paths, nn.Linear(1, 1, device="meta")))
+
+
+def _refuse_beside(adapter: Adapter) -> None:
+    if rest := beside(adapter):
+        raise AdapterError(
+            "an adapter of several parts of a pipeline changes layers alone, and this one also trains others whole: "
+            f"{collapsed(rest)}"
+        )

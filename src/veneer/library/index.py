@@ -1,0 +1,129 @@
+"""The entries, searched: an SQLite file that is a cache of their JSON files, and never believed against them.
+
+Whoever opens it first takes in what changed since, by each file's time, size and number; a file that was written just
+now is always read again, for such a time tells little. So nothing depends on when the index was last written, and
+where it cannot be (a library that is read only, a damaged file) the same table is made in memory. It has no write-ahead
+log: that needs shared memory, which network drives do not have, and a folder that readers may write.
+"""
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from veneer.core.errors import AdapterError
+from veneer.library.entry import Entry
+from veneer.library.place import ENTRIES
+
+INDEX = "index-1.sqlite"  # the number is raised when the table is another
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS entries (file TEXT PRIMARY KEY, stamp TEXT, content TEXT, preview TEXT, words TEXT, "
+    "facts TEXT)"
+)
+_YOUNG = 3.0  # seconds; the coarsest clock of a file system ticks every two
+_BUSY = 10.0  # seconds that another process may take to write the index
+
+
+def search(place: Path, words: list[str]) -> list[Entry]:
+    """The entries, by name, in whose name, tags, trigger words and base every one of the words is, in any capitals."""
+    where = " AND ".join(["facts IS NOT NULL", *["instr(words, ?)"] * len(words)])
+    with _opened(place) as index:
+        rows = index.execute(f"SELECT facts FROM entries WHERE {where} ORDER BY file", [w.casefold() for w in words])
+        return [Entry(**json.loads(row[0])) for row in rows]
+
+
+def unreadable(place: Path) -> list[str]:
+    """The files of entries that cannot be read."""
+    with _opened(place) as index:
+        return [row[0] for row in index.execute("SELECT file FROM entries WHERE facts IS NULL ORDER BY file")]
+
+
+def refers(place: Path, content: str) -> bool:
+    """Whether any entry needs a content, or may: one that cannot be read may need any."""
+    with _opened(place) as index:
+        found = "SELECT 1 FROM entries WHERE ? IN (content, preview) OR facts IS NULL LIMIT 1"
+        return index.execute(found, [content]).fetchone() is not None
+
+
+def is_sound(place: Path) -> bool:
+    """Whether the index can be used, or need not be there."""
+    if not (place / INDEX).exists():
+        return True
+    try:
+        with closing(_connected(place / INDEX)) as index:
+            _take_in(index, place)
+            return index.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    except sqlite3.Error as error:
+        return error.sqlite_errorname in ("SQLITE_BUSY", "SQLITE_READONLY")
+
+
+def rebuild(place: Path) -> None:
+    """Make the index anew, if it cannot be used."""
+    if not is_sound(place):
+        for path in place.glob(f"{INDEX}*"):
+            path.unlink(missing_ok=True)
+    with _opened(place):
+        pass
+
+
+@contextmanager
+def _opened(place: Path) -> Iterator[sqlite3.Connection]:
+    """The table as the entries are now."""
+    index = None
+    if (place / ENTRIES).is_dir():
+        with suppress(sqlite3.Error):
+            index = _connected(place / INDEX)
+            try:
+                _take_in(index, place)
+            except sqlite3.Error:
+                index.close()
+                index = None
+    if index is None:
+        index = _connected(":memory:")
+        _take_in(index, place)
+    with closing(index):
+        yield index
+
+
+def _connected(path: Path | str) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=_BUSY)
+
+
+def _take_in(index: sqlite3.Connection, place: Path) -> None:
+    """Bring the table up to the files."""
+    index.execute(_TABLE)
+    stamps = _stamps(place / ENTRIES)
+    known = dict(index.execute("SELECT file, stamp FROM entries"))
+    fresh = [_row(place, file, stamp) for file, stamp in stamps.items() if not stamp or known.get(file) != stamp]
+    with index:
+        if gone := known.keys() - stamps.keys():
+            index.executemany("DELETE FROM entries WHERE file = ?", [(file,) for file in gone])
+        if fresh:
+            index.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)", fresh)
+
+
+def _stamps(folder: Path) -> dict[str, str]:
+    """What tells one state of each entry's file from another; "" where nothing does yet."""
+    stamps, now = {}, time.time()
+    with suppress(FileNotFoundError), os.scandir(folder) as files:
+        for file in files:
+            if file.name.endswith(".json") and not file.name.startswith("."):
+                with suppress(FileNotFoundError):
+                    state = os.stat(file.path, follow_symlinks=False)
+                    young = state.st_mtime > now - _YOUNG
+                    stamps[file.name] = "" if young else f"{state.st_mtime_ns} {state.st_size} {state.st_ino}"
+    return stamps
+
+
+def _row(place: Path, file: str, stamp: str) -> tuple[str | None, ...]:
+    """What the table says of a file; of one that cannot be read, only that it is there."""
+    try:
+        entry = Entry.read(place / ENTRIES / file)
+    except AdapterError:
+        return file, stamp, None, None, None, None
+    words = "\n".join([entry.name, entry.base, *entry.tags, *entry.triggers]).casefold()
+    return file, stamp, entry.content, entry.preview, words, json.dumps(asdict(entry))

@@ -1,0 +1,141 @@
+"""What is to be added: a file, an adapter's folder, or a run, with all that lies beside it and says something."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.core.adapter import CONFIG, WEIGHTS
+from veneer.core.errors import AdapterError, listed, named, nearest
+from veneer.library.content import SUMS
+from veneer.library.entry import is_plain
+from veneer.library.facts import card, loaded
+from veneer.safe.stored import existing, read_bytes
+
+CARD, RECIPE, RUN_ADAPTER = "README.md", "recipe.yaml", "adapter"
+ALONE = "adapter.safetensors"  # what a file is called where it is kept: equal files are equal contents
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_BEGINNINGS = {rb"\x89PNG\r\n\x1a\n": ".png", rb"\xff\xd8\xff": ".jpg", rb"(?s)RIFF....WEBP": ".webp"}
+_LARGEST = 32 << 20  # bytes of a picture
+_LONGEST = 1000  # characters of a sample
+
+
+@dataclass
+class Source:
+    """The files to keep under the names that they get, and what is known of them from around them."""
+
+    path: Path
+    name: str
+    files: dict[str, Path]
+    file: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    preview: dict[str, Path] = field(default_factory=dict)  # a picture, under the name that it gets
+    left: list[str] = field(default_factory=list)  # what lies beside it and is not the adapter
+
+
+def source(path: Path) -> Source:
+    """What `path` leads to. Raises `AdapterError` for what is none of an adapter's file, its folder, or a run."""
+    if path.is_file():
+        return _alone(path)
+    if (path / RUN_ADAPTER / CONFIG).is_file():
+        return _run(path)
+    if path.is_dir() and not (path / CONFIG).is_file():
+        weights = [file for file in _there(path) if file.suffix == ".safetensors" and file.name != WEIGHTS]
+        if len(weights) == 1:
+            return _alone(weights[0], path)
+        if weights:
+            names = listed((file.name for file in weights), say=str)
+            raise AdapterError(f"{path} holds more than one adapter: {names}; name one of them")
+    existing(path, CONFIG)
+    return _folder(path)
+
+
+def adapter_in(path: Path) -> Path:
+    """The adapter's own file or folder: of a run, its adapter/."""
+    return path / RUN_ADAPTER if (path / RUN_ADAPTER / CONFIG).is_file() else path
+
+
+def picture(path: Path) -> dict[str, Path]:
+    """A picture's file, under the name that it is kept by. Raises `AdapterError` for what is none."""
+    try:
+        with path.open("rb") as file:
+            first, size = file.read(16), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise AdapterError(f"preview {path} cannot be read: {error}") from error
+    ending = next((ending for beginning, ending in _BEGINNINGS.items() if re.match(beginning, first)), None)
+    if ending is None or size > _LARGEST:
+        raise AdapterError(f"preview {path}: expected a PNG, JPEG or WebP picture of at most {_LARGEST >> 20} MB")
+    return {f"preview{ending}": path}
+
+
+def no_such(path: Path) -> AdapterError:
+    """The error for a path that leads to nothing."""
+    siblings = [str(file) for file in _there(path.parent)] if path.parent.is_dir() else []
+    return AdapterError(f"{path}: there is no such file or folder{nearest(str(path), siblings)}")
+
+
+def _alone(path: Path, home: Path | None = None) -> Source:
+    """One file; `home` is the folder that was named in its place."""
+    if path.suffix in _PICKLES:
+        raise AdapterError(
+            f"{path} is a pickle, which could run code and is never kept: `veneer convert {path} OUT --to peft` makes "
+            "an adapter of it that is none"
+        )
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"{path} is no adapter: expected a .safetensors file, an adapter's folder, or a run's")
+    beside = [path.with_name(f"{path.stem}{more}{ending}") for more in ("", ".preview") for ending in _PICTURES]
+    facts = (card(home / CARD) if home else {}) | {"origin": {"path": _said(path)}}
+    name = home.absolute().name if home else path.stem
+    return Source(path, name, {ALONE: path}, ALONE, facts, _first_picture(beside))
+
+
+def _folder(path: Path) -> Source:
+    """A PEFT folder: its plain files, without what a trainer left of its own."""
+    existing(path, WEIGHTS)
+    files = {file.name: file for file in _there(path) if file.is_file() and is_plain(file.name)}
+    files = {name: file for name, file in files.items() if file.suffix not in _PICKLES and name.upper() != SUMS}
+    left = [named(file.name) for file in _there(path) if file.name not in files]
+    facts = card(path / CARD) | {"origin": {"path": _said(path)}}
+    return Source(path, path.absolute().name, files, "", facts, left=left)
+
+
+def _run(path: Path) -> Source:
+    """The adapter of a run, with the base as its recipe calls it, and what it answered or drew."""
+    run = _folder(path / RUN_ADAPTER)
+    run.name, run.facts["origin"] = path.absolute().name, {"run": _said(path)}
+    with suppress(AdapterError):
+        recipe = loaded(read_bytes(path / RECIPE).decode("utf-8", "replace"))
+        if isinstance(base := recipe.get("base"), str):
+            run.facts["base"] = base
+    run.preview = _first_picture(reversed(_there(path / "samples")))
+    with suppress(AdapterError, ValueError, KeyError, TypeError, RecursionError):
+        first = json.loads(read_bytes(path / "samples" / "answers.jsonl").splitlines()[0])
+        run.facts["sample"] = f"{first['prompt']}\n\n{first['adapted']}".strip()[:_LONGEST]
+    return run
+
+
+def _first_picture(paths: Iterable[Path]) -> dict[str, Path]:
+    """The first of the paths that leads to a picture."""
+    for path in paths:
+        if path.suffix in _PICTURES and path.is_file():
+            with suppress(AdapterError):
+                return picture(path)
+    return {}
+
+
+def _there(folder: Path) -> list[Path]:
+    """What a folder holds and does not hide, by name."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be read: {error}") from error
+
+
+def _said(path: Path) -> str:
+    """The whole path, as text that every file can hold."""
+    return os.fsencode(path.absolute()).decode("utf-8", "replace")
