@@ -1,4 +1,4 @@
-"""`Case`: a file of known factors, the change that it means, and what a peer makes of it where that is something else."""
+"""`Case`: a file of known factors, the change that it means, and what a peer makes of it where it errs."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,8 @@ class Case:
 
     `peer` reads it too. In the weights that `mistaken` names it finds that ΔW in place of the wanted one; `refused` is
     what it says where it reads nothing. `part` is the one model that the file is for, where it is not for a pipeline;
-    `config` makes it a PEFT folder; `asked` is what veneer must be told.
+    `config` makes it a PEFT folder; `asked` is what veneer must be told. A `.pt` is a pickle: of names and tensors, or
+    of the tensors alone where the names would say what a header does.
     """
 
     family: str
@@ -42,7 +43,7 @@ class Case:
             return folder
         path = folder / f"lora{self.suffix}"
         if self.suffix == ".pt":
-            torch.save(self.tensors, path)
+            torch.save(list(self.tensors.values()) if self.metadata else self.tensors, path)
         else:
             save_file(self.tensors, path, self.metadata or None)
         return path

@@ -24,6 +24,12 @@ def _name(name: str) -> str:
     return name.split(".", 1)[1]
 
 
+def _pattern(name: str, names: list[str]) -> str:
+    """What means this layer alone, of all whose path may end so."""
+    path = _name(name)
+    return f"^{path}" if any(other.endswith(f".{path}") and other != name for other in names) else path
+
+
 def _drawn(family: str, every: bool, ranks: tuple[int, ...]) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """The layers with their B and A."""
     trained = chosen(family, every).items()
@@ -57,8 +63,8 @@ def with_header(family: str, rslora: bool = False, dora: bool = False, bias: boo
         said = {
             "peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": dora, "lora_bias": bias,
             "target_modules": [_name(name) for name in own],
-            "rank_pattern": {_name(name): value for name, value in ranks.items() if value != r},
-            "alpha_pattern": {_name(name): value for name, value in alphas.items() if value != alpha},
+            "rank_pattern": {_pattern(name, own): value for name, value in ranks.items() if value != r},
+            "alpha_pattern": {_pattern(name, own): value for name, value in alphas.items() if value != alpha},
             "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0,
         }  # fmt: skip
         header |= {f"{part}.{key}": value for key, value in said.items()}
@@ -124,6 +130,9 @@ CASES: Builders = {
     "diffusers: sd1 in fp16": partial(halved, "sd1"),
     "diffusers: sd2": partial(plain, "sd2", spelling.diffusers),
     "diffusers: sdxl": partial(plain, "sdxl", spelling.diffusers),
+    "diffusers: a transformer": partial(plain, "flux", spelling.diffusers),
+    "diffusers: a transformer with a header": partial(with_header, "flux"),
+    "diffusers: a prior": partial(plain, "prior", spelling.diffusers),
     "diffusers: sd1 with a header": partial(with_header, "sd1"),
     "diffusers: sdxl with a header": partial(with_header, "sdxl"),
     "diffusers: sd1, rsLoRA": partial(with_header, "sd1", rslora=True),

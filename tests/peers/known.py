@@ -5,17 +5,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+Draw = Callable[..., Tensor]
 RANKS = 1, 2, 3, 4
 ALPHAS = 2.0, 1.0, 8.0, 2.0, 0.5, 3.0, 2.0  # with the ranks, α / r is 1/8 to 8, and not always a power of two
 
 
-def normal(seed: int) -> Callable[..., Tensor]:
-    """Values around a third, so that products of several are neither huge nor tiny."""
+def normal(seed: int) -> Draw:
+    """Values around one: the changes are larger than the weights, so that rounding the sum tells little."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator) / 3
+    return lambda *shape: torch.randn(*shape, generator=generator)
 
 
-def pair(layer: nn.Module, r: int, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+def pair(layer: nn.Module, r: int, draw: Draw) -> tuple[Tensor, Tensor]:
     """up (out, r, 1, 1), down (r, in, kernel) of a convolution; (out, r), (r, in) of a linear layer."""
     out, into, *kernel = layer.weight.shape
     return draw(out, r, *(1 for _ in kernel)), draw(r, into, *kernel)

@@ -11,6 +11,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PriorTransformer,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -33,7 +35,7 @@ def _encoder(width: int, projected: bool = False) -> nn.Module:
 
 
 def _unet(crossed: tuple[bool, ...], widths: tuple[int, ...], **more: object) -> nn.Module:
-    """Blocks from the outermost to the innermost, with cross-attention or without; two layers each, as in all of them."""
+    """Blocks from the outermost to the innermost, with cross-attention or without it, of two layers each."""
     down = tuple(_CROSS[0] if each else _PLAIN[0] for each in crossed)
     up = tuple(_CROSS[1] if each else _PLAIN[1] for each in reversed(crossed))
     usual = {"sample_size": 8, "attention_head_dim": 2, "cross_attention_dim": _TEXT, "norm_num_groups": 4}
@@ -76,15 +78,42 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
+def _flux() -> dict[str, nn.Module]:
+    sizes = {"in_channels": 8, "attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2)}
+    text = {"joint_attention_dim": _TEXT, "pooled_projection_dim": _TEXT_2}
+    return {"transformer": FluxTransformer2DModel(num_layers=2, num_single_layers=2, **sizes, **text)}
+
+
+def _prior() -> dict[str, nn.Module]:
+    return {"prior": PriorTransformer(2, 8, 2, embedding_dim=_TEXT, num_embeddings=5)}
+
+
+class Layers(nn.Module):
+    """One layer of each kind that loralib knows; two of them are projections fused from parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(6, 5)
+        self.fused = nn.Linear(6, 12)
+        self.other = nn.Linear(5, 8, bias=False)
+        self.point = nn.Conv2d(4, 5, 1)
+        self.wide = nn.Conv2d(4, 6, 3, padding=1)
+        self.table = nn.Embedding(9, 5)
+
+
 FAMILIES: dict[str, Callable[[], object]] = {
     "sd1": _sd1,
     "sd2": lambda: _sd1(use_linear_projection=True),  # its text encoder is wider, its blocks are the same
     "sdxl": _sdxl,
+    "flux": _flux,
+    "prior": _prior,
+    "loralib": Layers,
 }
 
 
 @cache
-def _original(family: str) -> object:
+def shared(family: str) -> object:
+    """The one that others are copies of: to look at."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         pipeline = FAMILIES[family]()
@@ -94,10 +123,12 @@ def _original(family: str) -> object:
 
 
 def fresh(family: str) -> object:
-    """A pipeline of that family, the same weights each time."""
-    kept = {name: part for name, part in _original(family).components.items() if isinstance(part, nn.Module)}
+    """A pipeline of that family, its models or its one model, the same weights each time."""
+    if isinstance(shared(family), (nn.Module, dict)):
+        return copy.deepcopy(shared(family))
+    kept = {name: part for name, part in shared(family).components.items() if isinstance(part, nn.Module)}
     own = {name: part if name == "vae" else copy.deepcopy(part) for name, part in kept.items()}
-    return type(_original(family))(**{**_arguments(_original(family)), **own})
+    return type(shared(family))(**{**_arguments(shared(family)), **own})
 
 
 def _arguments(pipeline: object) -> dict[str, object]:
@@ -108,7 +139,9 @@ def _arguments(pipeline: object) -> dict[str, object]:
 
 
 def parts(pipeline: object) -> dict[str, nn.Module]:
-    """The models that adapters change, by the names that files give them."""
+    """The models that adapters change, by the names that files give them; "model" where there is but one."""
+    if isinstance(pipeline, (nn.Module, dict)):
+        return pipeline if isinstance(pipeline, dict) else {"model": pipeline}
     return {name: getattr(pipeline, name) for name in PARTS if getattr(pipeline, name, None) is not None}
 
 
@@ -116,10 +149,10 @@ def layers(family: str, kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d)) -> dic
     """The layers of these kinds by part and path: `unet.conv_in`, `text_encoder.encoder.layers.0.mlp.fc1`."""
     found = (
         (f"{part}.{path}", layer)
-        for part, model in parts(_original(family)).items()
+        for part, model in parts(shared(family)).items()
         for path, layer in model.named_modules()
     )
-    return {name: layer for name, layer in found if isinstance(layer, kinds)}
+    return {name: layer for name, layer in found if isinstance(layer, kinds) and hasattr(layer, "weight")}
 
 
 def values(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:

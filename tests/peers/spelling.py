@@ -4,8 +4,8 @@ import re
 
 _KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 _SGM_INNER = {  # of a residual block
-    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
-    "norm1": "in_layers.0", "norm2": "out_layers.0",
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 _SGM_OUTER = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "conv_norm_out": "out.0",
@@ -21,7 +21,7 @@ def split(name: str) -> tuple[str, str]:
     transformers 5 leaves that word out for one of its two classes.
     """
     part, path = name.split(".", 1)
-    if part != "unet" and not path.startswith(("text_model.", "text_projection")):
+    if part.startswith("text_") and not path.startswith(("text_model.", "text_projection")):
         path = f"text_model.{path}"
     return part, path
 
