@@ -85,7 +85,7 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
     if faults or not found:
         raise AdapterError("\n".join([f"{where}:", *(faults or ["no layer's tensors"])]))
     metadata = {key: value for key, value in about.items() if key != "format"}
-    return adapter_of(found, metadata=metadata, parts=[part for part in parts if part])
+    return adapter_of(found, metadata=metadata, parts=[part for part in spelling.PARTS if part in parts])
 
 
 def write(adapter: Adapter, path: Path, *, sgm: bool | None = None) -> None:
@@ -130,8 +130,8 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     if factor == 1:
         return tensor
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
-    product = wide.to(tensor.dtype)
-    return product if product.isfinite().all() else wide
+    fits = all(value.abs() <= torch.finfo(tensor.dtype).max for value in wide.aminmax()) if wide.numel() else True
+    return wide.to(tensor.dtype) if fits else wide
 
 
 def store(

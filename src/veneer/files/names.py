@@ -40,6 +40,7 @@ _PARTS = {
     "prior_unet": "prior",
     "prior_te": "text_encoder",
 }
+PARTS = tuple(dict.fromkeys(_PARTS.values()))
 # Stable Cascade's own names, where they are not diffusers'
 _OF_CASCADE = (("attention_attn_to_", "attention_to_"), ("attention_attn_out_proj", "attention_to_out_0"))
 
