@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.core.adapter import Adapter
@@ -26,6 +25,7 @@ from veneer.core.config import LoraConfig, judged
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files.factors import Pair, of_one_rank, pairs
 from veneer.files.parts import LEVEL, PARTS, canonical, is_text, levelled, part_of
+from veneer.files.stored import save
 from veneer.safe.stored import parsed
 
 NAME = "diffusers"
@@ -92,8 +92,7 @@ def write(adapter: Adapter, path: Path) -> None:
             continue
         flat |= _spelt(part, layers := of_one_rank(layers))
         config |= {f"{part}.{key}": value for key, value in _config(part, layers).items()}
-    about = {**adapter.metadata, "format": "pt", ABOUT: json.dumps(config, indent=2, sort_keys=True)}
-    save_file({name: tensor.detach().contiguous() for name, tensor in flat.items()}, path, metadata=about)
+    save(flat, path, {**adapter.metadata, ABOUT: json.dumps(config, indent=2, sort_keys=True)})
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
