@@ -1,5 +1,6 @@
 """diffusers' files: every spelling is read as its formula, and what is written loads right there."""
 
+import copy
 import json
 
 import pytest
@@ -122,25 +123,36 @@ def test_metadata_says_alphas_for_layers_of_their_own(factors, tmp_path):
 
 
 @pytest.mark.parametrize("letter", ["b", "magnitude"])
-def test_biases_and_magnitudes_go_to_diffusers_and_back(pipeline, factors, weights, tmp_path, letter):
-    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
-    A, B = factors[path]
+@pytest.mark.parametrize(
+    "path",
+    ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", "unet.conv_out"]
+    + [f"text_encoder.text_model.encoder.layers.1.{name}" for name in ("self_attn.out_proj", "mlp.fc1")],
+)
+def test_biases_and_magnitudes_are_right_in_diffusers(pipeline, factors, tmp_path, letter, path, product):
+    (A, B), scale = factors[path], 3 / len(factors[path][0])
+    rows = len(B)
     config = LoraConfig(r=len(A), lora_alpha=3, use_dora=letter == "magnitude", options={"lora_bias": letter == "b"})
-    adapter = adapter_of({path: Change(config, {"A": A, "B": B, letter: torch.rand(12) + 1})}, parts=["unet"])
-    file = files.write(adapter, tmp_path / "one.safetensors", "diffusers")
-    layer = pipeline.unet.get_submodule(path.removeprefix("unet."))
-    was = layer.weight.detach().clone(), layer.bias.detach().clone()
-    _merged(pipeline, files.read(file))
-    ours = layer.weight.detach().clone(), layer.bias.detach().clone()
-    assert not torch.equal(ours[0], was[0])
-    with torch.no_grad():
-        layer.weight.copy_(was[0])
-        layer.bias.copy_(was[1])
+    own = torch.rand(rows) + 1
+    shape = (1, rows, 1, 1) if letter == "magnitude" and A.ndim == 4 else (rows,)
+    change = Change(config, {"A": A, "B": B, letter: own.view(shape)})
+    file = files.write(adapter_of({path: change}, parts=[path.partition(".")[0]]), tmp_path / "a", "diffusers")
+
+    part, _, inner = path.replace("text_model.", "").partition(".")
+    model = getattr(pipeline, part)
+    layer = model.get_submodule(inner)
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    changed = (weight + scale * product(A, B)).flatten(1)
+    if letter == "magnitude":
+        changed = own[:, None] * changed / changed.norm(dim=1, keepdim=True)
+    else:
+        bias = bias + scale * own
+    ours = files.attach(copy.deepcopy(model), files.read(file)).merge_and_unload().get_submodule(inner)
     pipeline.load_lora_weights(file)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    theirs = pipeline.unet.get_submodule(path.removeprefix("unet."))
-    torch.testing.assert_close((theirs.weight.detach(), theirs.bias.detach()), ours, rtol=1e-4, atol=1e-5)
+    for found in (ours, model.get_submodule(inner)):
+        torch.testing.assert_close(found.weight.detach().double().flatten(1), changed, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.bias.detach().double(), bias, rtol=1e-4, atol=1e-5)
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):

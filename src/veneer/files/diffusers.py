@@ -193,7 +193,8 @@ def _own_config(r: int, alpha: float, use_rslora: bool, use_dora: bool, has_bias
 def _spelt(part: str, layers: Mapping[str, Pair]) -> dict[str, Tensor]:
     """The tensors of one part, by the names that all versions know.
 
-    Text encoders keep the older names: the current ones are not recognised where no attention projection is among them.
+    Text encoders keep the older names, as the current ones are not recognised where no attention projection is among
+    them, and the whole name of a magnitude, which is lost without its end.
     """
     down, up = ("lora_linear_layer.down", "lora_linear_layer.up") if is_text(part) else ("lora_A", "lora_B")
     some_shift = any(pair.b is not None for pair in layers.values())
@@ -201,7 +202,7 @@ def _spelt(part: str, layers: Mapping[str, Pair]) -> dict[str, Tensor]:
     for path, pair in layers.items():
         flat[f"{path}.{down}.weight"], flat[f"{path}.{up}.weight"] = pair.A, pair.B
         if pair.magnitude is not None:
-            flat[f"{path}.lora_magnitude_vector"] = pair.magnitude
+            flat[f"{path}.lora_magnitude_vector{'.weight' * is_text(part)}"] = pair.magnitude
         if some_shift:  # they have one in all layers or in none
             flat[f"{path}.{up}.bias"] = pair.B.new_zeros(len(pair.B)) if pair.b is None else pair.b
     return flat
