@@ -11,7 +11,8 @@ from torch import nn
 from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed
-from veneer.core.inject import adapted_layers, detach, extract, hotswap, inject, settle
+from veneer.core.hotswap import hotswap
+from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore

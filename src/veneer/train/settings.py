@@ -195,6 +195,7 @@ MEANINGS = {
     "use_rslora": "Scale by lora_alpha / √r, which keeps large ranks learning.",
     "rank_pattern": "Other ranks for layers whose names end with a key: {q_proj: 8}.",
     "alpha_pattern": "Other values of lora_alpha, in the same way.",
+    "method_pattern": "Other methods for such layers: {conv: {peft_type: LOKR}}.",
     "layers_to_transform": "Only in these layers, counted from 0.",
     "layers_pattern": "What the list of layers is called, where it is not plain.",
     "init_lora_weights": "How A and B start.",

@@ -23,13 +23,13 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ca
 
     It takes a weight, its config, and what the kind of layer does to the starting values.
     """
-    made_by: Any = config.method
-    common = [made_by.share(given)] if made_by.share and (given := list(layers)) else []
+    share = config.method.share
+    common: list[Any] = [share(given)] if share and (given := list(layers)) else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
         if weight.ndim == 3:
             return Stack(lambda matrix: make(matrix, own, start), weight)
-        update = (PartedLora if own.options.get("fused") else made_by)(weight, own, *common)
+        update = (PartedLora if own.options.get("fused") else own.method)(weight, own, *common)
         update.dropout = own.lora_dropout
         start(update, own.init_lora_weights)
         return Dora(weight, update) if own.use_dora else update
