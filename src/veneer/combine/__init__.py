@@ -10,8 +10,22 @@ live.py      add_weighted_adapter                                           laye
 
 from veneer.combine.blocks import Blocks, blocks
 from veneer.combine.combined import combine, measured
+from veneer.combine.extract import Extracted, extract
 from veneer.combine.layers import Errors
 from veneer.combine.matrix import Keep
 from veneer.combine.resized import lora_of, negate, resize, subtract
 
-__all__ = ["Blocks", "Errors", "Keep", "blocks", "combine", "lora_of", "measured", "negate", "resize", "subtract"]
+__all__ = [
+    "Blocks",
+    "Errors",
+    "Extracted",
+    "Keep",
+    "blocks",
+    "combine",
+    "extract",
+    "lora_of",
+    "measured",
+    "negate",
+    "resize",
+    "subtract",
+]

@@ -1,11 +1,9 @@
 """An adapter alone: as a plain LoRA, of other ranks, turned around; and two, one without the other."""
 
-from collections.abc import Callable
-
 import torch
 
 from veneer.combine.base import Base, Source
-from veneer.combine.combined import combine, measured
+from veneer.combine.combined import Progress, combine, each_layer, measured
 from veneer.combine.layers import Errors
 from veneer.combine.matrix import Keep
 from veneer.combine.together import precision, refuse_apart, told
@@ -13,8 +11,6 @@ from veneer.combine.ways import Layer, stored
 from veneer.core.adapter import Adapter
 from veneer.core.apart import Change, adapter_of, changes
 from veneer.core.errors import AdapterError
-
-Progress = Callable[[int, int], None]
 
 
 def lora_of(adapter: Adapter, r: int | None = None, base: Source | None = None) -> tuple[Adapter, Errors]:
@@ -50,16 +46,15 @@ def resize(
     keep = Keep(rank, energy, frobenius, cumulative, ratio)
     refuse_apart([adapter], [1.0], ["the adapter"], "svd")
     model = None if base is None else Base(base)
-    every, faults, found, errors = changes(adapter), list[str](), dict[str, Change](), Errors()
-    for done, (path, change) in enumerate(every.items()):
-        progress(done, len(every))
-        try:
-            view = Layer(path, [], path in adapter.embeddings).seen(change, model)
-            own = dtype or precision([Adapter(change.config, {path: change.tensors})], least=None)
-            found[path], errors.squares[path] = stored(view.W, view.b, view.row, keep, own, thin=True)
-        except AdapterError as error:
-            faults.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
-    progress(len(every), len(every))
+    layers = [Layer(path, [(1.0, change, "")], path in adapter.embeddings) for path, change in changes(adapter).items()]
+
+    def work(layer: Layer) -> tuple[Change, tuple[float, float]]:
+        ((_, change, _),) = layer.terms
+        own = dtype or precision([Adapter(change.config, {"": change.tensors})], least=None)
+        view = layer.seen(change, model)
+        return stored(view.W, view.b, view.row, keep, own, thin=True)
+
+    found, errors, faults = each_layer(layers, work, progress)
     if faults:
         raise AdapterError(told(faults))
     return adapter_of(found, like=adapter), errors

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from veneer.core.errors import AdapterError, listed, named, shown
+from veneer.core.errors import AdapterError, collapsed, listed, named, shown
 from veneer.safe.stored import parsed, read_bytes, read_header
 
 # the folders of a pipeline that adapters are made for
@@ -16,19 +17,31 @@ _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
+class Home(NamedTuple):
+    """Where a tensor is, and its shape."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+
+
 class StoredWeights(Mapping[str, Tensor]):
     """The tensors of safetensors files, by name; each is read when it is asked for, and none is kept."""
 
-    def __init__(self, homes: Mapping[str, tuple[Path, str]], parts: tuple[str, ...]) -> None:
+    def __init__(self, homes: Mapping[str, "Home"], parts: tuple[str, ...]) -> None:
         self._homes, self.parts = homes, parts
 
     def __getitem__(self, name: str) -> Tensor:
-        path, key = self._homes[name]
+        path, key, _ = self._homes[name]
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 return file.get_tensor(key)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise AdapterError(f"{path}: {key} cannot be read: {error}") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for that."""
+        return self._homes[name].shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._homes)
@@ -55,7 +68,7 @@ def weights_of(source: str | os.PathLike[str]) -> StoredWeights:
     return StoredWeights(_in_folder(path), ())
 
 
-def _in_folder(folder: Path) -> dict[str, tuple[Path, str]]:
+def _in_folder(folder: Path) -> dict[str, Home]:
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     for stem in _STEMS:
         for name in (f"{stem}.safetensors.index.json", *_like(files, stem, ".safetensors.index.")):
@@ -77,7 +90,7 @@ def _like(files: Mapping[str, Path], stem: str, ending: str) -> list[str]:
     return [name for name in files if name.startswith(f"{stem}.") and ending in name]
 
 
-def _in_pieces(folder: Path, index: Path) -> dict[str, tuple[Path, str]]:
+def _in_pieces(folder: Path, index: Path) -> dict[str, Home]:
     placed = parsed(read_bytes(index), str(index)).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
         raise AdapterError(f"{index}: expected a weight_map of names to files")
@@ -89,9 +102,19 @@ def _in_pieces(folder: Path, index: Path) -> dict[str, tuple[Path, str]]:
     return {key: home for name in names for key, home in _in_file(folder / name).items()}
 
 
-def _in_file(path: Path) -> dict[str, tuple[Path, str]]:
+def _in_file(path: Path) -> dict[str, Home]:
     if path.suffix in _PICKLES:
         raise AdapterError(
             f"{path} is a pickle, which could run code: expected a .safetensors file, found {shown(path.suffix)}"
         )
-    return {name: (path, name) for name in read_header(path)[0]}
+    header, faults = read_header(path)[0], []
+    homes = {}
+    for name, entry in header.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape):
+            homes[name] = Home(path, name, tuple(shape))
+        else:
+            faults.append(name)
+    if faults:
+        raise AdapterError(f"{path} is not a whole safetensors file: no shapes of {collapsed(faults)}")
+    return homes
