@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "library": {"core", "safe", "files", "analyse"},
     "starts": {"core"},
     "recipes": {"core.errors"},
-    "zoo": {"core.errors"},
+    "zoo": {"core.errors", "safe.whole"},
     "train": {"core", "safe", "starts", "files", "library", "recipes", "zoo"},
     "serve": {"core", "files"},
     "studio": {"core", "files", "combine", "analyse", "library", "train", "recipes", "zoo", "serve"},

@@ -27,7 +27,8 @@ def records(folder):
 
 
 def test_a_run_leaves_what_it_promises(run):
-    assert {path.name for path in run.iterdir()} == {"adapter", "loss.png", "metrics.jsonl", "recipe.yaml", "samples"}
+    promised = {"adapter", "checkpoints", "loss.png", "metrics.jsonl", "recipe.yaml", "run.json", "samples"}
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == promised
     assert {path.name for path in (run / "adapter").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "veneer.json",
     }  # fmt: skip

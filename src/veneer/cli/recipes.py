@@ -33,7 +33,8 @@ def show(
     if not whole:
         print(recipes.find(name).read_text(encoding="utf-8"), end="")
         return
-    from veneer.train.run import as_yaml, read_recipe, resolved
+    from veneer.train.run import read_recipe
+    from veneer.train.settings import as_yaml, resolved
 
     print(as_yaml(resolved(read_recipe(name)[0])), end="")
 

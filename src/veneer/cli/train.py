@@ -20,6 +20,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; train nothing, write nothing.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest run of this recipe that was cut short.")
+    ] = False,
+    allow_inexact: Annotated[
+        bool, typer.Option("--allow-inexact", help="Resume though recipe, data, base or machine have changed.")
+    ] = False,
 ) -> None:
     """Train an adapter: a recipe in, a run folder out."""
     from veneer.cli.terminal import TerminalReporter
@@ -31,10 +37,11 @@ def train(
         if dry_run:
             _show_preview(run.preview(settings, task, reporter))
             return
-        result = run.run(settings, task, reporter)
+        own = Path(recipe).expanduser()
+        result = run.run(settings, task, reporter, resume and (own if own.is_dir() else True), allow_inexact)
     _show_result(result)
     if result.outcome.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + result.outcome.stopped_by)
 
 
 def _show_preview(preview: "Preview") -> None:
@@ -43,7 +50,7 @@ def _show_preview(preview: "Preview") -> None:
 
     from veneer.cli.terminal import size
     from veneer.core.errors import collapsed
-    from veneer.train.run import as_yaml
+    from veneer.train.settings import as_yaml
 
     console = Console(highlight=False)
     console.rule("recipe")
@@ -104,6 +111,7 @@ def _show_facts(result: "Result") -> None:
     print(f"the run               {folder}: {files}")
     if outcome.interrupted:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
+        print(f"to go on              {_command()} train {folder} --resume")
     prompt = result.samples[0]["prompt"] if result.samples else "…"
     veneer = _command()
     print("\nworth typing next:")

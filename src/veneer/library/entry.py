@@ -11,7 +11,7 @@ from typing import Any
 from veneer.core.errors import AdapterError, shown
 from veneer.safe.stored import OBJECT_LIMIT, parsed, read_bytes
 
-LONGEST = 100  # characters of a name
+LONGEST = 100  # bytes of a name
 _NAME = re.compile(r"\w(?:[\w.+-]*[\w+-])?")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _PLAIN = re.compile(r"(?!\.)[^/\\:]+")
@@ -51,8 +51,11 @@ class Entry:
 
     @classmethod
     def read(cls, path: Path) -> "Entry":
-        """The entry that a file holds. Raises `AdapterError` that says all that is wrong with it."""
-        return cls.of(parsed(read_bytes(path), str(path)), str(path))
+        """The entry that a file of the library holds. Raises `AdapterError` that says all that is wrong with it."""
+        entry = cls.of(parsed(read_bytes(path), str(path)), str(path))
+        if path.name != file_of(entry.name):
+            raise AdapterError(f"{path} is the entry of {entry.name!r}: expected {file_of(entry.name)!r} as its name")
+        return entry
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str) -> "Entry":
@@ -74,15 +77,16 @@ def checked_name(name: str) -> str:
     if not is_name(name):
         raise AdapterError(
             f"{shown(name)} cannot be the name of an adapter: expected letters, digits, and any of . _ + - among them, "
-            f"at most {LONGEST} in all"
+            f"at most {LONGEST} bytes in all"
         )
     return name
 
 
 def name_of(text: str) -> str:
     """The name nearest to any text."""
-    text = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", text))
-    return text[:LONGEST].strip(".+-") or "adapter"
+    text = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", text)).strip(".+-")
+    text = text.encode()[:LONGEST].decode("utf-8", "ignore").strip(".+-")
+    return text if is_name(text) else "adapter"
 
 
 def file_of(name: str) -> str:
@@ -102,7 +106,9 @@ def is_key(text: object) -> bool:
 
 def is_name(value: object) -> bool:
     """Whether this may be the name of an adapter."""
-    return isinstance(value, str) and len(value.encode("utf-8", "replace")) <= LONGEST and bool(_NAME.fullmatch(value))
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        return False
+    return len(value.encode()) <= LONGEST and len(file_of(value).encode()) <= 2 * LONGEST
 
 
 def _is_text(value: object) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from veneer.core.errors import AdapterError
 
 ENTRIES, CONTENT, UNFINISHED = "entries", "content", "unfinished"
+MARK = ".pending"  # ends the name of what says that a content may be unfinished
 Report = Callable[[str], None]
 
 
@@ -62,6 +63,14 @@ def changing(report: Report = silent) -> Iterator[Path]:
             f"the library {place} cannot be changed: {error}. Nothing was half-done; it needs a folder that can be "
             "written, with room for the adapter (VENEER_LIBRARY names another one)"
         ) from error
+
+
+def visible(folder: Path, ending: str = "") -> list[Path]:
+    """What a folder holds and does not hide, by name; nothing, where there is no such folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def discard(path: Path) -> None:

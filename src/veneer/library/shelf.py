@@ -12,11 +12,9 @@ from veneer.core.errors import AdapterError, nearest, shown
 from veneer.library import content, index
 from veneer.library.entry import Entry, checked_name, file_of, is_key, is_name, name_of
 from veneer.library.facts import facts, words
-from veneer.library.place import CONTENT, ENTRIES, UNFINISHED, Report, changing, discard, folder, silent
+from veneer.library.place import CONTENT, ENTRIES, MARK, UNFINISHED, Report, changing, discard, folder, silent
 from veneer.library.source import Source, adapter_in, no_such, picture, source
 from veneer.safe.whole import write_whole
-
-_MARK = ".pending"
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
@@ -27,7 +25,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(name_or_path)
     path = Path(os.path.expanduser(text))
-    if os.path.exists(path):
+    if text and os.path.exists(path):
         return adapter_in(path)
     if not text or text.startswith("~") or any(separator in text for separator in (os.sep, os.altsep) if separator):
         raise no_such(path)
@@ -107,6 +105,8 @@ def keep(found: Source, name: str, said: Mapping[str, Any], force: bool, report:
         draft, *pictures = [
             stack.enter_context(content.draft(place, files)) for files in (found.files, found.preview) if files
         ]
+        if torn := [name for name, key in found.sums.items() if content.files_of(draft).get(name) != key]:
+            raise AdapterError(f"{found.path} is torn or changed since it was sent: {', '.join(torn)}; send it again")
         values = _facts(draft, found) | found.facts | {key: value for key, value in said.items() if value}
         values |= {
             "name": name,
@@ -158,7 +158,7 @@ def sweep(place: Path) -> None:
     """
     index.rebuild(place)
     left = sorted((place / UNFINISHED).iterdir())
-    for mark in [path for path in left if path.suffix == _MARK]:
+    for mark in [path for path in left if path.suffix == MARK]:
         home = place / CONTENT / mark.stem
         if is_key(mark.stem) and os.path.lexists(home) and not index.refers(place, mark.stem):
             rest = place / UNFINISHED / uuid4().hex
@@ -167,13 +167,13 @@ def sweep(place: Path) -> None:
             discard(rest)
         discard(mark)
     for path in [*left, *(place / ENTRIES).glob(".*.part")]:
-        if path.suffix != _MARK:
+        if path.suffix != MARK:
             discard(path)
 
 
 def _mark(place: Path, contents: Iterable[str]) -> None:
     for key in {*contents} - {""}:
-        (place / UNFINISHED / f"{key}{_MARK}").touch()
+        (place / UNFINISHED / f"{key}{MARK}").touch()
     content.flush(place / UNFINISHED)
 
 

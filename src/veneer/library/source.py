@@ -12,14 +12,15 @@ from typing import Any
 from veneer.core.adapter import CONFIG, WEIGHTS
 from veneer.core.errors import AdapterError, listed, named, nearest
 from veneer.library.content import SUMS
-from veneer.library.entry import is_plain
+from veneer.library.entry import Entry, is_plain
 from veneer.library.facts import card, loaded
-from veneer.safe.stored import existing, read_bytes
+from veneer.library.place import visible
+from veneer.safe.stored import existing, parsed, read_bytes
 
-CARD, RECIPE, RUN_ADAPTER = "README.md", "recipe.yaml", "adapter"
+CARD, SHEET, RECIPE, RUN_ADAPTER = "README.md", "veneer-library.json", "recipe.yaml", "adapter"
 ALONE = "adapter.safetensors"  # what a file is called where it is kept: equal files are equal contents
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _BEGINNINGS = {rb"\x89PNG\r\n\x1a\n": ".png", rb"\xff\xd8\xff": ".jpg", rb"(?s)RIFF....WEBP": ".webp"}
 _LARGEST = 32 << 20  # bytes of a picture
 _LONGEST = 1000  # characters of a sample
@@ -36,6 +37,7 @@ class Source:
     facts: dict[str, Any] = field(default_factory=dict)
     preview: dict[str, Path] = field(default_factory=dict)  # a picture, under the name that it gets
     left: list[str] = field(default_factory=list)  # what lies beside it and is not the adapter
+    sums: dict[str, str] = field(default_factory=dict)  # the sha256 of each file, where a library sent it
 
 
 def source(path: Path) -> Source:
@@ -44,7 +46,11 @@ def source(path: Path) -> Source:
         return _alone(path)
     if (path / RUN_ADAPTER / CONFIG).is_file():
         return _run(path)
-    if path.is_dir() and not (path / CONFIG).is_file():
+    if not path.is_dir():
+        raise AdapterError(f"{path} is neither a file nor a folder")
+    if (path / SHEET).is_file():
+        return _sent(path)
+    if not (path / CONFIG).is_file():
         weights = [file for file in _there(path) if file.suffix == ".safetensors" and file.name != WEIGHTS]
         if len(weights) == 1:
             return _alone(weights[0], path)
@@ -88,7 +94,7 @@ def _alone(path: Path, home: Path | None = None) -> Source:
         )
     if path.suffix != ".safetensors":
         raise AdapterError(f"{path} is no adapter: expected a .safetensors file, an adapter's folder, or a run's")
-    beside = [path.with_name(f"{path.stem}{more}{ending}") for more in ("", ".preview") for ending in _PICTURES]
+    beside = [path.with_name(f"{path.stem}{more}{ending}") for more in ("", ".preview") for ending in PICTURES]
     facts = (card(home / CARD) if home else {}) | {"origin": {"path": _said(path)}}
     name = home.absolute().name if home else path.stem
     return Source(path, name, {ALONE: path}, ALONE, facts, _first_picture(beside))
@@ -102,6 +108,19 @@ def _folder(path: Path) -> Source:
     left = [named(file.name) for file in _there(path) if file.name not in files]
     facts = card(path / CARD) | {"origin": {"path": _said(path)}}
     return Source(path, path.absolute().name, files, "", facts, left=left)
+
+
+def _sent(path: Path) -> Source:
+    """What another library sent: the files of its entry, to be held to their sha256."""
+    entry = Entry.of(parsed(read_bytes(path / SHEET), str(path / SHEET)), str(path / SHEET))
+    names = {name: ALONE if name == entry.file else name for name in entry.files}
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise AdapterError(f"{path} is not whole: missing {listed(missing, say=str)}")
+    said = ("base", "licence", "tags", "triggers", "note", "sample")
+    facts = {key: value for key in said if (value := getattr(entry, key))} | {"origin": {"path": _said(path)}}
+    files, sums = {names[name]: path / name for name in names}, {names[name]: key for name, key in entry.files.items()}
+    preview = _first_picture(path / f"preview{ending}" for ending in PICTURES)
+    return Source(path, entry.name, files, ALONE if entry.file else "", facts, preview, sums=sums)
 
 
 def _run(path: Path) -> Source:
@@ -122,7 +141,7 @@ def _run(path: Path) -> Source:
 def _first_picture(paths: Iterable[Path]) -> dict[str, Path]:
     """The first of the paths that leads to a picture."""
     for path in paths:
-        if path.suffix in _PICTURES and path.is_file():
+        if path.suffix in PICTURES and path.is_file():
             with suppress(AdapterError):
                 return picture(path)
     return {}
@@ -131,7 +150,7 @@ def _first_picture(paths: Iterable[Path]) -> dict[str, Path]:
 def _there(folder: Path) -> list[Path]:
     """What a folder holds and does not hide, by name."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+        return visible(folder)
     except OSError as error:
         raise AdapterError(f"{folder} cannot be read: {error}") from error
 

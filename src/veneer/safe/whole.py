@@ -24,18 +24,22 @@ def write_whole(files: Mapping[Path, Write]) -> None:
             os.close(descriptor)
             write(temporary)
             temporary.chmod(mode)
-            _to_disk(temporary)
+            to_disk(temporary)
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
             with suppress(OSError):  # not every system flushes folders
-                _to_disk(path.parent, os.O_RDONLY)
+                to_disk(path.parent)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
 
 
-def _to_disk(path: Path, flags: int = os.O_RDWR) -> None:
-    descriptor = os.open(path, flags)
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    # Windows flushes only what is open for writing
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

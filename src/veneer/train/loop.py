@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,9 +19,7 @@ from veneer.train.optimizers import Stepper
 from veneer.train.pieces import quick_pieces
 from veneer.train.schedules import rate
 from veneer.train.settings import TrainSettings
-from veneer.train.task import Reporter, Task
-
-Write = Callable[[dict[str, float]], None]
+from veneer.train.task import Task
 
 
 @dataclass
@@ -30,8 +28,21 @@ class Outcome:
 
     steps: int
     seconds: float
-    interrupted: bool = False
+    stopped_by: int = 0  # the signal that ended it before its time
     failure: str | None = None  # a loss or gradient that is not a number; the step was not taken
+    whole: bool = True  # no step was broken off in its middle
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.stopped_by)
+
+
+class Watcher:
+    """Is told by the loop how it goes."""
+
+    def stepped(self, record: dict[str, float], steps: int) -> bool:
+        """A step of `steps` is done; whether there shall be no more."""
+        return False
 
 
 def count_steps(settings: TrainSettings, size: int) -> int:
@@ -40,42 +51,32 @@ def count_steps(settings: TrainSettings, size: int) -> int:
     return settings.steps or max(1, math.ceil(settings.epochs * size / a_step))
 
 
-def train(
-    task: Task,
-    settings: TrainSettings,
-    eval_every: int | None,
-    write: Write,
-    measure: Callable[[int], None],
-    reporter: Reporter,
-) -> Outcome:
-    """Take the steps; a record of each goes to `write`, and `measure(step)` is called every `eval_every` steps.
+def train(task: Task, stepper: Stepper, settings: TrainSettings, watcher: Watcher, outcome: Outcome) -> None:
+    """Take the steps that follow `outcome`, which says in the end how far it came; the watcher is told of each.
 
-    Ctrl-C ends the loop after the step that is under way, with the adapter as that step left it; pressed again, it
-    ends the step or the measurement too.
+    Ctrl-C and SIGTERM end the loop after the step that is under way, with the adapter as that step left it; Ctrl-C
+    pressed again ends the step or the measurement too.
     """
     steps = count_steps(settings, task.size)
-    stepper = Stepper(task.model, settings)
-    began = time.perf_counter()
-    outcome = Outcome(0, 0.0)
-    try:
-        with _finishing_the_step() as stop, quick_pieces(task.model):
-            for step in range(steps):
-                if stop.is_set():
-                    raise KeyboardInterrupt
+    began = time.perf_counter() - outcome.seconds
+    with _finishing_the_step() as stop, quick_pieces(task.model):
+        try:
+            for step in range(outcome.steps, steps):
+                if stop:
+                    break
                 task.model.train()
+                outcome.whole = False
                 record, outcome.failure = _step(task, stepper, step, steps, settings)
-                outcome.seconds = time.perf_counter() - began
+                outcome.whole, outcome.seconds = True, time.perf_counter() - began
                 if outcome.failure:
                     break
                 outcome.steps = step + 1
                 record["seconds"] = outcome.seconds
-                write(record)
-                reporter.step(record, steps)
-                if eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
-                    measure(step + 1)
-    except KeyboardInterrupt:
-        outcome.interrupted = True
-    return outcome
+                if watcher.stepped(record, steps):
+                    break
+        except KeyboardInterrupt:
+            stop.append(signal.SIGINT)
+        outcome.stopped_by = stop[-1] if stop and outcome.steps < steps else 0
 
 
 def rows_of(step: int, settings: TrainSettings, size: int) -> list[list[int]]:
@@ -135,19 +136,22 @@ def _not_finite(step: int, what: str, places: list[str], lr: float) -> str:
 
 
 @contextmanager
-def _finishing_the_step() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event; a second one interrupts at once. Outside of the main thread nothing is caught."""
-    stop = threading.Event()
+def _finishing_the_step() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are written into the list; a second Ctrl-C interrupts at once. Outside of the main thread
+    nothing is caught.
+    """
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield caught
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before)
+        caught.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before: Any = signal.signal(signal.SIGINT, on_signal)
+    before: dict[int, Any] = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

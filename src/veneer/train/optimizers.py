@@ -4,12 +4,13 @@ And LoRA+: B learns faster than A.
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers
 from veneer.core.update import Update
 
@@ -68,11 +69,46 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step depends on: the adapter's tensors and their averages by name, and plain values."""
+        tensors = {f"adapter/{name}": tensor for name, tensor in _carried(self.model)}
+        for name, parameter in self._trained():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = value
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        return copies, {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Go on from `state`. Raises `AdapterError`, with nothing changed, where it is that of other parameters."""
+        live = {f"adapter/{name}": tensor for name, tensor in _carried(self.model)}
+        theirs = {name: tensor for name, tensor in tensors.items() if name.startswith("adapter/")}
+        shapes, wanted = ({name: tuple(t.shape) for name, t in each.items()} for each in (theirs, live))
+        if wrong := [name for name in {**shapes, **wanted} if shapes.get(name) != wanted.get(name)]:
+            raise AdapterError(f"the checkpoint is that of another adapter, which differs in {collapsed(wrong)}")
+        for name, tensor in theirs.items():
+            live[name].copy_(tensor)
+        for name, parameter in self._trained():
+            begin = f"optimizer/{name}/"
+            if own := {key.removeprefix(begin): value for key, value in tensors.items() if key.startswith(begin)}:
+                self.optimizer.state[parameter] = {k: value.to(parameter.device, copy=True) for k, value in own.items()}
+        self.scaler.load_state_dict(dict(plain["scaler"]))
+        self.skipped = plain["skipped"]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
     def lowers(self, norm: float) -> bool:
         """Whether a norm that is not finite is fp16's overflow, which a lower scale mends: counted as skipped."""
         lowers = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() >= 1
         self.skipped += lowers
         return lowers
+
+
+def _carried(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a run changes, or draws at its beginning: the adapter's parameters and buffers, and all else that trains."""
+    found = [(name, p) for name, p in model.named_parameters() if p.requires_grad or ".adapters." in name]
+    return found + [(name, buffer) for name, buffer in model.named_buffers() if ".adapters." in name]
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:

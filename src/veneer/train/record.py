@@ -7,30 +7,55 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from veneer.core.errors import AdapterError
-from veneer.safe.whole import write_whole
+from veneer.safe.whole import to_disk, write_whole
 
 USAGE = "veneer.json"  # beside an adapter: how it is used
+METRICS, FACTS = "metrics.jsonl", "run.json"
 
 
 class Run:
-    """`<output>/<name>-<number>/`, with a number that no run has yet."""
+    """`<output>/<name>-<number>/`, held by one process at a time."""
 
-    def __init__(self, output: str, name: str) -> None:
-        """Make the folder. Raises `AdapterError` when it cannot be written."""
+    def __init__(self, folder: Path) -> None:
+        """Take hold of a run's folder. Raises `AdapterError` when another process has it."""
+        self.folder = folder
+        self._lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise AdapterError(f"{folder} is the run of a process that is still at work") from None
+        except OSError as error:
+            raise AdapterError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+    @classmethod
+    def fresh(cls, output: str, name: str) -> "Run":
+        """Make the folder, with a number that no run has yet. Raises `AdapterError` when it cannot be written."""
         parent = Path(output).expanduser()
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self.folder = _next_folder(parent, name)
+            return cls(_next_folder(parent, name))
         except OSError as error:
             raise AdapterError(f"output {parent}: cannot make the run's folder: {error.strerror or error}") from error
 
+    def release(self) -> None:
+        """Let other processes have it."""
+        self._lock.release()
+
     def discard(self) -> None:
         """Take the folder away again, for a run that could not begin."""
+        self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def note(self, **facts: Any) -> None:
+        """Write down what is known of the run as a whole, beside what was."""
+        self.write(FACTS, json.dumps({**facts_of(self.folder), **facts}, indent=2) + "\n")
 
     @property
     def adapter(self) -> Path:
@@ -55,21 +80,49 @@ class Run:
     def measure(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
         try:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise AdapterError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror or error}") from error
+            raise AdapterError(f"cannot write {self.folder / METRICS}: {error.strerror or error}") from error
+
+    def flush(self) -> None:
+        """Wait until what was measured is on the disk."""
+        if (self.folder / METRICS).exists():
+            to_disk(self.folder / METRICS)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What was measured so far."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        """What was measured so far; a line that was cut off in its middle is none."""
+        path, records = self.folder / METRICS, []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError):
+                records.append(json.loads(line))
+        return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+
+    def cut_back(self, step: int, measured: int) -> None:
+        """Forget the steps after `step`, and the held-out figures after `measured`."""
+        kept = [record for record in self.metrics() if record["step"] <= (step if "loss" in record else measured)]
+        self.write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What is known of a run as a whole: its `state` and what it was made of; nothing where it does not say."""
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def runs_named(output: str, name: str) -> list[Path]:
+    """The folders of the runs of that name, the newest first."""
+    parent = Path(output).expanduser()
+    numbers = {path: _number(path, name) for path in (parent.iterdir() if parent.is_dir() else ())}
+    return sorted((path for path, number in numbers.items() if number), key=lambda path: -numbers[path])
 
 
 def _next_folder(parent: Path, name: str) -> Path:
     """The first `<name>-<number>` that is free, made now, so that two runs never share one."""
-    taken = [int(m[1]) for path in parent.iterdir() if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))]
-    number = max(taken, default=0) + 1
+    number = max((_number(path, name) for path in parent.iterdir()), default=0) + 1
     while True:
         folder = parent / f"{name}-{number}"
         try:
@@ -78,6 +131,11 @@ def _next_folder(parent: Path, name: str) -> Path:
             number += 1
             continue
         return folder
+
+
+def _number(path: Path, name: str) -> int:
+    match = re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name)
+    return int(match[1]) if match else 0
 
 
 def draw_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:

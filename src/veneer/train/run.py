@@ -1,10 +1,11 @@
 """A recipe in, a run folder out."""
 
 import json
-import math
 import re
+import signal
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from veneer.core.errors import AdapterError
 from veneer.train.card import card
 from veneer.train.loop import Outcome, count_steps, train
 from veneer.train.memory import Estimate, estimate
+from veneer.train.optimizers import Stepper
 from veneer.train.recompute import recompute_layers
 from veneer.train.record import USAGE, Run, draw_losses, peak_memory
-from veneer.train.settings import Recipe, checked
+from veneer.train.resume import as_before, cut_short, refuse_changes
+from veneer.train.sameness import asked, circumstances
+from veneer.train.settings import Recipe, as_yaml, checked, resolved
 from veneer.train.task import Reporter, Task
 from veneer.train.tasks import task_named
+from veneer.train.watch import Watch, noted
 
 
 @dataclass
@@ -51,8 +56,12 @@ class Preview:
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[Task]]:
-    """The recipe, resolved and checked, and its task. Raises `AdapterError` that names every bad key."""
-    values = recipes.load(name, overrides)
+    """The recipe, resolved and checked, and its task; that of a run, where its folder is named.
+
+    Raises `AdapterError` that names every bad key.
+    """
+    own = Path(name).expanduser() / "recipe.yaml"
+    values = recipes.load(str(own) if own.is_file() else name, overrides)
     task = task_named(values.get("task", "causal-lm"))
     recipe = checked(task.settings, values, f"recipe {name}")
     recipe.name = recipe.name or re.sub(r"[^\w.+-]+", "-", Path(name).stem)
@@ -69,52 +78,103 @@ def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     return Preview(resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts)
 
 
-def run(recipe: Recipe, build: type[Task], reporter: Reporter) -> Result:
+def run(
+    recipe: Recipe, build: type[Task], reporter: Reporter, resume: bool | Path = False, inexact: bool = False
+) -> Result:
     """Train, measure before and after, and leave a run folder. Whatever was learned is saved, also on Ctrl-C.
 
-    Raises `AdapterError` for bad input, with no folder left, and for a loss that is not a number, with the adapter of
-    the last good step saved.
+    With `resume`, the newest run of the recipe that was cut short (or the one that it names) goes on, to the bits that
+    it would have ended with; `inexact` lets it go on where something has changed. Raises `AdapterError` for bad input,
+    with no folder left, and for a loss that is not a number, with the adapter of the last good step saved.
     """
     began = time.perf_counter()
-    folder = Run(recipe.output, recipe.name or recipe.task)
+    named = resume if isinstance(resume, Path) else None
+    earlier = cut_short(recipe, named)
+    if earlier and (resume or recipe.resume == "auto"):
+        folder = Run(earlier)
+        recipe = as_before(recipe, folder, inexact, reporter)
+    elif resume:
+        what = named or f"the newest run {recipe.name} in {recipe.output}"
+        raise AdapterError(f"nothing to resume: {what} was not cut short, or is not there")
+    else:
+        if earlier:
+            reporter.say(f"{earlier} was cut short; --resume goes on with it, and this is a new run")
+        folder, earlier = Run.fresh(recipe.output, recipe.name or recipe.task), None
     try:
+        return _run(recipe, build, reporter, folder, earlier is not None, inexact, began)
+    finally:
+        folder.release()
+
+
+def _run(
+    recipe: Recipe, build: type[Task], reporter: Reporter, folder: Run, again: bool, inexact: bool, began: float
+) -> Result:
+    try:
+        wanted = asked(recipe)
         task = _built(recipe, build, reporter)
-        folder.write("recipe.yaml", as_yaml(resolved(recipe)))
-        trainable, parameters = task.model.get_nb_trainable_parameters()
-        before = _measured(task, folder, reporter, 0)
+        made_of = {**task.made_of(), **circumstances(next(task.model.parameters()).device)}
+        watch = Watch(task, Stepper(task.model, recipe.train), folder, recipe, reporter)
+        if again:
+            refuse_changes(folder, made_of, inexact, reporter)
+            outcome = watch.resume()
+        else:
+            outcome = Outcome(0, 0.0)
+            folder.write("recipe.yaml", as_yaml(resolved(recipe)))
+            folder.note(asked=wanted)
+        folder.note(state="running", made_of=made_of)
+        before = _before(task, folder, reporter)
+        enough = watch.measure(outcome.steps)[1]  # where a run was cut short while it measured
     except BaseException:
-        folder.discard()
+        if not again:
+            folder.discard()
         raise
-    every = getattr(getattr(recipe, "eval", None), "every_steps", None)
-
-    def measure(step: int) -> None:
-        _noted(task.evaluate(whole=False), folder, reporter, step)
-
-    try:
-        outcome = train(task, recipe.train, every, folder.measure, measure, reporter)
-    except BaseException:
-        _keep(task, folder)  # as the last whole step left it
-        reporter.say(f"what was learned until then is in {folder.adapter}")
-        raise
+    trainable, parameters = task.model.get_nb_trainable_parameters()
     result = Result(folder, outcome, before, {}, trainable, parameters, 0.0)
-    _save(task, recipe, result)
-    if outcome.failure:
-        _draw(folder)
-        raise AdapterError(f"{outcome.failure}. It is in {folder.adapter}")
-    if not outcome.interrupted:
-        try:
-            result.after = _measured(task, folder, reporter, outcome.steps)
-            result.samples = task.sample()
-            folder.write(
-                "samples/answers.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in result.samples)
-            )
-        except KeyboardInterrupt:
-            outcome.interrupted = True
-    _draw(folder)
+    try:
+        if not enough:
+            train(task, watch.stepper, recipe.train, watch, outcome)
+        if outcome.whole and not outcome.failure:
+            watch.keep(outcome.steps, outcome.seconds)
+    except BaseException as error:
+        with suppress(AdapterError):  # whatever kept it from being written may keep this from it too
+            folder.note(state="failed", why=str(error))
+            _keep(task, folder)  # as the last whole step left it
+            reporter.say(f"what was learned until then is in {folder.adapter}")
+        raise
+    _finish(task, recipe, watch, result)
     result.peak_bytes = peak_memory()
     result.seconds = time.perf_counter() - began
     _save(task, recipe, result)
+    folder.note(state="interrupted" if outcome.interrupted else "finished", steps=outcome.steps, figures=result.after)
     return result
+
+
+def _finish(task: Task, recipe: Recipe, watch: Watch, result: Result) -> None:
+    """Save the adapter; and, unless the run was cut short, measure it and let it answer."""
+    outcome, folder = result.outcome, result.run
+    exported = outcome.steps if outcome.interrupted or outcome.failure else watch.back_to_best(outcome.steps)
+    _save(task, recipe, result)
+    if outcome.failure:
+        _draw(folder)
+        folder.note(state="failed")
+        raise AdapterError(f"{outcome.failure}. It is in {folder.adapter}")
+    if not outcome.interrupted:
+        try:
+            result.after = noted(task.evaluate(whole=True), folder, watch.reporter, exported)
+            result.samples = task.sample()
+            lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in result.samples]
+            folder.write("samples/answers.jsonl", "".join(lines))
+        except KeyboardInterrupt:
+            outcome.stopped_by = signal.SIGINT
+    _draw(folder)
+
+
+def _before(task: Task, folder: Run, reporter: Reporter) -> dict[str, float]:
+    """All figures on the held-out rows before the first step, noted once."""
+    known = [record for record in folder.metrics() if record["step"] == 0]
+    if known:
+        return {key: value for key, value in known[0].items() if key != "step"}
+    return noted(task.evaluate(whole=True), folder, reporter, 0)
 
 
 def _built(recipe: Recipe, build: type[Task], reporter: Reporter) -> Task:
@@ -122,37 +182,6 @@ def _built(recipe: Recipe, build: type[Task], reporter: Reporter) -> Task:
     if recipe.train.gradient_checkpointing:
         recompute_layers(task.model)
     return task
-
-
-def _measured(task: Task, folder: Run, reporter: Reporter, step: int) -> dict[str, float]:
-    """All figures on the held-out rows, noted."""
-    return _noted(task.evaluate(whole=True), folder, reporter, step)
-
-
-def _noted(figures: dict[str, float], folder: Run, reporter: Reporter, step: int) -> dict[str, float]:
-    """The figures, written down and told. Raises `AdapterError` where one is not a number."""
-    if wrong := {name: value for name, value in figures.items() if not math.isfinite(value)}:
-        raise AdapterError(
-            f"after step {step} the held-out figures are {wrong}: the adapter is of no use. Try a lower train.lr, or "
-            "dtype=float32"
-        )
-    if figures:
-        record = {"step": step, **figures}
-        folder.measure(record)
-        reporter.measured(record)
-    return figures
-
-
-def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with every key said, as `veneer train` reads it again."""
-    return recipe.model_dump(mode="json")
-
-
-def as_yaml(values: dict[str, Any]) -> str:
-    """The values as a recipe file says them."""
-    import yaml
-
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _draw(folder: Run) -> None:

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, nearest
@@ -46,6 +46,37 @@ class TrainSettings(Settings):
     )
 
 
+class EvalSettings(Settings):
+    """The `eval` part of a recipe: the keys that every task shares."""
+
+    every_steps: int | None = Field(None, ge=1, description="Measure the held-out loss every so many steps.")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="End the training when so many measurements in a row were no better than the best; needs "
+        "eval.every_steps.",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="Which step's adapter is left in the end: the last one's, or that of the best measurement, which "
+        "needs eval.every_steps.",
+    )
+
+    @model_validator(mode="after")
+    def _measures(self) -> "EvalSettings":
+        if self.every_steps is None and (self.patience or self.keep == "best"):
+            raise AdapterError("eval.patience and eval.keep=best look at measurements: set eval.every_steps")
+        return self
+
+
+class CheckpointSettings(Settings):
+    """The `checkpoint` part of a recipe."""
+
+    every_steps: int | None = Field(None, ge=1, description="Keep all that the run carries every so many steps.")
+    every_minutes: float | None = Field(10, gt=0, description="And every so many minutes; null for steps alone.")
+    keep: int = Field(2, ge=1, description="So many of the newest stay, and that of the best measurement.")
+
+
 class Recipe(Settings):
     """The keys that every task shares; a task adds its own under data, eval and sample."""
 
@@ -65,6 +96,12 @@ class Recipe(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps, …")
     adapter: LoraConfig = Field(default_factory=LoraConfig, description="LoraConfig's own fields.")
     train: TrainSettings = Field(default_factory=TrainSettings)
+    eval: EvalSettings = Field(default_factory=EvalSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    resume: Literal["never", "auto"] = Field(
+        "never",
+        description="auto: go on with the newest run of this recipe that was cut short, if any, as --resume does.",
+    )
     output: str = Field("runs", description="The folder that gets <name>-<number>/.")
     name: str | None = Field(None, pattern=r"^[\w.+-]+$", description="The run's name; the recipe's, if not said.")
 
@@ -74,6 +111,18 @@ class Recipe(Settings):
         """A folder is named in full, so that the recipe and the adapter of a run can be used from anywhere."""
         folder = Path(base).expanduser()
         return str(folder.resolve()) if (folder / "config.json").is_file() else base
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every key said, as `veneer train` reads it again."""
+    return recipe.model_dump(mode="json")
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """The values as a recipe file says them."""
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 R = TypeVar("R", bound=Recipe)

@@ -41,6 +41,8 @@ class Task(ABC):
     """A model with a fresh adapter, and the rows that it learns from."""
 
     settings: ClassVar[type[Recipe]]  # the task's own recipe
+    judged_by: ClassVar[str] = "eval_loss"  # the figure that says which of two adapters is better
+    higher_is_better: ClassVar[bool] = False
     model: PeftModel
     size: int  # rows to learn from
 
@@ -66,6 +68,10 @@ class Task(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What a person wants to know before a run: sizes, lengths, how much memory it will take."""
+
+    @abstractmethod
+    def made_of(self) -> dict[str, str]:
+        """Digests of the rows and the base, by what they are: equal ones give equal steps."""
 
     @abstractmethod
     def usage(self) -> dict[str, Any]:

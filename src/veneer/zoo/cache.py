@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
+from veneer.safe.whole import to_disk
 from veneer.zoo.catalogue import Base, named
 from veneer.zoo.needed import needed
 
@@ -85,21 +86,9 @@ def install(folder: Path, base: Base) -> Path:
 def settle(folder: Path, place: Path) -> Path:
     """Move a finished folder of a workspace to its place in one step, once all of it is on the disk."""
     for path in (*folder.rglob("*"), folder):
-        _to_disk(path)
+        to_disk(path)
     if place.exists():  # incomplete or of an older layout; it goes when the workspace goes
         os.replace(place, folder.parent / "replaced")
     os.replace(folder, place)
-    _to_disk(place.parent)
+    to_disk(place.parent)
     return place
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    # Windows flushes only what is open for writing
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,6 +29,7 @@ from veneer.train.language.settings import LanguageData, LanguageEvaluation, Lan
 from veneer.train.language.shapes import opening, typed
 from veneer.train.language.sources import Documents
 from veneer.train.language.tokens import coloured, encode_prompt
+from veneer.train.sameness import digest_of_base
 from veneer.train.settings import Recipe
 from veneer.train.task import Batch, Reporter, Task
 
@@ -52,7 +53,7 @@ class CausalLM(Task):
         device = choose_device(recipe.device)
         recipe.device = str(device)
         learned, held_out = read_documents(recipe.data, recipe.train.seed, reporter)
-        folder = zoo.resolve(recipe.base)
+        folder = self.folder = zoo.resolve(recipe.base)
         recipe.dtype = choose_dtype(recipe.dtype, device, folder)  # type: ignore[assignment]
         self._shorten_rows(longest_row(folder))
         self.tokenizer = load_tokenizer(folder)
@@ -126,6 +127,10 @@ class CausalLM(Task):
     def facts(self) -> dict[str, Any]:
         looks = [coloured(example, self.tokenizer) for example in evenly(self.part.examples, 3)]
         return {"report": self.part.report, "looks": looks}
+
+    def made_of(self) -> dict[str, str]:
+        held_out = {"held-out rows": self.held_out.examples.digest()} if self.held_out else {}
+        return {"rows": self.part.examples.digest(), **held_out, "base": digest_of_base(self.folder)}
 
     def usage(self) -> dict[str, Any]:
         keys = ("shape", "prompt", "completion", "chat")

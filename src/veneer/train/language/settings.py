@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from veneer.core.errors import AdapterError
-from veneer.train.settings import Settings, TrainSettings
+from veneer.train.settings import EvalSettings, Settings, TrainSettings
 
 Shape = Literal["text", "prompt-completion", "messages", "alpaca"]
 
@@ -109,10 +109,9 @@ def template_parts(template: str) -> tuple[tuple[str, str | None], ...]:
     return tuple((text, column) for text, column, _, _ in parts)
 
 
-class LanguageEvaluation(Settings):
+class LanguageEvaluation(EvalSettings):
     """The `eval` part of a recipe for a language model."""
 
-    every_steps: int | None = Field(None, ge=1, description="Measure the held-out loss every so many steps.")
     rows: int = Field(500, ge=1, description="The most held-out rows that the loss is measured on, evenly spread.")
     answers: int = Field(
         0,

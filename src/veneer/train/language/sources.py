@@ -72,6 +72,10 @@ class Examples(Sequence[Example]):
         self.lengths = sizes[self.rows] // TOKEN_BYTES
         self._tokens, self._chosen = tokens, chosen[self.rows]
 
+    def digest(self) -> str:
+        """A name for the tokens, all of them in their order."""
+        return sha256(self.lengths.tobytes() + self._tokens.table["sum"][self._chosen].tobytes()).hexdigest()
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -1,0 +1,56 @@
+"""Runs that were cut short: found, and held to what they were begun with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from veneer import recipes
+from veneer.core.errors import AdapterError
+from veneer.train.record import Run, facts_of, runs_named
+from veneer.train.sameness import FREE, asked, differences
+from veneer.train.settings import Recipe, checked, resolved
+from veneer.train.task import Reporter
+
+R = TypeVar("R", bound=Recipe)
+CUT_SHORT = ("running", "interrupted", "failed")  # what a run's facts say while, or where, it did not come to its end
+
+
+def cut_short(recipe: Recipe, named: Path | None = None) -> Path | None:
+    """The newest run of the recipe's name, or the one that is `named`, if it did not come to its end."""
+    begun = (run for run in runs_named(recipe.output, recipe.name or recipe.task) if facts_of(run))
+    newest = named or next(begun, None)
+    return newest if newest and facts_of(newest).get("state") in CUT_SHORT else None
+
+
+def as_before(recipe: R, run: Run, inexact: bool, reporter: Reporter) -> R:
+    """The recipe as the run has it, with all that was chosen then; its own keys where it differs and may.
+
+    Raises `AdapterError` that names every key that asks for something else.
+    """
+    path = run.folder / "recipe.yaml"
+    then = checked(type(recipe), recipes.load(str(path)), f"recipe {path}")
+    begun, chosen, now = facts_of(run.folder).get("asked", {}), asked(then), asked(recipe)
+    changed = {key for key in {**begun, **now} if now.get(key) not in (begun.get(key), chosen.get(key))}
+    if changed:
+        told = differences(
+            {key: begun.get(key) for key in now if key in changed}, {key: now.get(key) for key in now if key in changed}
+        )
+        _judge(run, "the recipe has changed: " + "; ".join(told), inexact, reporter)
+        return recipe
+    free = {key: value for key, value in resolved(recipe).items() if key in FREE}
+    return checked(type(recipe), {**resolved(then), **free}, f"recipe {path}")
+
+
+def refuse_changes(run: Run, made_of: Mapping[str, Any], inexact: bool, reporter: Reporter) -> None:
+    """Raises `AdapterError` where rows, base, machine or packages are not those that the run was begun with."""
+    if told := differences(facts_of(run.folder).get("made_of", {}), made_of):
+        _judge(run, "; ".join(told), inexact, reporter)
+
+
+def _judge(run: Run, told: str, inexact: bool, reporter: Reporter) -> None:
+    if not inexact:
+        raise AdapterError(
+            f"{run.folder} cannot be resumed to the same bits: {told}. Put it back as it was, begin a new run without "
+            "--resume, or go on all the same with --allow-inexact"
+        )
+    reporter.say(f"{run.folder} goes on though {told}: it ends with other bits than an undisturbed run")
