@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.combine.base import Source
+from veneer.combine.combined import Progress
 from veneer.combine.layers import Errors
 from veneer.combine.matrix import Keep
 from veneer.combine.stored import StoredWeights, weights_of
@@ -49,7 +50,7 @@ def extract(
     dtype: torch.dtype = torch.float32,
     rename: Callable[[str], str | None] = lambda name: name,
     base_name: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Extracted:
     """ΔW = W_tuned - W_base as the best LoRA of that `rank`, `energy` or `ratio` (`veneer.combine.matrix.Keep`).
 
@@ -64,9 +65,28 @@ def extract(
     keep = Keep(rank=rank, energy=energy, ratio=ratio)
     if keep.everything:
         raise AdapterError("extract: say which rank, energy or ratio the LoRA should have")
-    keeps = (keep, keep if conv_rank is None else replace(keep, rank=conv_rank))
     pair = _Pair(_weights(tuned), _weights(base))
     found = Extracted(Adapter(LoraConfig(), {}), Errors(), strange=pair.strange)
+    changes, tables = _changes(pair, keep, conv_rank, everything, dtype, rename, progress, found)
+    if not changes:
+        more = f"; what differs are {listed(found.left, say=named)}" if found.left else ""
+        raise AdapterError(f"the two models have the same matrices: there is nothing to extract{more}")
+    parts = tuple(dict.fromkeys(path.partition(".")[0] for path in changes)) if pair.of_parts else ()
+    found.adapter = adapter_of(changes, parts=parts, embeddings=tables, base=base_name)
+    return found
+
+
+def _changes(
+    pair: "_Pair",
+    keep: Keep,
+    conv_rank: int | None,
+    everything: bool,
+    dtype: torch.dtype,
+    rename: Callable[[str], str | None],
+    progress: Progress,
+    found: Extracted,
+) -> tuple[dict[str, Change], list[str]]:
+    """What each layer is changed by, and which of them are tables; all else is told to `found`."""
     changes, rest, faults = dict[str, Change](), dict[str, Tensor](), list[str]()
     for done, name in enumerate(pair.names):
         progress(done, len(pair.names))
@@ -77,25 +97,20 @@ def extract(
             faults.append(f"{name}: NaN or infinity in the difference")
         elif pair.is_matrix(name):
             path, row = own.removesuffix(".weight"), tuple(D.shape[1:])
-            way = keeps[row[1:].count(1) < len(row[1:])]
+            is_kernel = row[1:].count(1) < len(row[1:])
+            way = replace(keep, rank=conv_rank) if is_kernel and conv_rank is not None else keep
             changes[path], found.errors.squares[path] = stored(D.flatten(1), None, row, way, dtype)
         elif everything and own.endswith((".weight", ".bias")):
             rest[own] = D
         else:
             found.left.append(name)
     progress(len(pair.names), len(pair.names))
+    if faults:
+        raise AdapterError(told(faults))
     for own, D in rest.items():
         path, _, kind = own.rpartition(".")
         changes[path] = _whole(changes.get(path), kind, D, dtype)
-    if faults:
-        raise AdapterError(told(faults))
-    if not changes:
-        more = f"; what differs are {listed(found.left, say=named)}" if found.left else ""
-        raise AdapterError(f"the two models have the same matrices: there is nothing to extract{more}")
-    parts = tuple(dict.fromkeys(path.partition(".")[0] for path in changes)) if pair.of_parts else ()
-    tables = [own.removesuffix(".weight") for own in rest if _TABLE.search(own)]
-    found.adapter = adapter_of(changes, parts=parts, embeddings=tables, base=base_name)
-    return found
+    return changes, [own.removesuffix(".weight") for own in rest if _TABLE.search(own)]
 
 
 class _Pair:
