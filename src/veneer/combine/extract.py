@@ -1,7 +1,7 @@
 """The adapter between two whole models: their difference, layer by layer, as a LoRA."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,6 +49,7 @@ def extract(
     everything: bool = False,
     dtype: torch.dtype = torch.float32,
     rename: Callable[[str], str | None] = lambda name: name,
+    parts: Sequence[str] = (),
     base_name: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Extracted:
@@ -57,7 +58,8 @@ def extract(
     Both are models, tensors by name, folders (in pieces, or of a pipeline's parts) or safetensors files; of files one
     layer at a time is in memory. Adapted are the matrices and kernels that differ; `conv_rank` is for kernels of more
     than a point. What else differs (norms, biases, tables) is told, and with `everything` kept whole. A difference that
-    is none but by the rounding of one of the two files is none. `rename` gives a parameter its name in the adapter.
+    is none but by the rounding of one of the two files is none. `rename` gives a parameter its name in the adapter, or
+    None where it has no place there; `parts` are the first words of such names that are a pipeline's parts.
 
     Factors are not clamped, which kohya's script offers: the best approximation of a rank is lost by that.
     Raises `AdapterError` when there is nothing to extract.
@@ -71,8 +73,9 @@ def extract(
     if not changes:
         more = f"; what differs are {listed(found.left, say=named)}" if found.left else ""
         raise AdapterError(f"the two models have the same matrices: there is nothing to extract{more}")
-    parts = tuple(dict.fromkeys(path.partition(".")[0] for path in changes)) if pair.of_parts else ()
-    found.adapter = adapter_of(changes, parts=parts, embeddings=tables, base=base_name)
+    first = {path.partition(".")[0] for path in changes}
+    own = [part for part in (*parts, *pair.parts) if part in first]
+    found.adapter = adapter_of(changes, parts=own, embeddings=tables, base=base_name)
     return found
 
 
@@ -91,8 +94,10 @@ def _changes(
     for done, name in enumerate(pair.names):
         progress(done, len(pair.names))
         D, own = pair.difference(name), rename(name)
-        if D is None or own is None:
+        if D is None:
             found.same.append(name)
+        elif own is None:
+            found.left.append(name)
         elif not is_finite(D):
             faults.append(f"{name}: NaN or infinity in the difference")
         elif pair.is_matrix(name):
@@ -123,7 +128,7 @@ class _Pair:
         self.names = [name for name, (its, other) in shapes.items() if its == other]
         self.strange = list(dict.fromkeys(name for name in (*old, *new) if name not in set(self.names)))
         self.shapes = {name: shapes[name][0] for name in self.names}
-        self.of_parts = bool(getattr(old, "parts", ()))
+        self.parts: tuple[str, ...] = getattr(old, "parts", ())
         # whether its layers hold their weights as (in, out), as GPT-2's do: the biases, of size out, say it
         biases = {name: self.shapes.get(f"{name.removesuffix('weight')}bias") for name in self.names}
         self.turned = any(len(W) == 2 and biases[name] == W[1:] != W[:1] for name, W in self.shapes.items())

@@ -1,7 +1,7 @@
 """A layer's change as matrices, and matrices as a layer's change."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +27,12 @@ class Errors:
     @property
     def total(self) -> float:
         """Of all layers together."""
-        lost, square = (sum(pair[i] for pair in self.squares.values()) for i in (0, 1))
-        return _root(lost, square)
+        return self.of(self.squares)
+
+    def of(self, paths: Iterable[str]) -> float:
+        """Of these layers together."""
+        pairs = [self.squares[path] for path in paths if path in self.squares]
+        return _root(sum(lost for lost, _ in pairs), sum(square for _, square in pairs))
 
 
 def _root(lost: float, square: float) -> float:
