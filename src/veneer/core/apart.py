@@ -60,6 +60,7 @@ class Change:
         wide = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         sketch = torch.empty(shape, device="meta", dtype=torch.float64 if wide else torch.float32)
         update = maker(self.config, [(sketch, self.config)])(sketch, self.config, lambda *_: None)
+        update.fit(self.tensors, biased=shape == (self.shape or shape))
         wanted = {name: own.numel() for name, own in update.tensors().items()}
         if wanted != {name: own.numel() for name, own in self.tensors.items()}:
             expected, found = (

@@ -33,7 +33,7 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) ->
     fitted, larger = {}, []
     for key in [key for key in live if key in new]:
         (own, *_, scale), (value, *_, its_scale) = live[key], new[key]
-        if any(found > room for found, room in zip(value.shape, own.shape, strict=True)):
+        if value.ndim != own.ndim or any(found > room for found, room in zip(value.shape, own.shape, strict=True)):
             larger.append(key)
             continue
         if key[1] in ("B", "b"):
@@ -42,7 +42,7 @@ def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) ->
         fitted[key][tuple(map(slice, value.shape))] = value
     told = {
         "only in one of the two": [key for key in [*live, *new] if key not in live or key not in new],
-        "of a larger rank than the live one": larger,
+        "of another form or a larger rank than the live one": larger,
         "cannot be told at the live scale": [key for key, value in fitted.items() if not value.isfinite().all()],
     }
     if faults := [f"{what}: {collapsed(map(said, keys))}" for what, keys in told.items() if keys]:

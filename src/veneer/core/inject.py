@@ -13,7 +13,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, named
 from veneer.core.kinds.dense import AdaptedModule
 from veneer.core.kinds.embedding import AdaptedEmbedding
-from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.kinds.layer import AdaptedLayer, Adapters, is_plain
 from veneer.core.methods import maker
 from veneer.core.methods.beside import Tied
 from veneer.core.plan import BASE, Plan
@@ -73,6 +73,10 @@ def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Ca
     if values is not None:
         if config.method.saved_config(config) != config:
             faults.append("the config says how an adapter is trained, which its tensors are not read under")
+        for path, (kind, layer, update) in carriers.items():
+            biased = kind.biased and (layer.bias is not None or is_plain(layer.weight))
+            for part, place in kind.places(update).items():
+                update.parts()[part].fit(values.tensors.get(path + place, {}), biased)
         faults += _misfits(model, carriers, values)
     if faults:
         raise AdapterError("\n".join(faults))
@@ -218,7 +222,7 @@ def _misfits(model: nn.Module, carriers: Mapping[str, Carrier], values: Adapter)
     for key, shape in wanted.items():
         if key not in found:
             missing.append(said(key))
-        elif _without_ones(shape) != _without_ones(found[key].shape):
+        elif not _fits(shape, found[key].shape):
             misshaped.append(f"{said(key)} expected {tuple(shape)} found {tuple(found[key].shape)}")
         elif not is_finite(found[key]):
             broken.append(said(key))
@@ -236,9 +240,12 @@ def _misfits(model: nn.Module, carriers: Mapping[str, Carrier], values: Adapter)
     return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
 
 
-def _without_ones(shape: torch.Size) -> torch.Size:
-    """The shape but for its last ones: kernels of a single point are filed as matrices, and matrices as kernels."""
-    return shape[: max((i + 1 for i, size in enumerate(shape) if size != 1), default=0)]
+def _fits(wanted: torch.Size, found: torch.Size) -> bool:
+    """Whether a file's shape is that, but for ones at its end (kernels of a single point are filed as matrices, and
+    matrices as kernels), or flattens to the matrix that is wanted.
+    """
+    bare = [shape[: max((i + 1 for i, size in enumerate(shape) if size != 1), default=0)] for shape in (wanted, found)]
+    return bare[0] == bare[1] or (len(wanted) == 2 and wanted == (*found[:1], found[1:].numel()))
 
 
 def said(key: tuple[str, str]) -> str:

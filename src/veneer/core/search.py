@@ -146,7 +146,7 @@ class Search:
     def _patterned(self, names: dict[Place, set[str]], field: str, patterns: dict[str, Any]) -> dict[Place, Any]:
         """What the patterns give the places that they match; the first one counts."""
         if len(patterns) > 4 * len(names) + 16:
-            self.fault(field, f"{len(patterns)} patterns, for {len(names)} layers, are too many")
+            self.fault(field, f"{len(patterns)} patterns, of {len(names)} layers, are too many")
             return {}
         found, missing, homes = dict[Place, Any](), [], defaultdict[str, list[Place]](list)
         for place, paths in names.items():

@@ -199,7 +199,7 @@ MEANINGS = {
     "layers_to_transform": "Only in these layers, counted from 0.",
     "layers_pattern": "What the list of layers is called, where it is not plain.",
     "init_lora_weights": "How A and B start.",
-    "peft_type": "The method: LORA, LOHA, LOKR, VERA or IA3.",
+    "peft_type": "The method: LORA, LOHA, LOKR, VERA, IA3 or FULL.",
     "use_dora": "Learn the length of each row of W + ΔW apart from its direction (DoRA), over any method.",
     "options": "What only one method knows.",
     "task_type": "What PEFT should load the base as; found by itself.",

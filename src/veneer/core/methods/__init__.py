@@ -8,6 +8,7 @@ from torch import Tensor
 from veneer.core.config import LoraConfig
 from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.methods.dora import Dora
+from veneer.core.methods.full import Full
 from veneer.core.methods.ia3 import Ia3
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
@@ -15,7 +16,7 @@ from veneer.core.methods.lora import Lora, PartedLora
 from veneer.core.methods.vera import Vera
 from veneer.core.update import Stack, Update
 
-METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3}
+METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3, "FULL": Full}
 
 
 def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Callable[..., Update]:
