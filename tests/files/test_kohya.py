@@ -213,7 +213,11 @@ FAULTS = {
         {"lora_down.weight": (4, 8, 1, 1), "lora_up.weight": (6, 4, 1, 1), "lora_mid.weight": (5, 4, 3, 3)},
         "lora_mid 5",
     ),
-    "r": ({"diff_b": (6,)}, "diff_b without diff"),
+    "r": ({"diff": (6, 8), "diff_b": (5,)}, "changes of 6 outputs and of 5 biases"),
+    "t": ({"weight": (6,), "on_input": "zero"}, "scales the layer's bias"),
+    "u": ({"weight": (6, 2), "on_input": "zero"}, "is no vector"),
+    "v": ({"weight": (6,)}, "weight without on_input"),
+    "w": ({"diff": (6, 8), "dora_scale": (6, 1)}, "dora_scale beside FULL"),
     "s": ({"bias_indices": (1,), "bias_values": (1,), "bias_size": (2,)}, "a sparse rest"),
 }
 

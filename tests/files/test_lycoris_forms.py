@@ -172,3 +172,70 @@ def test_old_files_with_a_scalar(tmp_path):
     W, down, up = rand(OUT, IN), rand(R, IN), rand(OUT, R)
     own = {"lora_down__weight": down, "lora_up__weight": up, "alpha": number(2), "scalar": number(0.25)}
     check(tmp_path, kohya, LINEAR, W, 0.25 * 2 / R * up @ down, **own)
+
+
+@pytest.mark.parametrize("path", WEIGHTS)
+def test_whole_changes(tmp_path, path):
+    D, b = rand(*WEIGHTS[path]), rand(OUT)
+    adapter = read(lycoris, path, diff=D, diff_b=b)
+    for one in (adapter, stored(lycoris, adapter, tmp_path / "again.safetensors")):
+        update = changes(one)[path].update()
+        assert torch.equal(update.delta(D.flatten(1)), D.flatten(1))
+        assert torch.equal(update.shift(None), b)
+
+
+@pytest.mark.parametrize("own", [["w_norm"], ["w_norm", "b_norm"]])
+def test_changes_of_norm_layers(tmp_path, own):
+    tensors = {name: rand(OUT) for name in own}
+    adapter = read(lycoris, CONV, **tensors)
+    for one in (adapter, stored(lycoris, adapter, tmp_path / "again.safetensors")):
+        delta = changes(one)[CONV].update(rand(OUT, 2)).delta(rand(OUT, 2))  # a norm layer's scale and bias
+        zero = torch.zeros(OUT, dtype=torch.float64)
+        assert torch.equal(delta, torch.stack([tensors.get("w_norm", zero), tensors.get("b_norm", zero)], 1))
+
+
+ATTENTION = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_ia3_by_rows_and_by_columns(tmp_path, dtype):
+    W, rows, columns = rand(OUT, IN), rand(OUT).to(dtype), rand(IN).to(dtype)
+    own = {ATTENTION: (rows, 0, rows[:, None]), LINEAR: (columns, 1, columns)}
+    tensors = {}
+    for path, (w, on_input, _) in own.items():
+        name = f"lora_{path.replace('.', '_')}"
+        tensors |= {f"{name}.weight": w, f"{name}.on_input": torch.tensor(on_input)}
+    adapter = lycoris.read(tensors, {}, "")
+    for one in (adapter, stored(lycoris, adapter, tmp_path / "again.safetensors")):
+        for path, (_, _, scales) in own.items():
+            expected = W * (1 + scales.double()) - W
+            tolerance = 1e-10 if dtype == torch.float64 else 1e-6  # 1 + w is in fp32, w in fp16
+            assert torch.allclose(delta(one, path, W), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_file_of_many_methods(tmp_path):
+    W, D = rand(OUT, IN), rand(OUT, IN)
+    a1, b1, a2, b2 = rand(OUT, R), rand(R, IN), rand(OUT, R), rand(R, IN)
+    C, E = rand(2, 2), rand(3, 4)
+    expected = {"one": D, "two": 2 / R * (a1 @ b1) * (a2 @ b2), "three": kron(C, E), "four": 3 * a1 @ b1}
+    own = {
+        "one": {"diff": D},
+        "two": {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2, "alpha": number(2)},
+        "three": {"lokr_w1": C, "lokr_w2": E, "alpha": number(7)},
+        "four": {"lora_up.weight": a1, "lora_down.weight": b1, "alpha": number(3 * R)},
+    }
+    tensors = {f"lycoris_{layer}.{name}": tensor for layer, named in own.items() for name, tensor in named.items()}
+    adapter = lycoris.read(tensors, {"ss_network_args": '{"algo": "mixed"}'}, "")
+    for one in (adapter, stored(lycoris, adapter, tmp_path / "again.safetensors")):
+        assert one.parts == ()
+        assert one is adapter or one.metadata["ss_network_module"] == "lycoris.kohya"
+        for layer, change in expected.items():
+            assert torch.allclose(delta(one, layer, W), change, rtol=1e-10)
+
+
+def test_a_scale_of_lokr_without_products_is_folded(tmp_path):
+    C, E = rand(2, 2), rand(3, 4)
+    tensors = {"lycoris_one.lokr_w1": C, "lycoris_one.lokr_w2": E, "lycoris_one.scalar": number(0.3)}
+    adapter = lycoris.read(tensors, {}, "")
+    for one in (adapter, stored(lycoris, adapter, tmp_path / "again.safetensors")):
+        assert torch.allclose(delta(one, "one", rand(OUT, IN)), 0.3 * kron(C, E), rtol=1e-10)

@@ -79,6 +79,7 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
         own = next(iter(spelt.values()))
         try:
             found[whole] = change_of(own)
+            _judge(found[whole], whole)
         except AdapterError as error:
             wrong.setdefault(str(error), []).append(whole)
     faults += [f"{what}: {collapsed(paths)}" for what, paths in wrong.items()]
@@ -162,6 +163,7 @@ def store(
             reasons.setdefault("two layers of one name", []).append(f"{homes[name]} and {place}")
         else:
             try:
+                _judge(change, place)
                 flat |= {f"{name}.{ending}": tensor for ending, tensor in own(change).items()}
             except AdapterError as error:
                 reasons.setdefault(str(error), []).append(place)
@@ -177,6 +179,13 @@ def store(
         save_file(_own_memory(flat), path, metadata=_about(adapter.metadata, about, family))
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be written: {error}") from error
+
+
+def _judge(change: Change, path: str) -> None:
+    """Raises `AdapterError` where the same numbers are another change to LyCORIS's programs than to veneer's method."""
+    scales_rows = change.config.peft_type == "IA3" and not change.config.options["feedforward_modules"]
+    if scales_rows and not spelling.is_unbiased(path):
+        raise AdapterError("(IA)³ on outputs scales the layer's bias too in veneer and PEFT, and not in LyCORIS")
 
 
 def _placed(adapter: Adapter, every: Mapping[str, Change], format: str) -> tuple[tuple[str, ...], dict[str, Change]]:

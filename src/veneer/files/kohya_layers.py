@@ -70,7 +70,8 @@ def _numbers(own: Own, rank: int | None, tensors: Own) -> tuple[int, float]:
                 raise AdapterError(f"{name} should be one finite number, found {found}")
             numbers[name] = float(tensor.item())
     if rank is None:
-        r = max([1, *(math.ceil(max(tensors[name].flatten(1).shape) / 2) for name in "CD" if name in tensors)])
+        whole = [tensors[name].flatten(1).shape for name in "CD" if "C" in tensors]
+        r = max([1, *(math.ceil(max(shape) / 2) for shape in whole)])
         return r, r * numbers.get("scalar", 1.0)
     if numbers.get("alpha") == 0:
         raise AdapterError("alpha 0, which kohya's programs take for the rank and others for no change at all")
@@ -150,7 +151,7 @@ def _lokr(own: Own) -> _Read:
 
 def _full(own: Own) -> _Read:
     found = {name: own[key] for name, keys in _FULL.items() for key in keys if key in own}
-    if "b" in found and found["b"].numel() != len(found["D"]):
+    if len(found) == 2 and found["b"].numel() != len(found["D"]):
         raise AdapterError(f"changes of {len(found['D'])} outputs and of {found['b'].numel()} biases")
     return found, None, {}
 
@@ -173,11 +174,11 @@ def _decomposed(change: Change, m: Tensor) -> Change:
     if shape is None:
         raise AdapterError(f"dora_scale beside {change.config.peft_type}")
     rows, columns = shape
-    if m.ndim < 2 or (len(m) == rows and m.numel() == rows):
-        if m.numel() != rows:
-            raise AdapterError(f"dora_scale of {tuple(m.shape)} for {rows} outputs")
+    if m.numel() == rows and (m.ndim < 2 or len(m) == rows):
         m = m.reshape(-1) if m.ndim < 3 else m.reshape(1, -1, *m.shape[2:])
-    elif len(m) != 1 or m.numel() != m.shape[1] or columns % m.numel():
+    elif m.ndim > 1 and len(m) == 1 and m.numel() == m.shape[1] and columns % m.numel() == 0:
+        m = m.reshape(1, -1)
+    else:
         raise AdapterError(f"dora_scale of {tuple(m.shape)} for {rows} outputs and {columns} inputs (times the kernel)")
     return Change(change.config, {**change.tensors, "magnitude": m})
 
@@ -202,8 +203,8 @@ _FORMS = (
     _Form("LORA", (*_LORA, "lora_mid.weight"), _LORA, _lora),
     _Form("LOHA", (*_LOHA, "hada_t1", "hada_t2"), _LOHA, _loha),
     _Form("LOKR", _LOKR, (), _lokr),
-    _Form("FULL", ("diff", "diff_b"), ("diff",), _full, ("alpha",)),
-    _Form("FULL", ("w_norm", "b_norm"), ("w_norm",), _full, ("alpha",)),
+    _Form("FULL", ("diff", "diff_b"), (), _full, ("alpha",)),
+    _Form("FULL", ("w_norm", "b_norm"), (), _full, ("alpha",)),
     _Form("IA3", ("weight", "on_input"), ("weight", "on_input"), _ia3, ("alpha",)),
 )
 LYCORIS_ONLY = frozenset(name for form in _FORMS if form.method != "LORA" for name in form.names) | _UNKNOWN.keys()
@@ -229,7 +230,7 @@ def own_of(change: Change) -> dict[str, Tensor]:
     names = _THEIRS.get(config.peft_type)
     if names is None:
         raise AdapterError(f"{config.peft_type}, which has no form there: make it a plain LoRA first")
-    if config.peft_type == "FULL" and tensors["D"].ndim == 1:
+    if config.peft_type == "FULL" and "D" in tensors and tensors["D"].ndim == 1:
         names = {"D": "w_norm", "b": "b_norm"}
     if strange := [name for name in tensors if name not in names]:
         raise AdapterError(f"{config.peft_type} with {listed(strange, say=str)}, which have no place there")
@@ -246,10 +247,13 @@ def own_of(change: Change) -> dict[str, Tensor]:
 
 
 def _scale_of(m: Tensor, change: Change) -> Tensor:
-    """DoRA's magnitudes as `dora_scale`, with as many dimensions as the layer's weight."""
+    """DoRA's magnitudes as `dora_scale`, with as many dimensions as the layer's weight, where the tensors say it."""
+    rows, columns = change.shape or (0, 0)
     sides = max([m.ndim, 2, *(own.ndim for name, own in change.tensors.items() if name in "ABD")])
-    rows, _ = change.shape or (0, 0)
-    return m.reshape(-1, *[1] * (sides - 1)) if m.numel() == rows else m.reshape(1, -1, *[1] * (sides - 2))
+    if m.numel() == rows and (m.ndim != 2 or rows == 1):
+        return m.reshape(-1, *[1] * (sides - 1))
+    sides = 4 if sides == 2 and m.numel() < columns else sides
+    return m.reshape(1, -1, *[1] * (sides - 2))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -263,5 +267,5 @@ def alpha_of(config: LoraConfig) -> float:
 
 def exact(number: float) -> Tensor:
     """A tensor of this one number, in fp32 where that is exact."""
-    own = torch.tensor(number)
+    own = torch.tensor(float(number))
     return own if own.item() == number else torch.tensor(number, dtype=torch.float64)

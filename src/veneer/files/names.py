@@ -132,6 +132,11 @@ def part_of(paths: Collection[str]) -> str | None:
     return None
 
 
+def is_unbiased(path: str) -> bool:
+    """Whether the layer is one of a U-Net that has no bias."""
+    return re.fullmatch(r"(?:.+\.)?attn[12]\.to_[qkv]", path) is not None
+
+
 _WIDTHS = {768: "SD1", 1024: "SD2", 2048: "SDXL"}  # of the text that a U-Net's cross-attention sees
 _ONLY_IN = {
     "SDXL": re.compile(r"transformer_blocks\.[1-9]|\badd_embedding\b"),
