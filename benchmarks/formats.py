@@ -15,17 +15,18 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="critical", TRANSFORMERS_VERBOSITY="critical")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
+import transformers
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
 from peers import known, spelling
 from peers.cases import Case
-from peers.pipelines import Deltas, errors, wrong
+from peers.pipelines import errors, wrong
 from peers.round_trip import largest_difference
 from peers.sides import PEERS, through_veneer
 from peers.table import CASES
@@ -40,30 +41,35 @@ SDXL = {  # the real one's shape
 
 
 def table(only: str) -> None:
-    print(f"{'file':52} {'weights':>7} {'veneer':>8}  {'peer':9} {'its wrong ones':>14} {'its others':>10}")
+    """A row for each kind of file, and one for each format with the sums and the largest differences."""
+    print(f"{'file':54} {'weights':>7} {'veneer':>8}  {'peer':10} {'wrong':>5} {'others':>8}")
+    whole: dict[str, list[tuple[int, float, int]]] = {}
     for name, build in CASES.items():
         if only not in name:
             continue
         case = build()
         with tempfile.TemporaryDirectory() as folder:
             path = case.write(Path(folder))
-            print(f"{name:52} {len(case.wanted):7} {_said(through_veneer(case, path), case)}  {_peers(case, path)}")
+            ours = max(errors(through_veneer(case, path), case.wanted).values())
+            peer, off = _peer(case, path)
+        print(f"{name:54} {len(case.wanted):7} {ours:8.0e}  {peer}", flush=True)
+        whole.setdefault(name.split(":")[0], []).append((len(case.wanted), ours, off))
+    for form, rows in whole.items():
+        weights, ours, off = zip(*rows, strict=True)
+        print(f"{f'{form}, {len(rows)} files':54} {sum(weights):7} {max(ours):8.0e}  peers wrong in {sum(off)}")
 
 
-def _said(found: Deltas, case: Case) -> str:
-    return f"{max(errors(found, case.wanted).values()):8.0e}"
-
-
-def _peers(case: Case, path: Path) -> str:
+def _peer(case: Case, path: Path) -> tuple[str, int]:
+    """What to say of the peer, and in how many weights it is wrong; in all of a file that it does not read."""
     if not case.peer:
-        return "none"
+        return "no peer to be had", 0
     try:
         found = PEERS[case.peer](case, path)
     except Exception as error:
-        return f"{case.peer:9} refuses: {str(error).strip().splitlines()[0][:60]}"
+        return f"{case.peer:10} {len(case.wanted):5} refused: {type(error).__name__}", len(case.wanted)
     off = wrong(found, case.wanted)
     right = [error for name, error in errors(found, case.wanted).items() if name not in off]
-    return f"{case.peer:9} {len(off):14} {max(right, default=float('nan')):10.0e}"
+    return f"{case.peer:10} {len(off):5} {f'{max(right):8.0e}' if right else '':>8}", len(off)
 
 
 def large(path: Path, size: float) -> int:
@@ -120,6 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()
     table(options.only)
     for family in ("sd1", "sdxl"):
         print(f"{family}, kohya → diffusers → kohya: changes differ by {largest_difference(family):.0e} at most")
