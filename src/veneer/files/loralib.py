@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
 from veneer.core.apart import Change, adapter_of
-from veneer.core.config import LoraConfig, is_finite
+from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, shown, unmatched
+from veneer.core.ranges import is_finite
 from veneer.files.factors import pairs
 from veneer.safe.stored import parsed
 
