@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import veneer.files
 from torch import nn
 
 import veneer
+import veneer.files
 from peers.cases import Case
 from peers.old_files import ENABLED
 from peers.pipelines import Deltas, deltas, fresh, parts, values

@@ -1,4 +1,4 @@
-"""Names of layers in kohya's and LyCORIS's files: flat ones (`lora_unet_mid_block_attentions_0_proj_in`) ⇄ dotted paths.
+"""Names of layers in kohya's and LyCORIS's files: flat (`lora_unet_mid_block_attentions_0_proj_in`) ⇄ dotted paths.
 
 A flat name is a prefix that says the part of the pipeline, and the module's path with `_` for each dot. Which `_` were
 dots is found from the words that module names of the part are made of. A name that these words do not make stays flat;
@@ -40,6 +40,7 @@ _PARTS = {
     "prior_unet": "prior",
     "prior_te": "text_encoder",
 }
+PARTS = tuple(dict.fromkeys(_PARTS.values()))
 # Stable Cascade's own names, where they are not diffusers'
 _OF_CASCADE = (("attention_attn_to_", "attention_to_"), ("attention_attn_out_proj", "attention_to_out_0"))
 
@@ -131,6 +132,11 @@ def part_of(paths: Collection[str]) -> str | None:
     return None
 
 
+def is_unbiased(path: str) -> bool:
+    """Whether the layer is one of a U-Net that has no bias."""
+    return re.fullmatch(r"(?:.+\.)?attn[12]\.to_[qkv]", path) is not None
+
+
 _WIDTHS = {768: "SD1", 1024: "SD2", 2048: "SDXL"}  # of the text that a U-Net's cross-attention sees
 _ONLY_IN = {
     "SDXL": re.compile(r"transformer_blocks\.[1-9]|\badd_embedding\b"),
@@ -142,7 +148,7 @@ def family(shapes: Mapping[str, tuple[int, int] | None], parts: Iterable[str] = 
     """The family of base models, "SD1", "SD2", "SDXL" or "Cascade", or None where neither names nor shapes say it.
 
     `shapes` are those of the changes `(out, in · kernel)` by path, of a U-Net and text encoders, each with its part
-    first; `parts` are parts that are known otherwise. What the U-Net's cross-attention sees is told by its inputs' width.
+    first; `parts` are parts that are known otherwise. What a U-Net's cross-attention sees is told by its inputs' width.
     """
     parts = {*parts, *(path.partition(".")[0] for path in shapes)}
     if "prior" in parts:
