@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from veneer import __version__
-from veneer.cli import combine, extract, generate, library, merge, models, pull, recipes, resize, train
+from veneer.cli import combine, export, extract, generate, library, merge, models, pull, recipes, resize, train
 
 app = typer.Typer(
     name="veneer",
@@ -39,6 +39,7 @@ app.command()(merge.merge)
 app.command()(combine.combine)
 app.command()(extract.extract)
 app.command()(resize.resize)
+app.command()(export.export)
 app.command()(models.models)
 app.command()(pull.pull)
 app.add_typer(library.app, name="library")

@@ -50,6 +50,8 @@ def adapter_file(path: Path) -> Path:
             file for file in path.iterdir() if file.suffix == ".safetensors" and not file.name.startswith(".")
         )
         there = sorted(file.name for file in path.iterdir())
+        if not found and any((inner / CONFIG).is_file() for inner in path.iterdir()):
+            return path  # PEFT's folder of several adapters, or of a pipeline's parts
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     if len(found) == 1:
