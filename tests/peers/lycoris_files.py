@@ -19,37 +19,53 @@ Tensors = dict[str, Tensor]
 Made = tuple[Tensors, Tensor, float]  # tensors by their endings, ΔW by the formula, and what LyCORIS multiplies it by
 
 
-def locon(layer: nn.Module, i: int, draw: known.Draw, core: bool = False) -> Made:
+def _scaled(r: int, i: int, stated: bool) -> tuple[Tensors, float]:
+    """α, and α / r; it is r where it is not stated."""
+    alpha = known.ALPHAS[i % 7]
+    return ({"alpha": torch.tensor(alpha)}, alpha / r) if stated else ({}, 1)
+
+
+def locon(layer: nn.Module, i: int, draw: known.Draw, core: bool = False, stated: bool = True) -> Made:
     """LoRA, on convolutions too, with a core between the factors where there is a kernel."""
-    r, alpha = known.RANKS[i % 4], known.ALPHAS[i % 7]
+    r = known.RANKS[i % 4]
     up, down = known.pair(layer, r, draw)
-    tensors = {"alpha": torch.tensor(alpha), "lora_up.weight": up, "lora_down.weight": down}
+    tensors, scale = _scaled(r, i, stated)
+    tensors |= {"lora_up.weight": up, "lora_down.weight": down}
     if core and layer.weight[0, 0].numel() > 1:
         tensors["lora_mid.weight"] = mid = draw(r, r, *layer.weight.shape[2:])
         tensors["lora_down.weight"] = down = draw(r, layer.weight.shape[1], 1, 1)
-        return tensors, known.tucker(layer, up, mid, down, alpha / r), 1
-    return tensors, known.lora(layer, up, down, alpha / r), 1
+        return tensors, known.tucker(layer, up, mid, down, scale), 1
+    return tensors, known.lora(layer, up, down, scale), 1
 
 
-def loha(layer: nn.Module, i: int, draw: known.Draw, core: bool = False) -> Made:
-    r, alpha = known.RANKS[i % 4], known.ALPHAS[i % 7]
+def loha(layer: nn.Module, i: int, draw: known.Draw, core: bool = False, stated: bool = True) -> Made:
+    """Two products, on convolutions over the flat kernel, or with a core each."""
+    r = known.RANKS[i % 4]
     out, into, *kernel = layer.weight.shape
-    tensors = {"alpha": torch.tensor(alpha)}
+    tensors, scale = _scaled(r, i, stated)
     for half in (1, 2):
         if core and math.prod(kernel) > 1:
             tensors |= {f"hada_t{half}": draw(r, r, *kernel), f"hada_w{half}_a": draw(r, out)}
             tensors[f"hada_w{half}_b"] = draw(r, into)
         else:
             tensors |= {f"hada_w{half}_a": draw(out, r), f"hada_w{half}_b": draw(r, into * math.prod(kernel))}
-    return tensors, known.loha(layer, tensors, alpha / r), alpha / r
+    return tensors, known.loha(layer, tensors, scale), scale
 
 
-def lokr(layer: nn.Module, i: int, draw: known.Draw, factor: int = -1, both: bool = False, core: bool = False) -> Made:
+def lokr(
+    layer: nn.Module,
+    i: int,
+    draw: known.Draw,
+    factor: int = -1,
+    both: bool = False,
+    core: bool = False,
+    stated: bool = True,
+) -> Made:
     """w₁ is small and w₂ large; each is a product where that is smaller than the whole, w₁ only if `both`."""
-    r, alpha = (1, 2)[i % 2], known.ALPHAS[i % 7]
+    r = (1, 2)[i % 2]
     out, into, *kernel = layer.weight.shape
     (a, b), (c, d) = _pair(out, factor), _pair(into, factor)
-    tensors = {"alpha": torch.tensor(alpha)}
+    tensors, scale = _scaled(r, i, stated)
     whole = {1: not (both and r < max(a, c) / 2), 2: not r < max(b, d) / 2}
     if whole[1]:
         tensors["lokr_w1"] = draw(a, c)
@@ -61,7 +77,7 @@ def lokr(layer: nn.Module, i: int, draw: known.Draw, factor: int = -1, both: boo
         tensors |= {"lokr_t2": draw(r, r, *kernel), "lokr_w2_a": draw(r, b), "lokr_w2_b": draw(r, d)}
     else:
         tensors |= {"lokr_w2_a": draw(b, r), "lokr_w2_b": draw(r, d * math.prod(kernel))}
-    scale = 1 if all(whole.values()) else alpha / r
+    scale = 1 if all(whole.values()) else scale
     return tensors, known.lokr(layer, tensors, scale), scale
 
 
@@ -112,8 +128,6 @@ def build(
             if again != 1:
                 built.mistaken[f"{name}.weight"] = known.dora(layer, delta * again, tensors["dora_scale"])
             delta, again = moved, 1
-        if more.get("alpha") is False:
-            tensors.pop("alpha")
         key = spelling.kohya(name, numbered=family == "sdxl")
         built.tensors |= {f"{key}.{ending}": tensor for ending, tensor in tensors.items()}
         built.wanted[f"{name}.weight"] = delta
@@ -133,6 +147,7 @@ def _decomposed(
 
 
 _KRONECKER = (lokr, partial(lokr, factor=2), partial(lokr, both=True), partial(lokr, factor=4, both=True))
+_UNSTATED = tuple(partial(make, stated=False) for make in (locon, loha, lokr))
 CASES: Builders = {
     "lycoris: LoCon": partial(build, "sd1", (locon,)),
     "lycoris: LoCon of sdxl": partial(build, "sdxl", (locon,)),
@@ -149,7 +164,7 @@ CASES: Builders = {
     "lycoris: norms": partial(build, "sd1", (norm,), norms=True),
     "lycoris: (IA)³": partial(build, "sd1", (ia3,), "takes 4 positional"),
     "lycoris: many methods": partial(build, "sdxl", (locon, loha, lokr, full, partial(locon, core=True))),
-    "lycoris: no alpha": partial(build, "sd1", (locon, loha, lokr), "not .NoneType", alpha=False),
+    "lycoris: no alpha": partial(build, "sd1", _UNSTATED, "not .NoneType"),
     "lycoris: DoRA on LoCon": partial(build, "sd1", (locon,), dora=0),
     "lycoris: DoRA on LoHa and LoKr": partial(build, "sd1", (loha, lokr), dora=0),
     "lycoris: DoRA by input": partial(build, "sd1", (locon, loha, lokr), "broadcast shape", dora=1),

@@ -23,7 +23,8 @@ _NAMES = {"Attention": "CrossAttention"}  # what the class was called
 
 def loralib_state() -> Case:
     """A layer of every kind that loralib has, each with a rank of its own."""
-    built = Case("loralib", "loralib", asked={"alpha": ALPHA, "enable_lora": ENABLED}, suffix=".pt")
+    built = Case("loralib", "loralib", suffix=".pt")
+    built.asked = {"alpha": ALPHA, "enable_lora": ENABLED, "model": shared("loralib")}
     for i, (name, layer) in enumerate(layers("loralib", (nn.Module,)).items()):
         path, draw = name.removeprefix("model."), known.normal(i)
         r = known.RANKS[1 + i % 3]

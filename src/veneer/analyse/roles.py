@@ -23,6 +23,10 @@ _ENDS = (
 _ROLES = tuple((role, re.compile(rf"(?:.*\.)?(?:{end})")) for role, end in _ENDS)
 _CROSS = re.compile(r"(^|\.)(attn2|encoder_attn|crossattention|cross_attn|EncDecAttention)\.")
 _PARAMETER = re.compile(r"\.(weight|bias)$")
+_ATTENTION = tuple(
+    f"{which} {side}" for which in ("attention", "cross-attention") for side in ("q", "k", "v", "qkv", "out")
+)
+ROLES = (*_ATTENTION, *dict.fromkeys(role for role, _ in reversed(_ENDS) if not role.startswith("attention")), "other")
 
 
 def role_of(path: str) -> str:

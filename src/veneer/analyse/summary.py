@@ -8,6 +8,7 @@ from typing import Any
 from veneer.analyse.doubts import doubts_of
 from veneer.analyse.family import Base, base_of
 from veneer.analyse.layers import BIAS, ROWS, WHOLE, Layer, layers_of
+from veneer.analyse.roles import ROLES
 from veneer.analyse.values import Values, values_of
 from veneer.analyse.words import facts_of, trigger_words_of
 from veneer.core.adapter import Adapter
@@ -41,6 +42,12 @@ class Summary:
         values = (getattr(layer, field) for layer in (self.layers.values() if among is None else among))
         return dict(Counter(value for value in values if value is not None).most_common())
 
+    @property
+    def roles(self) -> list[str]:
+        """Those that there are, in the order of a transformer."""
+        there = self.counts("role")
+        return [role for role in ROLES if role in there]
+
     def with_role(self, role: str) -> list[Layer]:
         """The layers of a role."""
         return [layer for layer in self.layers.values() if layer.role == role]
@@ -60,7 +67,7 @@ class Summary:
             "ranks": told["rank"],
             "alphas": told["alpha"],
             "scales": told["scale"],
-            "roles": {role: self._role(role) for role in self.counts("role")},
+            "roles": {role: self._role(role) for role in self.roles},
             "parameters": self.parameters,
             "bytes": self.bytes,
             "dtypes": self.dtypes,

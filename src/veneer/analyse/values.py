@@ -14,7 +14,7 @@ from veneer.core.errors import collapsed
 from veneer.safe.stored import is_finite
 
 _HALF = torch.finfo(torch.float16)
-_SAMPLE = 2**16  # values of a tensor that are looked at for being subnormal
+_SAMPLE = 2**12  # values of a tensor that are looked at for being subnormal
 _MANY = 0.2  # share of them that is told
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from veneer.core.adapter import CONFIG, Adapter
 from veneer.core.errors import AdapterError, listed, named, nearest
 from veneer.files.attach import attach, detach
-from veneer.files.stored import Stored, adapter_file, stored
+from veneer.files.stored import Stored, adapter_file, mapped
 from veneer.safe.whole import write_whole
 
 __all__ = ["FORMATS", "attach", "detach", "detect", "read", "write"]
@@ -42,7 +42,7 @@ def read(path: Place, format: str | None = None, **asked: Any) -> Adapter:
         name = _agreed(format, "peft", place)
         given = _told(name, asked)
         return _module(name).read({}, {}, str(place), **given)
-    file = stored(place)
+    file = mapped(place)
     name = format or _detected(file)
     if name not in FORMATS:
         raise _unknown(name)
@@ -56,7 +56,7 @@ def read(path: Place, format: str | None = None, **asked: Any) -> Adapter:
 def detect(path: Place) -> str:
     """The format of a file or folder, by what it holds. Raises `AdapterError` where none knows it, or several do."""
     place = adapter_file(Path(path))
-    return "peft" if place.is_dir() else _detected(stored(place))
+    return "peft" if place.is_dir() else _detected(mapped(place))
 
 
 def write(adapter: Adapter, path: Place, format: str, force: bool = False) -> Path:

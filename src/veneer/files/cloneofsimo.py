@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
@@ -26,6 +25,7 @@ from veneer.files.attach import models_of
 from veneer.files.blocks import TEXT, UNET, layouts, sides, widths
 from veneer.files.factors import Pair, pairs
 from veneer.files.parts import canonical, is_text
+from veneer.files.stored import save
 from veneer.safe.stored import parsed
 
 NAME = "cloneofsimo"
@@ -95,11 +95,11 @@ def write(adapter: Adapter, path: Path) -> None:
         about |= {part: json.dumps(classes)}
         for place, name in enumerate(() if faults else paths):
             up, down = (own[name].B, own[name].A) if name in own else _zeros(_none(name, sizes), own)
-            flat |= {f"{part}:{place}:up": up.detach().contiguous(), f"{part}:{place}:down": down.detach().contiguous()}
+            flat |= {f"{part}:{place}:up": up, f"{part}:{place}:down": down}
             about[f"{part}:{place}:rank"] = str(len(down))
     if faults:
         raise AdapterError("cloneofsimo files are for Stable Diffusion 1 and 2 alone:\n" + "\n".join(faults))
-    save_file(flat, path, metadata=about)
+    save(flat, path, about)
 
 
 def _ends(

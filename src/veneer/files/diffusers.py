@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.core.adapter import Adapter
@@ -26,6 +25,7 @@ from veneer.core.config import LoraConfig, judged
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files.factors import Pair, of_one_rank, pairs
 from veneer.files.parts import LEVEL, PARTS, canonical, is_text, levelled, part_of
+from veneer.files.stored import save
 from veneer.safe.stored import parsed
 
 NAME = "diffusers"
@@ -92,8 +92,7 @@ def write(adapter: Adapter, path: Path) -> None:
             continue
         flat |= _spelt(part, layers := of_one_rank(layers))
         config |= {f"{part}.{key}": value for key, value in _config(part, layers).items()}
-    about = {**adapter.metadata, "format": "pt", ABOUT: json.dumps(config, indent=2, sort_keys=True)}
-    save_file({name: tensor.detach().contiguous() for name, tensor in flat.items()}, path, metadata=about)
+    save(flat, path, {**adapter.metadata, ABOUT: json.dumps(config, indent=2, sort_keys=True)})
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -194,7 +193,8 @@ def _own_config(r: int, alpha: float, use_rslora: bool, use_dora: bool, has_bias
 def _spelt(part: str, layers: Mapping[str, Pair]) -> dict[str, Tensor]:
     """The tensors of one part, by the names that all versions know.
 
-    Text encoders keep the older names: the current ones are not recognised where no attention projection is among them.
+    Text encoders keep the older names, as the current ones are not recognised where no attention projection is among
+    them, and the whole name of a magnitude, which is lost without its end.
     """
     down, up = ("lora_linear_layer.down", "lora_linear_layer.up") if is_text(part) else ("lora_A", "lora_B")
     some_shift = any(pair.b is not None for pair in layers.values())
@@ -202,7 +202,7 @@ def _spelt(part: str, layers: Mapping[str, Pair]) -> dict[str, Tensor]:
     for path, pair in layers.items():
         flat[f"{path}.{down}.weight"], flat[f"{path}.{up}.weight"] = pair.A, pair.B
         if pair.magnitude is not None:
-            flat[f"{path}.lora_magnitude_vector"] = pair.magnitude
+            flat[f"{path}.lora_magnitude_vector{'.weight' * is_text(part)}"] = pair.magnitude
         if some_shift:  # they have one in all layers or in none
             flat[f"{path}.{up}.bias"] = pair.B.new_zeros(len(pair.B)) if pair.b is None else pair.b
     return flat

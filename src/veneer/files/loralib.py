@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
 from veneer.core.apart import Change, adapter_of
-from veneer.core.config import LoraConfig, is_finite
+from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, shown, unmatched
+from veneer.core.ranges import is_finite
 from veneer.files.factors import pairs
+from veneer.files.stored import save
 from veneer.safe.stored import parsed
 
 NAME = "loralib"
@@ -86,7 +87,7 @@ def write(adapter: Adapter, path: Path) -> None:
     flat: dict[str, Tensor] = {}
     kernels, faults = dict[str, int](), []
     for name, pair in pairs(adapter, NAME).items():
-        A, B, size = pair.A.detach(), pair.B.detach(), pair.A.shape[2:]
+        A, B, size = pair.A, pair.B, pair.A.shape[2:]
         if size.numel() == 1:
             A, B = A.flatten(1), B.flatten(1)
         elif len(size) == 2 and size[0] == size[1]:
@@ -95,10 +96,10 @@ def write(adapter: Adapter, path: Path) -> None:
         else:
             faults.append(f"{name} {tuple(pair.A.shape)}")
             continue
-        flat |= {f"{name}.lora_A": A.contiguous(), f"{name}.lora_B": B.contiguous()}
+        flat |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
     if faults:
         raise AdapterError(f"loralib has square kernels alone, of two dimensions; found: {collapsed(faults)}")
-    save_file(flat, path, metadata={**adapter.metadata, ALPHA: "r", KERNELS: json.dumps(kernels), "format": "pt"})
+    save(flat, path, {**adapter.metadata, ALPHA: "r", KERNELS: json.dumps(kernels)})
 
 
 def _by_layer(

@@ -1,4 +1,4 @@
-"""From a path to the tensors of the adapter file that it means, whatever the file is made of."""
+"""From a path to the tensors of the adapter file that it means, whatever the file is made of, and back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.core.adapter import CONFIG
@@ -13,6 +15,7 @@ from veneer.core.errors import AdapterError, collapsed, listed, named, nearest, 
 from veneer.safe.stored import read_header, read_tensors
 
 _ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, now and before torch 1.6
+_HEADER = b"{"  # what a safetensors file has after its header's length, which may begin like a pickle
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _RUN = "adapter"  # where a run's folder has its adapter
 _WRAPPERS = ("state_dict", "model_state_dict")  # what trainers put around the tensors
@@ -59,20 +62,35 @@ def adapter_file(path: Path) -> Path:
     raise AdapterError(said)
 
 
-def stored(path: Path) -> Stored:
+def mapped(path: Path) -> Stored:
     """The tensors of a file, mapped: their values are not read yet. Raises `AdapterError` when it is not whole."""
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
-    if start == _ARCHIVE or start[:1] == _PICKLE:
-        return Stored(path, *_unpickled(path, start == _ARCHIVE))
+    archive = start.startswith(_ARCHIVE)
+    if archive or (start.startswith(_PICKLE) and start[8:] != _HEADER):
+        return Stored(path, *_unpickled(path, archive))
     header, about = read_header(path)
     tensors, faults = read_tensors(path, header)
     strange = [key for key, value in about.items() if not isinstance(value, str)]
     faults += [f"the file's own words should be strings, which {listed(strange)} are not"] if strange else []
     return Stored(path, tensors, about, faults)
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    """Write a safetensors file; in it no two tensors share memory. Raises `AdapterError`."""
+    own, homes = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        home = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if home in homes else tensor
+        homes.add(home)
+    try:
+        save_file(own, path, metadata={**about, "format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"cannot be written: {error}") from error
 
 
 def _unpickled(path: Path, archive: bool) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:

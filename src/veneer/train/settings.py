@@ -41,6 +41,11 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay, on matrices only.")
     betas: tuple[Average, Average] = Field((0.9, 0.999), description="AdamW's two averages.")
     max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled down to this; 0 leaves them.")
+    shard: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="With several processes: keep a part of the frozen base in each (FSDP2). auto: where the base does "
+        "not fit into each of them.",
+    )
     seed: int = Field(
         0, ge=0, lt=2**63, description="Decides the order of the rows, the starting values and the dropout."
     )
