@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from veneer import __version__
-from veneer.cli import combine, extract, generate, library, merge, models, pull, recipes, resize, train
+from veneer.cli import combine, convert, extract, generate, library, merge, models, pull, recipes, resize, train
 
 app = typer.Typer(
     name="veneer",
@@ -36,6 +36,7 @@ def _veneer(
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(merge.merge)
+app.command()(convert.convert)
 app.command()(combine.combine)
 app.command()(extract.extract)
 app.command()(resize.resize)
