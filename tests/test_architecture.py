@@ -30,6 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the package itself only says where its names live
     "": {"core", "starts", "files", "combine", "analyse", "library", "train", "recipes", "zoo", "serve", "studio"},
 }
+# the one import that points up: a model's method whose work is done with adapters as plain data, imported when called
+UPWARDS = {("core/model.py", "veneer.combine.live")}
 BELOW = ("core", "safe")
 CORE_NEEDS = {"torch", "safetensors", "veneer", *sys.stdlib_module_names}
 
@@ -65,8 +67,10 @@ def _allowed(name: str, part: str) -> bool:
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_point_one_way(path):
     part = path.relative_to(SOURCE).parts[0] if path.parent != SOURCE else ""
+    part = "cli" if path.name == "__main__.py" else part
     assert part in MAY_IMPORT, f"{part} is not in the table of DESIGN 5"
-    ours = {name for name in _imports(path) if name.split(".")[0] == "veneer"}
+    upwards = {name for file, name in UPWARDS if path == SOURCE / file}
+    ours = {name for name in _imports(path) if name.split(".")[0] == "veneer"} - upwards
     assert {name for name in ours if not _allowed(name, part)} == set()
 
 

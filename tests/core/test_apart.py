@@ -30,6 +30,17 @@ CONFIGS = {
     "lokr": LoraConfig(r=1, peft_type="LOKR", target_modules=LAYERS, options={"decompose_both": True}),
     "ia3": LoraConfig(peft_type="IA3", target_modules=LAYERS[:2], options={"feedforward_modules": ["out"]}),
     "vera": LoraConfig(peft_type="VERA", target_modules=["proj", "out"]),
+    "mixed": LoraConfig(
+        r=2,
+        target_modules=LAYERS,
+        method_pattern={
+            "attention": {"use_dora": True},
+            "proj": {"peft_type": "LOHA", "use_rslora": True},
+            "out": {"peft_type": "IA3", "options": {"feedforward_modules": ["out"]}},
+            "conv|point": {"peft_type": "LOKR", "options": {"decompose_factor": 2}},
+        },
+        **PATTERNS,
+    ),
     "pissa": LoraConfig(r=1, init_lora_weights="pissa", target_modules=["proj", "out"]),
     "much beside": LoraConfig(
         target_modules=["out"], modules_to_save=["norm"], bias="lora_only", trainable_token_indices={"table": [1, 3]}

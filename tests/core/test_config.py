@@ -23,6 +23,7 @@ OUT_OF_RANGE = {
     "layers_to_transform": (-1, [-1], [0.5], "1", [None]),
     "rank_pattern": (None, [], {"q": 0}, {"q": 1.5}, {"(": 2}),
     "alpha_pattern": (None, [], {"q": NAN}, {"q": "1"}, {"(": 2}),
+    "method_pattern": (None, [], {"q": 3}, {"q": {"r": 2}}, {"(": {}}, {"q": {"options": 3}}),
     "init_lora_weights": (None, [], 2, "pizza", "true", "pissa_niter_", "pissa_niter_-1", "xpissa_niter_4"),
     "peft_type": (None, 3, []),
 }
@@ -60,6 +61,28 @@ def test_junk_from_a_file_is_a_config_or_an_adapter_error(name, junk):
 def test_names_become_a_list_that_json_can_hold(names):
     assert sorted(LoraConfig(target_modules=names).target_modules) == ["q", "v"]
     assert isinstance(LoraConfig(target_modules={"v", "q"}).target_modules, list)
+
+
+def test_what_is_wrong_with_methods_of_layers_is_named():
+    wrong = {"q": {"peft_type": "LOCR"}, "k": {"options": {"lora_bais": True}}, "v": {"use_dora": 1}}
+    with pytest.raises(AdapterError) as error:
+        LoraConfig(method_pattern=wrong)
+    for said in ("'q': LoraConfig: peft_type 'LOCR' is not", "not 'lora_bais'; did you", "'v': LoraConfig: use_dora"):
+        assert f"method_pattern {said}" in str(error.value) or said in str(error.value)
+    with pytest.raises(AdapterError, match=r"method_pattern 'q': .*init_lora_weights should be one of"):
+        LoraConfig(init_lora_weights="pissa", method_pattern={"q": {"peft_type": "LOHA"}})
+    for stuck in ({"peft_type": "VERA"}, {"options": {"fused": {"c_attn": [1, 0, 1]}}}):
+        for config in ({"method_pattern": {"q": stuck}}, {**stuck, "method_pattern": {"q": {"use_dora": True}}}):
+            with pytest.raises(AdapterError, match=r"method_pattern is not for an adapter of .*: use one method"):
+                LoraConfig(**config)
+
+
+def test_methods_of_layers_are_written_only_where_there_are_some():
+    assert "method_pattern" not in LoraConfig().to_dict()
+    config = LoraConfig(method_pattern={"q": {"peft_type": "LOKR", "options": {"decompose_factor": 4}}})
+    assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert [own.peft_type for own in config.by_method()] == ["LORA", "LOKR"]
+    assert config.by_method()[1].options == {"decompose_both": False, "decompose_factor": 4}
 
 
 def test_to_dict_and_from_dict_are_inverse_and_json():

@@ -116,7 +116,7 @@ WORST: dict[str, tuple[Callable[[Path], object], str]] = {
     "an endless expression": (lambda f: _config(f, target_modules="(((.?0?)*)*)*(?=(((.?.?)*)*)*)!"), "matches none"),
     "a large class": (lambda f: _config(f, target_modules="(?i)" + "[\0-\U0010ffff]" * 999), "sets flags"),
     "many names": (lambda f: _config(f, target_modules=NAMES), "'q0_proj' matches no module"),
-    "many patterns": (lambda f: _config(f, alpha_pattern=dict.fromkeys(NAMES, 1)), "100000 patterns for lora_alpha"),
+    "many patterns": (lambda f: _config(f, alpha_pattern=dict.fromkeys(NAMES, 1)), "100000 patterns, of 1 layers"),
     "many expressions": (lambda f: _config(f, rank_pattern={f"{name}$": 1 for name in NAMES}), "rank_pattern should"),
     "many unknown keys": (lambda f: _config(f, r=0, **dict.fromkeys(NAMES, 1)), "and r should be"),
     "a pipe for a config": (_instead(CONFIG, os.mkfifo), "which is no plain file"),

@@ -116,7 +116,7 @@ def test_an_optimizer_goes_on_with_the_tensors(tmp_path):
 
 
 FAULTS = [
-    ({"r": 3}, r"cannot be hot-swapped: of a larger rank than the live one: table.A, table.B, conv.A"),
+    ({"r": 3}, r"cannot be hot-swapped: of another form or a larger rank than the live one: table.A, table.B, conv.A"),
     (
         {"target_modules": TARGETS[:3]},
         "only in one of the two: layers.norm.A, layers.norm.B, layers.head.A",

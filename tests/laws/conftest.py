@@ -63,8 +63,9 @@ class Case:
     def config(self, targets: str | list[str] = "layer", **settings: Any) -> LoraConfig:
         if settings.get("lora_dropout") and not self.kind.drops:
             pytest.skip("this kind has no dropout and refuses it")
-        if "layer" not in targets and "fused" in self.settings.get("options", {}):
-            settings["options"] = {}  # which names the layer
+        if "layer" not in targets and self.settings.keys() & {"options", "method_pattern"}:
+            settings |= {"method_pattern": {}}  # which names the layer, as these do
+            settings |= {"options": {}} if "fused" in self.settings.get("options", {}) else {}
         if self.is_copy and "layer" in targets:
             settings["modules_to_save"] = ["layer"]
             targets = [target for target in targets if target != "layer"] if isinstance(targets, list) else []
@@ -146,6 +147,7 @@ VARIANTS: Mapping[str, dict[str, dict[str, Any]]] = {
     }
     | {"LORA-FA": {"options": {"freeze_A": True}}, "LORA-bias": {"options": {"lora_bias": True}}}
     | {"LORA-fused": {"options": {"fused": {"layer": {"r": [2, 0, 3], "sizes": [1, 2, 2]}}}}}
+    | {"LORA-mixed": {"method_pattern": {"layer": {"peft_type": "LOHA", "use_rslora": True}}}}
     | {"LORA-pissa-DORA": {"init_lora_weights": "pissa", "use_dora": True}},
     "VERA": {"VERA-key": {"options": {"save_projection": False, "projection_prng_key": 7}}},
     "LOHA": {"LOHA-dense": {"r": 3}},

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 
-def attempt(recipe: str, output: Path, *, at_write: int | None = None) -> int:
+def attempt(recipe: str, output: Path, *more: str, at_write: int | None = None, **environment: str) -> int:
     """Start a run in a child, or go on with it; the child's process id."""
     child = os.fork()
     if child:
@@ -28,13 +28,14 @@ def attempt(recipe: str, output: Path, *, at_write: int | None = None) -> int:
     with (output.parent / "log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        os.environ.update(environment)
         code = 1
         try:
             if at_write is not None:
                 _kill_at_write(at_write)
             from veneer.cli import main
 
-            sys.argv = ["veneer", "train", recipe, f"output={output}", "resume=auto"]
+            sys.argv = ["veneer", "train", recipe, f"output={output}", "resume=auto", *more]
             main()
             code = 0
         except SystemExit as stop:
@@ -80,12 +81,16 @@ def ended(child: int) -> bool:
     return True
 
 
-def main(recipe: str, kills: int, seed: int) -> dict:
-    """Half of the kills at random moments, half at calls that change the disk."""
+def ready() -> None:
+    """Import all that a run needs, with nothing begun that a fork would break."""
     torch.set_num_threads(1)
     import veneer.train.tasks  # noqa: F401
     from veneer.train.language import causal_lm, speaker  # noqa: F401
 
+
+def main(recipe: str, kills: int, seed: int) -> dict:
+    """Half of the kills at random moments, half at calls that change the disk."""
+    ready()
     folder = Path(recipe).parent
     began = time.perf_counter()
     assert ended(attempt(recipe, folder / "undisturbed"))

@@ -1,5 +1,6 @@
 """The command line: one subcommand, one file. A command's own imports are made when it is called."""
 
+import os
 import sys
 
 from veneer.core.errors import AdapterError
@@ -19,7 +20,8 @@ def main() -> None:
     except AdapterError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
         if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):

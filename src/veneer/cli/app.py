@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from veneer import __version__
-from veneer.cli import generate, library, merge, models, pull, recipes, train
+from veneer.cli import combine, extract, generate, library, merge, models, pull, recipes, resize, train
 
 app = typer.Typer(
     name="veneer",
@@ -36,6 +36,9 @@ def _veneer(
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(merge.merge)
+app.command()(combine.combine)
+app.command()(extract.extract)
+app.command()(resize.resize)
 app.command()(models.models)
 app.command()(pull.pull)
 app.add_typer(library.app, name="library")

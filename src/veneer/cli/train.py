@@ -1,5 +1,6 @@
 """`veneer train`: a recipe in, a run folder out."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from veneer.core.errors import AdapterError
 
 if TYPE_CHECKING:
     from veneer.train.run import Preview, Result
@@ -28,6 +31,7 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter: a recipe in, a run folder out."""
+    _launch()
     from veneer.cli.terminal import TerminalReporter
     from veneer.train import run
 
@@ -39,9 +43,21 @@ def train(
             return
         own = Path(recipe).expanduser()
         result = run.run(settings, task, reporter, resume and (own if own.is_dir() else True), allow_inexact)
-    _show_result(result)
+    if result.run.writes:
+        _show_result(result)
     if result.outcome.interrupted:
         raise typer.Exit(128 + result.outcome.stopped_by)
+
+
+def _launch() -> None:
+    """`NPROC_PER_NODE=2 veneer train …` is `torchrun --nproc-per-node 2 -m veneer train …`."""
+    asked = os.environ.get("NPROC_PER_NODE", "1")
+    if asked == "1" or "RANK" in os.environ:
+        return
+    if not asked.isdigit():
+        raise AdapterError(f"NPROC_PER_NODE is {asked!r}: expected how many processes are to run on this machine")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", asked, "-m", "veneer"]
+    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv[1:]])
 
 
 def _show_preview(preview: "Preview") -> None:
@@ -123,6 +139,8 @@ def _show_facts(result: "Result") -> None:
 def _command() -> str:
     """How this program was called: by its name, where a shell finds it, else by its path."""
     called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return "python -m veneer"
     found = shutil.which(called.name)
     return called.name if found and Path(found).resolve() == called.resolve() else str(called)
 

@@ -56,8 +56,10 @@ class Adapter:
         """
         if self.parts:
             raise AdapterError(f"an adapter of the parts {listed(self.parts)} is several: save each in its own folder")
-        names, flat, homes = file_names(self.config), {}, set()
+        flat, homes = {}, set()
+        every = sorted(map(file_names, self.config.by_method()), key=len)
         for path, tensors in self.tensors.items():
+            names = next(names for names in every if tensors.keys() <= names.keys())
             for name, tensor in tensors.items():
                 tensor = tensor.detach().contiguous().cpu()
                 # a file has no two tensors of one memory
@@ -138,10 +140,11 @@ def read_config(folder: Path) -> LoraConfig:
 
 def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, list[str]]:
     """The tensors by layer and by the method's own names, and the names that are none of a method's."""
-    endings = {ending: name for name, ending in file_names(config).items() if ending}
+    every = config.by_method()
+    endings = {ending: name for own in every for name, ending in file_names(own).items() if ending}
     lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
     endings |= lookups
-    if config.use_dora:
+    if any(own.use_dora for own in every):
         endings["lora_magnitude_vector.weight"] = "magnitude"  # as PEFT's readers take it too
     tensors: dict[str, dict[str, Tensor]] = {}
     strangers, embeddings, bases = [], set(), {}

@@ -1,23 +1,21 @@
 """An adapter apart from any model: what it does to each layer, and back."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, collapsed, listed
+from veneer.core.errors import AdapterError, collapsed
 from veneer.core.methods import maker
 from veneer.core.methods.beside import Copy, Tokens
-from veneer.core.search import Search
+from veneer.core.search import WRAPPED, among, own_configs
 from veneer.core.update import Update
-
-_WRAPPED = ".base_layer"  # what follows a layer's path in a file where it is adapted in several parts
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class Change:
         wide = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         sketch = torch.empty(shape, device="meta", dtype=torch.float64 if wide else torch.float32)
         update = maker(self.config, [(sketch, self.config)])(sketch, self.config, lambda *_: None)
+        update.fit(self.tensors, biased=shape == (self.shape or shape))
         wanted = {name: own.numel() for name, own in update.tensors().items()}
         if wanted != {name: own.numel() for name, own in self.tensors.items()}:
             expected, found = (
@@ -102,25 +101,9 @@ def beside(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     if adapter.config.target_parameters:
         paths = [path for path in adapter.tensors if path and path not in rest]
         names = adapter.config.target_modules
-        layers = _searching(paths).matching(names, "target_modules", paths) if names else []
+        layers = among(paths).matching(names, "target_modules", paths) if names else []
         rest |= {path: adapter.tensors[path] for path in paths if path not in layers}
     return rest
-
-
-def own_configs(config: LoraConfig, paths: Iterable[str]) -> dict[str, LoraConfig]:
-    """The config of each layer for itself, with no more in it than says what its tensors do."""
-    layers = {path: path.partition(_WRAPPED)[0] for path in paths}
-    config = config.method.saved_config(config)
-    search = _searching(layers.values())
-    placed = config.method.placed(config, search, list(search.modules))
-    own = search.own_numbers([(path, "") for path in search.modules], config)
-    search.stop()
-    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "options")
-    plain = LoraConfig(**{name: getattr(config, name) for name in names})
-    found = {path: replace(plain) for path in search.modules}
-    for path, one in found.items():
-        vars(one).update({**placed.get(path, {}), **own.get((path, ""), {})})  # checked before, for all at once
-    return {path: found[layer] for path, layer in layers.items()}
 
 
 def adapter_of(
@@ -135,23 +118,24 @@ def adapter_of(
 ) -> Adapter:
     """The adapter that makes these changes, by path: its one config says all layers.
 
-    `r` and `lora_alpha` are the commonest, `rank_pattern` and `alpha_pattern` hold the others under escaped whole
-    paths. With `like`, what that adapter trains `beside` and all that it says of itself is kept, and its config as it
-    is where it says the same. Raises `AdapterError` when one adapter cannot say it.
+    The method, `r` and `lora_alpha` are the commonest; `method_pattern`, `rank_pattern` and `alpha_pattern` hold the
+    others under escaped whole paths. With `like`, what that adapter trains `beside` and all that it says of itself is
+    kept, and its config as it is where it says the same. Raises `AdapterError` when one adapter cannot say it.
     """
-    if not changes and not (like and beside(like)):
+    rest = beside(like) if like else {}
+    if not changes and not rest:
         raise AdapterError("an adapter changes at least one layer")
     old = like or Adapter(LoraConfig(base_model_name_or_path=base, task_type=task_type), {})
     own = {path: change.config for path, change in changes.items()}
     layers = dict[str, LoraConfig]()
     for path, config in own.items():
-        if layers.setdefault(path.partition(_WRAPPED)[0], config) != config:
+        if layers.setdefault(path.partition(WRAPPED)[0], config) != config:
             raise AdapterError(f"{path}: the parts of one layer have one config")
-    if like and own_configs(like.config, own) == own:
+    if like and own == own_configs(like.config, [path for path in like.tensors if path and path not in rest]):
         config = like.config.method.saved_config(like.config)
     else:
         config = _spelt(layers, old.config)
-    tensors = {path: dict(change.tensors) for path, change in changes.items()} | (beside(like) if like else {})
+    tensors = {path: dict(change.tensors) for path, change in changes.items()} | rest
     shared: dict[str, Tensor] = {}
     for change in changes.values():
         for name, tensor in change.shared.items():
@@ -171,33 +155,40 @@ def adapter_of(
 
 def _spelt(layers: Mapping[str, LoraConfig], old: LoraConfig) -> LoraConfig:
     """The one config that says those of the layers; what it says of other things is `old`'s."""
-    kinds = {path: _kind(config) for path, config in layers.items()}
-    if len(set(kinds.values())) > 1:
-        raise AdapterError(f"one adapter has one method for all layers, found {listed(set(kinds.values()), say=str)}")
-    first = next(iter(layers.values()), old)
-    options = dict(first.options)
-    for name in first.method.naming:
-        options[name] = [path for path, config in layers.items() if config.options[name]]
-    r, lora_alpha = (
-        getattr(old, name) if old.target_parameters else _commonest(getattr(config, name) for config in layers.values())
-        for name in ("r", "lora_alpha")
-    )
+    groups = defaultdict[str, dict[str, LoraConfig]](dict)
+    for path, own in layers.items():
+        options = {name: value for name, value in own.options.items() if name not in own.method.naming}
+        groups[repr((own.peft_type, own.use_dora, own.use_rslora, options))][path] = own
+    first, *others = sorted(groups.values(), key=len, reverse=True) or [{"": old}]
+    numbers: dict[str, Any] = {}
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        found = {path: getattr(own, name) for path, own in layers.items()}
+        if not old.target_parameters:  # whose numbers these are too
+            ((numbers[name], _),) = Counter(found.values()).most_common(1) or [(getattr(old, name), 0)]
+        apart = {_exact(path): value for path, value in found.items() if value != numbers.get(name)}
+        numbers[pattern] = apart | (getattr(old, pattern) if old.target_parameters else {})
     return replace(
         old,
-        peft_type=first.peft_type,
-        use_rslora=first.use_rslora,
-        use_dora=first.use_dora,
-        options=options,
-        r=r or old.r,
-        lora_alpha=old.lora_alpha if lora_alpha is None else lora_alpha,
-        rank_pattern={_exact(path): own.r for path, own in layers.items() if own.r != r} | old.rank_pattern,
-        alpha_pattern={_exact(path): own.lora_alpha for path, own in layers.items() if own.lora_alpha != lora_alpha},
+        **_method(first),
+        method_pattern={_exact(path): _method({path: own}) for group in others for path, own in group.items()},
+        **numbers,
         target_modules=list(layers),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
     )
+
+
+def _method(layers: Mapping[str, LoraConfig]) -> dict[str, Any]:
+    """The fields of a config that gives these layers their one method."""
+    own = next(iter(layers.values()))
+    named = {name: [path for path, each in layers.items() if each.options[name]] for name in own.method.naming}
+    fields = {name: getattr(own, name) for name in ("peft_type", "use_dora", "use_rslora")}
+    said = {
+        name: value for name, value in {**own.options, **named}.items() if value != own.method.options[name].default
+    }
+    return {**fields, "options": said}
 
 
 def by_part(adapter: Adapter) -> dict[str, Adapter]:
@@ -230,24 +221,9 @@ def joined(adapters: Mapping[str, Adapter]) -> Adapter:
     return adapter_of(every, metadata=metadata, parts=adapters, embeddings=tables, base=base)
 
 
-def _kind(config: LoraConfig) -> str:
-    """What two layers' configs have in common beside their numbers."""
-    options = {name: value for name, value in config.options.items() if name not in config.method.naming}
-    return f"{config.peft_type}{options}{' with DoRA' * config.use_dora}{' with rsLoRA' * config.use_rslora}"
-
-
-def _commonest(values: Iterable[Any]) -> Any:
-    return next((value for value, _ in Counter(values).most_common(1)), None)
-
-
 def _exact(path: str) -> str:
     """The pattern for this one layer."""
     return "^" + re.escape(path).replace(r"\-", "-")
-
-
-def _searching(paths: Iterable[str]) -> Search:
-    """A search among layers of which only the paths are known."""
-    return Search(dict.fromkeys(paths, nn.Linear(1, 1, device="meta")))
 
 
 def _refuse_beside(adapter: Adapter) -> None:

@@ -1,20 +1,17 @@
 """`LoraConfig`: which layers, which method, which numbers. Field names and defaults are PEFT's."""
 
 import math
-import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.core.errors import AdapterError, listed, named, nearest, shown
-from veneer.safe.expression import faulty
+from veneer.core.ranges import methods, problems
 
 if TYPE_CHECKING:
     from veneer.core.update import Update
 
-_LARGEST_RANK = 2**20  # beyond every layer's width; what is larger overflows where sizes are multiplied
-_LARGEST = 3.4e38  # of float32
 # What PEFT's configs may also say, and the values at which it changes nothing.
 _NEUTRAL: dict[str, object] = {
     **dict.fromkeys(("alora_invocation_tokens", "layer_replication", "use_bdlora")),
@@ -50,8 +47,9 @@ class LoraConfig:
     all of them. `bias`: "lora_only" trains the biases of the adapted linear layers and convolutions too, "all" every
     bias; they belong to the adapter like the rest.
     `rank_pattern` and `alpha_pattern` give layers whose path ends with a key (a regular expression) another `r` or
-    `lora_alpha`. `options` are those that the method `peft_type` declares for itself; in a file they stand beside the
-    rest, under PEFT's names.
+    `lora_alpha`; `method_pattern` gives such layers another method, `{"conv": {"peft_type": "LOKR", "options": {…}},
+    "q_proj": {"use_dora": True, "use_rslora": True}}`, which PEFT's files cannot say. `options` are those that the
+    method `peft_type` declares for itself; in a file they stand beside the rest, under PEFT's names.
 
     Raises `AdapterError` that lists every value that is out of range.
     """
@@ -70,6 +68,7 @@ class LoraConfig:
     use_dora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    method_pattern: dict[str, dict[str, Any]] = field(default_factory=dict)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     init_lora_weights: bool | str = True
@@ -97,7 +96,17 @@ class LoraConfig:
     @property
     def method(self) -> "type[Update]":
         """What `peft_type` names."""
-        return _methods()[self.peft_type]
+        return methods()[self.peft_type]
+
+    def with_method(self, entry: Mapping[str, Any]) -> "LoraConfig":
+        """The config of the layers that have this entry of `method_pattern`. Raises `AdapterError`."""
+        options = self.options if entry.get("peft_type", self.peft_type) == self.peft_type else {}
+        return replace(self, **{**entry, "options": {**options, **entry.get("options", {})}, "method_pattern": {}})
+
+    def by_method(self) -> "list[LoraConfig]":
+        """Itself, and the configs of the other methods that `method_pattern` gives to layers, each once."""
+        entries = {repr(entry): entry for entry in self.method_pattern.values()}
+        return [self, *map(self.with_method, entries.values())]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "LoraConfig") -> "LoraConfig":
@@ -116,7 +125,8 @@ class LoraConfig:
 
         What PEFT's config of the method has not is written only where it is not the default.
         """
-        names, usual = self.method.peft_names, _flat(LoraConfig(peft_type=self.peft_type))
+        names = {"method_pattern": None, **self.method.peft_names}
+        usual = _flat(LoraConfig(peft_type=self.peft_type))
         own = {key: (names.get(key, key), value) for key, value in _flat(self).items()}
         return {name or key: value for key, (name, value) in own.items() if name or value != usual[key]}
 
@@ -132,7 +142,7 @@ def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, li
     """The config that `from_dict` gives, where there is one, and all that is wrong with the values."""
     from veneer.core.update import Update  # asked late: the class of configs needs no torch
 
-    made_by = _methods().get(str(values.get("peft_type", LoraConfig.peft_type)), Update)
+    made_by = methods().get(str(values.get("peft_type", LoraConfig.peft_type)), Update)
     options = made_by.options
     own_names = {theirs: own for own, theirs in made_by.peft_names.items() if theirs}
     known = {f.name for f in fields(LoraConfig)} | set(options)
@@ -176,123 +186,3 @@ def _given(values: Mapping[str, Any], known: set[str], options: Mapping[str, Any
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """α / r, or α / √r with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def start_of(config: LoraConfig) -> bool | str:
-    """`init_lora_weights` without its number: "pissa_niter_4" is "pissa_niter_N"."""
-    how = config.init_lora_weights
-    return re.sub(r"(?<=^pissa_niter_)\d{1,3}$", "N", how) if isinstance(how, str) else how
-
-
-def is_finite(value: object) -> bool:
-    """A number that is one in float32."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def is_names(value: object) -> bool:
-    return value is None or _is_name(value) or (value != [] and _is_all(_is_name, value))
-
-
-def _is_list(value: object) -> bool:
-    return not isinstance(value, str) and is_names(value)
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_all(holds: Callable[[Any], bool], value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(holds, value))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_rank(value: object) -> bool:
-    return _is_whole(value) and 1 <= value <= _LARGEST_RANK  # type: ignore[operator]
-
-
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, list) and _is_all(_is_whole, value) and 0 < len(set(value)) == len(value)
-
-
-def _is_tables(value: object) -> bool:
-    tables = value if isinstance(value, dict) else {"": value}
-    return value is None or all(isinstance(name, str) and _is_tokens(rows) for name, rows in tables.items())
-
-
-def _is_patterns(holds: Callable[[Any], bool], value: Any) -> bool:
-    return isinstance(value, dict) and all(map(holds, value.values())) and _is_expressions(list(value))
-
-
-def _is_layers(value: Any) -> bool:
-    return _is_whole(value) or _is_all(_is_whole, value)
-
-
-def _is_expressions(value: Any) -> bool:
-    texts = [value] if isinstance(value, str) else value or []
-    return _is_all(lambda text: isinstance(text, str), texts) and not faulty(texts)
-
-
-# (fields, what holds for their values, which is to say)
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("peft_type", lambda value: isinstance(value, str), "the name of a method"),
-    ("use_rslora use_dora inference_mode ensure_weight_tying", lambda value: isinstance(value, bool), "true or false"),
-    ("task_type base_model_name_or_path revision", lambda value: isinstance(value, str | None), "a string"),
-    ("r", _is_rank, f"a whole number from 1 to {_LARGEST_RANK}"),
-    ("lora_alpha", is_finite, "a finite number"),
-    ("lora_dropout", lambda value: is_finite(value) and 0 <= value < 1, "in [0, 1)"),
-    ("target_modules", lambda value: value == [] or is_names(value), "a non-empty string or list of such strings"),
-    ("exclude_modules layers_pattern", is_names, "a non-empty string or list of such strings"),
-    ("target_parameters modules_to_save", _is_list, "a list of names"),
-    ("bias", lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
-    ("trainable_token_indices", _is_tables, "token ids, each once"),
-    ("rank_pattern", lambda value: _is_patterns(_is_rank, value), "{regular expression: whole number ≥ 1}"),
-    ("alpha_pattern", lambda value: _is_patterns(is_finite, value), "{regular expression: number}"),
-    ("layers_pattern", _is_expressions, "made of valid regular expressions"),
-    ("layers_to_transform", lambda value: value is None or _is_layers(value), "layer numbers, counted from 0"),
-    ("options", lambda value: isinstance(value, dict), "{name: value}"),
-    ("init_lora_weights", lambda value: isinstance(value, bool | str), "true, false or a word"),
-)
-
-
-def problems(config: LoraConfig) -> list[str]:
-    """What is out of range, a sentence each."""
-    layers = config.layers_to_transform
-    more = config.modules_to_save or config.trainable_token_indices or config.bias == "all"
-    found = [(name, told) for names, holds, told in _RANGES for name in names.split() if not holds(vars(config)[name])]
-    if config.target_modules == [] and not more:
-        found.append(("target_modules", "names, where nothing else is trained"))
-    if config.target_parameters and layers is not None:
-        found.append(("layers_to_transform", "not given with target_parameters: name the parameters' paths"))
-    if config.layers_pattern is not None and layers is None:
-        found.append(("layers_pattern", "given with layers_to_transform"))
-    said = [f"{name} should be {told}, found {shown(vars(config)[name])}" for name, told in found]
-    return said + _method_problems(config)
-
-
-def _method_problems(config: LoraConfig) -> list[str]:
-    """What the method has to say."""
-    if not isinstance(config.peft_type, str):
-        return []
-    methods = _methods()
-    if config.peft_type not in methods:
-        said = f"peft_type {shown(config.peft_type)} is not a method of veneer: it has {listed(methods)}"
-        return [said + nearest(config.peft_type, methods)]
-    found = []
-    how, made_by, known = config.init_lora_weights, config.method, config.method.options
-    if isinstance(how, bool | str) and start_of(config) not in made_by.starts:
-        found.append(f"init_lora_weights should be one of {listed(made_by.starts)}, found {shown(how)}")
-    for name, value in config.options.items() if isinstance(config.options, dict) else ():
-        if name not in known:
-            found.append(f"options: {config.peft_type} has {listed(known)}, not {shown(name)}{nearest(name, known)}")
-        elif not known[name].holds(value):
-            found.append(f"{name} should be {known[name].expected}, found {shown(value)}")
-    return found
-
-
-def _methods() -> "dict[str, type[Update]]":
-    from veneer.core.methods import METHODS  # asked late: a method is made from a config, and knows it
-
-    return METHODS

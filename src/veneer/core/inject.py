@@ -3,7 +3,6 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, named
 from veneer.core.kinds.dense import AdaptedModule
 from veneer.core.kinds.embedding import AdaptedEmbedding
-from veneer.core.kinds.layer import AdaptedLayer, Adapters
+from veneer.core.kinds.layer import AdaptedLayer, Adapters, is_plain
 from veneer.core.methods import maker
 from veneer.core.methods.beside import Tied
 from veneer.core.plan import BASE, Plan
@@ -74,6 +73,10 @@ def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Ca
     if values is not None:
         if config.method.saved_config(config) != config:
             faults.append("the config says how an adapter is trained, which its tensors are not read under")
+        for path, (kind, layer, update) in carriers.items():
+            biased = kind.biased and (layer.bias is not None or is_plain(layer.weight))
+            for part, place in kind.places(update).items():
+                update.parts()[part].fit(values.tensors.get(path + place, {}), biased)
         faults += _misfits(model, carriers, values)
     if faults:
         raise AdapterError("\n".join(faults))
@@ -219,7 +222,7 @@ def _misfits(model: nn.Module, carriers: Mapping[str, Carrier], values: Adapter)
     for key, shape in wanted.items():
         if key not in found:
             missing.append(said(key))
-        elif _without_ones(shape) != _without_ones(found[key].shape):
+        elif not _fits(shape, found[key].shape):
             misshaped.append(f"{said(key)} expected {tuple(shape)} found {tuple(found[key].shape)}")
         elif not is_finite(found[key]):
             broken.append(said(key))
@@ -237,9 +240,12 @@ def _misfits(model: nn.Module, carriers: Mapping[str, Carrier], values: Adapter)
     return problems + ([f"NaN or infinity in: {collapsed(broken)}"] if broken else [])
 
 
-def _without_ones(shape: torch.Size) -> torch.Size:
-    """The shape but for its last ones: kernels of a single point are filed as matrices, and matrices as kernels."""
-    return shape[: max((i + 1 for i, size in enumerate(shape) if size != 1), default=0)]
+def _fits(wanted: torch.Size, found: torch.Size) -> bool:
+    """Whether a file's shape is that, but for ones at its end (kernels of a single point are filed as matrices, and
+    matrices as kernels), or flattens to the matrix that is wanted.
+    """
+    bare = [shape[: max((i + 1 for i, size in enumerate(shape) if size != 1), default=0)] for shape in (wanted, found)]
+    return bare[0] == bare[1] or (len(wanted) == 2 and wanted == (*found[:1], found[1:].numel()))
 
 
 def said(key: tuple[str, str]) -> str:
@@ -255,42 +261,3 @@ def _fill(carriers: Mapping[str, Carrier], values: Adapter) -> None:
             own.materialise(matrices[part].device)
     for (path, key), entry in entries(carriers).items():
         entry.tensor.copy_(entry.kind.unfiled(entry.form, values.tensors[path][key], entry.tensor.shape))
-
-
-@torch.no_grad()
-def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) -> None:
-    """Copy `values` into the live adapter `name`: compiled code, CUDA graphs and optimizers go on with its tensors.
-
-    A smaller rank is filled up with zeros. The live scale stays, as compiled code holds it: B is multiplied by the
-    ratio of the scales. So the config stays too, and what is saved gives the same outputs. Raises one `AdapterError`
-    with all that does not fit, before anything is copied.
-    """
-    faults, found = values.faults, values.config
-    if found.peft_type != "LORA" or config.peft_type != "LORA" or found.use_dora != config.use_dora:
-        one, other = (own.peft_type + " with use_dora" * own.use_dora for own in (config, found))
-        differ = f"{name!r} is {one} and the other is {other}"
-        faults.append(f"{differ}: one LORA is hot-swapped with another, use_dora alike")
-    elif replace(config.method.saved_config(config), init_lora_weights=config.init_lora_weights) != config:
-        faults.append(f"{name!r} did not start as the LoRA that its file holds, so it cannot be swapped: load it again")
-    if found.trainable_token_indices != config.trainable_token_indices:
-        faults.append("trainable_token_indices are other tokens than the live adapter's")
-    live, new = entries(carrying(model, name)), entries(prepared(model, values)[0])
-    fitted, larger = {}, []
-    for key in [key for key in live if key in new]:
-        (own, *_, scale), (value, *_, its_scale) = live[key], new[key]
-        if any(found > room for found, room in zip(value.shape, own.shape, strict=True)):
-            larger.append(key)
-            continue
-        if key[1] in ("B", "b"):
-            value = value * (its_scale / scale if scale else torch.nan)
-        fitted[key] = torch.zeros_like(own, dtype=value.dtype)
-        fitted[key][tuple(map(slice, value.shape))] = value
-    told = {
-        "only in one of the two": [key for key in [*live, *new] if key not in live or key not in new],
-        "of a larger rank than the live one": larger,
-        "cannot be told at the live scale": [key for key, value in fitted.items() if not value.isfinite().all()],
-    }
-    if faults := [f"{what}: {collapsed(map(said, keys))}" for what, keys in told.items() if keys]:
-        raise AdapterError(f"{name!r} cannot be hot-swapped: " + "; ".join(faults))
-    for key, value in fitted.items():
-        live[key].tensor.copy_(value)

@@ -1,7 +1,7 @@
 """`PeftModel`: the model itself, once it carries adapters."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 from veneer.core.adapter import Adapter, examine
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed
-from veneer.core.inject import adapted_layers, detach, extract, hotswap, inject, settle
+from veneer.core.hotswap import hotswap
+from veneer.core.inject import adapted_layers, detach, extract, inject, settle
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore
@@ -70,6 +71,21 @@ class PeftModel(Trainable):
         terms = terms_of(adapters, self.peft_config)
         self.adapter_plan.refuse_merged("switching adapters")
         self.adapter_plan.act(terms)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **options: Any,
+    ) -> None:
+        """Combine adapters into a new one, which does not act until `set_adapter`: "linear" is the exact weighted sum,
+        and PEFT's other types act on the true changes. `veneer.combine.live.add_weighted` has the options.
+        """
+        from veneer.combine.live import add_weighted
+
+        add_weighted(self, adapters, weights, adapter_name, combination_type, **options)
 
     @property
     def modules_to_save(self) -> set[str]:

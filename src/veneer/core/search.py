@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedAttention
 from veneer.safe.expression import Expression, Path
 
+WRAPPED = ".base_layer"  # what follows a layer's path in a file where it is adapted in several parts
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
 
 
@@ -115,25 +117,76 @@ class Search:
             return [path for path in paths if number[path] in asked]
         return paths
 
-    def own_numbers(self, places: Iterable[Place], config: LoraConfig) -> dict[Place, dict[str, Any]]:
-        """The `r` and `lora_alpha` of the places that a pattern matches; the first one counts."""
+    def own_fields(self, places: Iterable[Place], config: LoraConfig) -> dict[Place, dict[str, Any]]:
+        """The fields of the config that places have for themselves: a method by `method_pattern`, `r` and `lora_alpha`
+        by theirs, and what the method says of them.
+        """
         names = {place: {place[0], ".".join(filter(None, place))} for place in places}
         own = defaultdict[Place, dict[str, Any]](dict)
         for field, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-            patterns, missing = getattr(config, field), []
-            if len(patterns) > 4 * len(names) + 16:
-                self.fault(field, f"{len(patterns)} patterns for {name}, of {len(names)} layers, are too many")
-                continue
-            for key, value in patterns.items():
-                with self._keeping(field):
-                    expression = Expression(key)
-                    matches = [at for at, paths in names.items() if any(map(expression.tail, map(self.path, paths)))]
-                    missing += [] if matches else [key]
-                    for place in matches:
-                        own[place].setdefault(name, value)
-            if missing:
-                self.fault(field, unmatched(missing, "adapted layer", _tails([path for path, _ in names])))
+            for place, value in self._patterned(names, field, getattr(config, field)).items():
+                own[place][name] = value
+        entries = self._patterned(names, "method_pattern", config.method_pattern)
+        groups = defaultdict[str, list[Place]](list)
+        for place in names:
+            groups[repr(entries.get(place))].append(place)
+        for group in groups.values():
+            meant, entry = config, entries.get(group[0])
+            if entry is not None:
+                meant = config.with_method(entry)
+                for place in group:
+                    own[place] |= {
+                        name: getattr(meant, name) for name in ("peft_type", "use_dora", "use_rslora", "options")
+                    }
+            placed = meant.method.placed(meant, self, list(dict.fromkeys(path for path, _ in group)))
+            for place in group if placed else ():
+                own[place] |= placed.get(place[0], {})
         return own
+
+    def _patterned(self, names: dict[Place, set[str]], field: str, patterns: dict[str, Any]) -> dict[Place, Any]:
+        """What the patterns give the places that they match; the first one counts."""
+        if len(patterns) > 4 * len(names) + 16:
+            self.fault(field, f"{len(patterns)} patterns, of {len(names)} layers, are too many")
+            return {}
+        found, missing, homes = dict[Place, Any](), [], defaultdict[str, list[Place]](list)
+        for place, paths in names.items():
+            for path in paths:
+                homes[path].append(place)
+        for key, value in patterns.items():
+            with self._keeping(field):
+                expression = Expression(key)
+                if expression.only:  # a file may name each of its thousand layers
+                    matches = homes.get(expression.only, [])
+                else:
+                    matches = [at for at, paths in names.items() if any(map(expression.tail, map(self.path, paths)))]
+                missing += [] if matches else [key]
+                for place in matches:
+                    found.setdefault(place, value)
+        if missing:
+            self.fault(field, unmatched(missing, "adapted layer", _tails([path for path, _ in names])))
+        return found
+
+
+def own_configs(config: LoraConfig, paths: Iterable[str]) -> dict[str, LoraConfig]:
+    """The config of each layer for itself, with no more in it than says what its tensors do; the layers' paths are
+    those of a file. Raises `AdapterError` for patterns that match none.
+    """
+    layers = {path: path.partition(WRAPPED)[0] for path in paths}
+    config = config.method.saved_config(config)
+    search = among(layers.values())
+    own = search.own_fields([(path, "") for path in search.modules], config)
+    search.stop()
+    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "options")
+    plain = LoraConfig(**{name: getattr(config, name) for name in names})
+    found = {path: copy(plain) for path in search.modules}
+    for path, one in found.items():
+        vars(one).update(own.get((path, ""), {}))  # checked before, for all layers at once
+    return {path: found[layer] for path, layer in layers.items()}
+
+
+def among(paths: Iterable[str]) -> Search:
+    """A search among layers of which only the paths are known."""
+    return Search(dict.fromkeys(paths, nn.Linear(1, 1, device="meta")))
 
 
 def _ends(path: str, in_a_word: bool) -> Iterator[str]:

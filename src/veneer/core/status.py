@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from veneer.core.config import LoraConfig
 from veneer.core.inject import adapted_layers
 from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.reclass import mixin_of
@@ -90,10 +91,14 @@ def _carried(model: "PeftModel", layers: list[AdaptedLayer]) -> dict[str, Any]:
     parameters = {name: [p for update in own for p in update.parameters()] for name, own in updates.items()}
     trains = {name: {p.requires_grad for p in own} for name, own in parameters.items()}
     return {
-        "peft_types": {name: own.peft_type + "-DORA" * own.use_dora for name, own in configs.items()},
+        "peft_types": {name: ", ".join(map(_method, own.by_method())) for name, own in configs.items()},
         "active_adapters": [name for name in model.active_adapters if name in configs],
         "merged_adapters": [term.adapter for term in model.adapter_plan.merged if term.adapter in configs],
         "requires_grad": {name: found.pop() if len(found) == 1 else "irregular" for name, found in trains.items()},
         "devices": {name: sorted({str(p.device) for p in own}) for name, own in parameters.items()},
         "dtypes": {name: sorted({str(p.dtype)[len("torch.") :] for p in own}) for name, own in parameters.items()},
     }
+
+
+def _method(config: LoraConfig) -> str:
+    return config.peft_type + "-DORA" * config.use_dora

@@ -100,6 +100,8 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
     chosen, names = _select_modules(model, search, config)
     layers = [(path, "") for path in chosen if not (saved and (path in saved or inside(path, saved)))]
     places = layers + (parameters := _matching_parameters(search, config))
+    # a pattern for a layer whose name is misspelt is not wrong itself
+    own = search.own_fields(dict.fromkeys(search.modules, "").items() if search.faults else places, config)
     asked: list[Any] = [("target_modules", *place, search.kind(place[0]), None) for place in layers]
     asked += [("target_parameters", *place, AdaptedParameters, None) for place in parameters]
     asked += [("modules_to_save", path, "", AdaptedModule, None) for path in saved]
@@ -107,22 +109,16 @@ def select(model: nn.Module, config: LoraConfig, fresh: bool = False) -> tuple[d
     targets: dict[str, Target] = {}
     for field, path, part, kind, ids in asked:
         target = Target(search.modules[path], kind, {part: config}, ids)
+        if changes := own.get((path, part)) if ids is None and kind is not AdaptedModule else None:
+            target.configs[part] = copy(config)
+            vars(target.configs[part]).update(changes)  # checked before, for all layers at once
         first = targets.setdefault(path, target)
         first.configs |= target.configs
         twice = (first.kind, first.rows) != (kind, ids)
         again = "that is changed in two ways: target it in one way only" if twice else None
         search.refuse(field, path, target.refusal() or again)
-    options = config.method.placed(config, search, list(dict.fromkeys(path for path, _ in places)))
-    # a pattern for a layer whose name is misspelt is not wrong itself
-    own = search.own_numbers(dict.fromkeys(search.modules, "").items() if search.faults else places, config)
     search.stop()
     config = replace(config, target_modules=names, modules_to_save=kept or None)
-    for target in targets.values():
-        target.configs = dict.fromkeys(target.configs, config)
-    for path, part in places:
-        if changes := {**options.get(path, {}), **own.get((path, part), {})}:
-            targets[path].configs[part] = copy(config)
-            vars(targets[path].configs[part]).update(changes)  # checked before, for all layers at once
     for path in other_biases(search, config, targets):
         targets[path] = Target(search.modules[path], AdaptedModule, {"bias": config})
         search.refuse("bias", path, _not_free(search.modules[path]))

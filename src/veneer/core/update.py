@@ -95,6 +95,11 @@ class Update(nn.Module):
         named = {form: tensors[name] for name, form in cls.forms.items() if name in tensors}
         return (len(named["B"]), named["A"][0].numel()) if {"A", "B"} <= named.keys() else None
 
+    def fit(self, tensors: Mapping[str, Tensor], biased: bool) -> None:
+        """Before it is filled: take the form that a file's tensors have, where the method has several; `biased` is
+        whether the layer's bias can change.
+        """
+
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW for the base's `weight`, both `(out, in)`, in the precision of the method's parameters."""
         factors = self.factors()

@@ -21,6 +21,7 @@ LONGEST = 10_000  # characters of all the expressions of a config that are not p
 _STEPS = 2_000  # for one path, by all the expressions of a config; six hundred characters of alternatives take 60
 _WIDEST = 1_000  # characters of a range, each of which `re` looks at
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")  # a name or a path, as nearly all patterns are: these need not be parsed
+_EXACT = re.compile(r"\^(?:[\w-]|\\\.)+")  # one path alone
 _WIDTHS = {sre.LITERAL: 1, sre.NOT_LITERAL: 1, sre.ANY: 1, sre.IN: 1, sre.AT: 0, sre.FAILURE: 0}
 
 
@@ -46,6 +47,7 @@ class Expression:
         self.text = text
         self._plain = re.findall(r"\\?.", text.removeprefix("^")) if _PLAIN.fullmatch(text) else None
         self._walk = None if self._plain else _parsed(text)
+        self.only = text[1:].replace("\\", "") if _EXACT.fullmatch(text) else None  # the one path whose tail it is
 
     def whole(self, path: Path) -> bool:
         """Whether it matches the whole path."""

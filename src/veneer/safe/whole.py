@@ -1,6 +1,9 @@
-"""Files written whole or not at all."""
+"""Files and folders written whole or not at all."""
 
+import errno
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -32,6 +35,28 @@ def write_whole(files: Mapping[Path, Write]) -> None:
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, fill: Write) -> None:
+    """Let `fill` make a new folder beside its place, flush its files to the disk, then put it in place in one step.
+
+    What fails leaves nothing. Raises `OSError`, also where something is there already.
+    """
+    if folder.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        made = workspace / folder.name  # whose mode is the umask's
+        made.mkdir()
+        fill(made)
+        for path in made.rglob("*"):
+            if path.is_file():
+                path.chmod(made.stat().st_mode & 0o666)  # some writers make files that only their owner could read
+                to_disk(path)
+        os.replace(made, folder)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def to_disk(path: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig, is_finite, scaling
+from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, shown
 from veneer.core.methods.lora import Lora
 from veneer.core.model import PeftModel
+from veneer.core.ranges import is_finite
 from veneer.starts.fresh import MEMORY, base_alone, fresh, in_groups, outputs_of
 
 

@@ -17,6 +17,7 @@ import torch
 from veneer.core.errors import listed
 from veneer.train.optimizers import Stepper
 from veneer.train.pieces import quick_pieces
+from veneer.train.processes import ALONE, World
 from veneer.train.schedules import rate
 from veneer.train.settings import TrainSettings
 from veneer.train.task import Task
@@ -51,22 +52,25 @@ def count_steps(settings: TrainSettings, size: int) -> int:
     return settings.steps or max(1, math.ceil(settings.epochs * size / a_step))
 
 
-def train(task: Task, stepper: Stepper, settings: TrainSettings, watcher: Watcher, outcome: Outcome) -> None:
+def train(
+    task: Task, stepper: Stepper, settings: TrainSettings, watcher: Watcher, outcome: Outcome, world: World = ALONE
+) -> None:
     """Take the steps that follow `outcome`, which says in the end how far it came; the watcher is told of each.
 
-    Ctrl-C and SIGTERM end the loop after the step that is under way, with the adapter as that step left it; Ctrl-C
-    pressed again ends the step or the measurement too.
+    Ctrl-C and SIGTERM, in any of the processes, end the loop after the step that is under way, with the adapter as that
+    step left it; Ctrl-C pressed again ends the step or the measurement too.
     """
     steps = count_steps(settings, task.size)
     began = time.perf_counter() - outcome.seconds
     with _finishing_the_step() as stop, quick_pieces(task.model):
         try:
             for step in range(outcome.steps, steps):
-                if stop:
+                outcome.stopped_by = int(world.gathered([stop[-1] if stop else 0]).max())
+                if outcome.stopped_by:
                     break
                 task.model.train()
                 outcome.whole = False
-                record, outcome.failure = _step(task, stepper, step, steps, settings)
+                record, outcome.failure = _step(task, stepper, step, steps, settings, world)
                 outcome.whole, outcome.seconds = True, time.perf_counter() - began
                 if outcome.failure:
                     break
@@ -75,8 +79,7 @@ def train(task: Task, stepper: Stepper, settings: TrainSettings, watcher: Watche
                 if watcher.stepped(record, steps):
                     break
         except KeyboardInterrupt:
-            stop.append(signal.SIGINT)
-        outcome.stopped_by = stop[-1] if stop and outcome.steps < steps else 0
+            outcome.stopped_by = signal.SIGINT
 
 
 def rows_of(step: int, settings: TrainSettings, size: int) -> list[list[int]]:
@@ -103,29 +106,41 @@ def _seed(seed: int, what: str, number: int) -> int:
 
 
 def _step(
-    task: Task, stepper: Stepper, step: int, steps: int, settings: TrainSettings
+    task: Task, stepper: Stepper, step: int, steps: int, settings: TrainSettings, world: World
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    batches = [batch for rows in rows_of(step, settings, task.size) for batch in task.batches(rows)]
-    torch.manual_seed(_seed(settings.seed, "step", step))
+    shares = [world.share(rows) for rows in rows_of(step, settings, task.size)]
+    batches = [batch for rows in shares if rows for batch in task.batches(rows)]
+    torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
-    tokens = sum(batch.tokens for batch in batches)
-    record = {"step": step + 1, "loss": 0.0, "lr": lr, "tokens": tokens}
-    units = sum(batch.units for batch in batches)
+    counts = world.gathered([sum(b.units for b in batches), sum(b.tokens for b in batches), len(batches)])
+    units, tokens = counts[:, :2].sum(0).tolist()
+    own, bad = torch.zeros((), dtype=torch.float64), []
     for batch in batches:
         loss = task.loss(batch) / units
-        value = loss.item()
+        own += (value := loss.item())
         if not math.isfinite(value):
-            return record, _not_finite(step, f"the loss is {value}", batch.places, lr)
+            bad += batch.places
+            break
         stepper.backward(loss)
-        record["loss"] += value
+    if settings.shard == "always":  # where layers are spread, each process runs them as often as the others
+        for _ in range(int(counts[:, 2].max()) - len(batches)):
+            stepper.backward(0 * task.loss((batches or task.batches([0]))[0]))
+    stepper.add_up(world, own)
+    record = {"step": step + 1, "loss": own.item(), "lr": lr, "tokens": tokens}
+    if not math.isfinite(own):
+        return record, _not_finite(step, f"the loss is {own.item()}", _flat(world.collected(bad)), lr)
     norm = stepper.step(lr)
     if stepper.lowers(norm):
         record["skipped"] = stepper.skipped
     elif not math.isfinite(norm):
         places = [place for batch in batches for place in batch.places]
-        return record, _not_finite(step, f"the gradient's norm is {norm}", places, lr)
+        return record, _not_finite(step, f"the gradient's norm is {norm}", _flat(world.collected(places)), lr)
     return record, None
+
+
+def _flat(lists: list[list[str]]) -> list[str]:
+    return [one for own in lists for one in own]
 
 
 def _not_finite(step: int, what: str, places: list[str], lr: float) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers
 from veneer.core.update import Update
+from veneer.train.processes import World
 
 if TYPE_CHECKING:  # LoRA+ needs none of what reads recipes
     from veneer.train.settings import TrainSettings
@@ -50,6 +51,15 @@ class Stepper:
         if not loss.requires_grad:
             raise AdapterError(UNTRAINED)
         self.scaler.scale(loss).backward()
+
+    def add_up(self, world: World, loss: Tensor) -> None:
+        """Let gradients and loss be their sums over all processes."""
+        if world.size > 1:
+            trained = [parameter for _, parameter in self._trained()]
+            for parameter in trained:
+                if parameter.grad is None:  # no row of this process reached it
+                    parameter.grad = torch.zeros_like(parameter)
+            world.add_up([*(parameter.grad for parameter in trained if parameter.grad is not None), loss])
 
     def step(self, lr: float) -> float:
         """Clip the gradients and take the step; their norm before. Where it is not finite, the step is not taken.

@@ -23,6 +23,8 @@ METRICS, FACTS = "metrics.jsonl", "run.json"
 class Run:
     """`<output>/<name>-<number>/`, held by one process at a time."""
 
+    writes = True
+
     def __init__(self, folder: Path) -> None:
         """Take hold of a run's folder. Raises `AdapterError` when another process has it."""
         self.folder = folder
@@ -102,6 +104,29 @@ class Run:
         """Forget the steps after `step`, and the held-out figures after `measured`."""
         kept = [record for record in self.metrics() if record["step"] <= (step if "loss" in record else measured)]
         self.write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+class Elsewhere(Run):
+    """The same run in a process that writes nothing of it."""
+
+    writes = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def release(self) -> None:
+        pass
+
+    discard = flush = release
+
+    def write(self, name: str, text: str) -> Path:
+        return self.folder / name
+
+    def measure(self, record: dict[str, Any]) -> None:
+        pass
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return []
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

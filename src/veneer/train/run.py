@@ -14,16 +14,17 @@ from veneer import recipes
 from veneer.core.errors import AdapterError
 from veneer.train.card import card
 from veneer.train.loop import Outcome, count_steps, train
-from veneer.train.memory import Estimate, estimate
+from veneer.train.memory import Estimate, bytes_of, estimate
 from veneer.train.optimizers import Stepper
+from veneer.train.processes import ALONE, World, fits, join, spread
 from veneer.train.recompute import recompute_layers
-from veneer.train.record import USAGE, Run, draw_losses, peak_memory
+from veneer.train.record import USAGE, Elsewhere, Run, draw_losses, peak_memory
 from veneer.train.resume import as_before, cut_short, refuse_changes
 from veneer.train.sameness import asked, circumstances
 from veneer.train.settings import Recipe, as_yaml, checked, resolved
 from veneer.train.task import Reporter, Task
 from veneer.train.tasks import task_named
-from veneer.train.watch import Watch, noted
+from veneer.train.watch import Watch
 
 
 @dataclass
@@ -70,7 +71,7 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[
 
 def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     """Load everything, train nothing, write nothing."""
-    task = _built(recipe, build, reporter)
+    task = _built(recipe, build, reporter, ALONE)
     trainable, parameters = task.model.get_nb_trainable_parameters()
     facts = task.facts()
     memory = estimate(task, recipe.train)
@@ -87,61 +88,88 @@ def run(
     it would have ended with; `inexact` lets it go on where something has changed. Raises `AdapterError` for bad input,
     with no folder left, and for a loss that is not a number, with the adapter of the last good step saved.
     """
-    began = time.perf_counter()
+    began, world = time.perf_counter(), join(recipe.device)
+    reporter = reporter if world.rank == 0 else Reporter()
+    held: list[Run] = []
+
+    def place() -> tuple[Path, Recipe, bool]:
+        folder, own, again = _place(recipe, resume, inexact, reporter)
+        held.append(folder)
+        return folder.folder, own, again
+
+    try:
+        path, recipe, again = world.first(place)
+        folder = held[0] if held else Elsewhere(path)
+        watch, outcome = _begun(recipe, build, reporter, folder, again, inexact, world)
+        return _carried_out(watch, outcome, began)
+    finally:
+        for folder in held:
+            folder.release()
+        world.leave()
+
+
+def _place(recipe: Recipe, resume: bool | Path, inexact: bool, reporter: Reporter) -> tuple[Run, Recipe, bool]:
+    """The run's folder, the recipe as it is to be run there, and whether it goes on there."""
     named = resume if isinstance(resume, Path) else None
     earlier = cut_short(recipe, named)
     if earlier and (resume or recipe.resume == "auto"):
         folder = Run(earlier)
-        recipe = as_before(recipe, folder, inexact, reporter)
-    elif resume:
+        return folder, as_before(recipe, folder, inexact, reporter), True
+    if resume:
         what = named or f"the newest run {recipe.name} in {recipe.output}"
         raise AdapterError(f"nothing to resume: {what} was not cut short, or is not there")
-    else:
-        if earlier:
-            reporter.say(f"{earlier} was cut short; --resume goes on with it, and this is a new run")
-        folder, earlier = Run.fresh(recipe.output, recipe.name or recipe.task), None
-    try:
-        return _run(recipe, build, reporter, folder, earlier is not None, inexact, began)
-    finally:
-        folder.release()
+    if earlier:
+        reporter.say(f"{earlier} was cut short; --resume goes on with it, and this is a new run")
+    return Run.fresh(recipe.output, recipe.name or recipe.task), recipe, False
 
 
-def _run(
-    recipe: Recipe, build: type[Task], reporter: Reporter, folder: Run, again: bool, inexact: bool, began: float
-) -> Result:
+def _begun(
+    recipe: Recipe, build: type[Task], reporter: Reporter, folder: Run, again: bool, inexact: bool, world: World
+) -> tuple[Watch, Outcome]:
+    """Everything loaded, and the adapter where it starts from, or goes on from."""
     try:
         wanted = asked(recipe)
-        task = _built(recipe, build, reporter)
-        made_of = {**task.made_of(), **circumstances(next(task.model.parameters()).device)}
-        watch = Watch(task, Stepper(task.model, recipe.train), folder, recipe, reporter)
+        task = world.together(lambda: _built(recipe, build, reporter, world))
+        made_of = world.first(lambda: {**task.made_of(), **circumstances(next(task.model.parameters()).device)})
+        watch = Watch(task, Stepper(task.model, recipe.train), folder, recipe, reporter, world)
         if again:
-            refuse_changes(folder, made_of, inexact, reporter)
+            world.first(lambda: refuse_changes(folder, made_of, inexact, reporter))
             outcome = watch.resume()
         else:
-            outcome = Outcome(0, 0.0)
+            outcome = watch.begin()
             folder.write("recipe.yaml", as_yaml(resolved(recipe)))
             folder.note(asked=wanted)
         folder.note(state="running", made_of=made_of)
-        before = _before(task, folder, reporter)
-        enough = watch.measure(outcome.steps)[1]  # where a run was cut short while it measured
+        return watch, outcome
     except BaseException:
         if not again:
+            folder.discard()
+        raise
+
+
+def _carried_out(watch: Watch, outcome: Outcome, began: float) -> Result:
+    task, recipe, folder = watch.task, watch.recipe, watch.run
+    try:
+        before = watch.before()
+        enough = watch.measure(outcome.steps)[1]  # where a run was cut short while it measured
+    except BaseException:
+        if not outcome.steps and not watch.kept:
             folder.discard()
         raise
     trainable, parameters = task.model.get_nb_trainable_parameters()
     result = Result(folder, outcome, before, {}, trainable, parameters, 0.0)
     try:
         if not enough:
-            train(task, watch.stepper, recipe.train, watch, outcome)
+            train(task, watch.stepper, recipe.train, watch, outcome, watch.world)
         if outcome.whole and not outcome.failure:
             watch.keep(outcome.steps, outcome.seconds)
     except BaseException as error:
         with suppress(AdapterError):  # whatever kept it from being written may keep this from it too
             folder.note(state="failed", why=str(error))
             _keep(task, folder)  # as the last whole step left it
-            reporter.say(f"what was learned until then is in {folder.adapter}")
+            watch.reporter.say(f"what was learned until then is in {folder.adapter}")
         raise
-    _finish(task, recipe, watch, result)
+    _finish(watch, result)
     result.peak_bytes = peak_memory()
     result.seconds = time.perf_counter() - began
     _save(task, recipe, result)
@@ -149,19 +177,19 @@ def _run(
     return result
 
 
-def _finish(task: Task, recipe: Recipe, watch: Watch, result: Result) -> None:
+def _finish(watch: Watch, result: Result) -> None:
     """Save the adapter; and, unless the run was cut short, measure it and let it answer."""
-    outcome, folder = result.outcome, result.run
+    outcome, folder, task = result.outcome, result.run, watch.task
     exported = outcome.steps if outcome.interrupted or outcome.failure else watch.back_to_best(outcome.steps)
-    _save(task, recipe, result)
+    _save(task, watch.recipe, result)
     if outcome.failure:
         _draw(folder)
-        folder.note(state="failed")
+        folder.note(state="failed", why=outcome.failure)
         raise AdapterError(f"{outcome.failure}. It is in {folder.adapter}")
     if not outcome.interrupted:
         try:
-            result.after = noted(task.evaluate(whole=True), folder, watch.reporter, exported)
-            result.samples = task.sample()
+            result.after = watch.figures(exported, whole=True)
+            result.samples = task.sample() if folder.writes or watch.spread else []
             lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in result.samples]
             folder.write("samples/answers.jsonl", "".join(lines))
         except KeyboardInterrupt:
@@ -169,28 +197,31 @@ def _finish(task: Task, recipe: Recipe, watch: Watch, result: Result) -> None:
     _draw(folder)
 
 
-def _before(task: Task, folder: Run, reporter: Reporter) -> dict[str, float]:
-    """All figures on the held-out rows before the first step, noted once."""
-    known = [record for record in folder.metrics() if record["step"] == 0]
-    if known:
-        return {key: value for key, value in known[0].items() if key != "step"}
-    return noted(task.evaluate(whole=True), folder, reporter, 0)
-
-
-def _built(recipe: Recipe, build: type[Task], reporter: Reporter) -> Task:
+def _built(recipe: Recipe, build: type[Task], reporter: Reporter, world: World) -> Task:
     task = build(recipe, reporter)
     if recipe.train.gradient_checkpointing:
         recompute_layers(task.model)
+    own = recipe.train
+    if own.shard == "auto" or world.size == 1:
+        parameters = list(task.model.parameters())
+        whole = world.size == 1 or fits(sum(map(bytes_of, parameters)), parameters[0].device)
+        own.shard = "never" if whole else "always"
+    if own.shard == "always":
+        reporter.say(f"each of {world.size} processes keeps a part of the base")
+        spread(task.model)
     return task
 
 
 def _draw(folder: Run) -> None:
-    draw_losses(folder.metrics(), folder.folder / "loss.png", folder.folder.name)
+    if folder.writes:
+        draw_losses(folder.metrics(), folder.folder / "loss.png", folder.folder.name)
 
 
 def _save(task: Task, recipe: Recipe, result: Result) -> None:
     """The adapter, how to use it, and its card."""
     folder = result.run
+    if not folder.writes:
+        return
     usage = _keep(task, folder)
     result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.glob("adapter_model*"))
     rows = _figures(recipe, result)
@@ -199,6 +230,8 @@ def _save(task: Task, recipe: Recipe, result: Result) -> None:
 
 def _keep(task: Task, folder: Run) -> dict[str, Any]:
     """The adapter, and how to use it, which is returned."""
+    if not folder.writes:
+        return {}
     task.model.save_pretrained(folder.adapter)
     usage = task.usage()
     folder.write(f"{folder.adapter.name}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")

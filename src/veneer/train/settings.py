@@ -41,6 +41,11 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay, on matrices only.")
     betas: tuple[Average, Average] = Field((0.9, 0.999), description="AdamW's two averages.")
     max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled down to this; 0 leaves them.")
+    shard: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="With several processes: keep a part of the frozen base in each (FSDP2). auto: where the base does "
+        "not fit into each of them.",
+    )
     seed: int = Field(
         0, ge=0, lt=2**63, description="Decides the order of the rows, the starting values and the dropout."
     )
@@ -195,10 +200,11 @@ MEANINGS = {
     "use_rslora": "Scale by lora_alpha / √r, which keeps large ranks learning.",
     "rank_pattern": "Other ranks for layers whose names end with a key: {q_proj: 8}.",
     "alpha_pattern": "Other values of lora_alpha, in the same way.",
+    "method_pattern": "Other methods for such layers: {conv: {peft_type: LOKR}}.",
     "layers_to_transform": "Only in these layers, counted from 0.",
     "layers_pattern": "What the list of layers is called, where it is not plain.",
     "init_lora_weights": "How A and B start.",
-    "peft_type": "The method: LORA, LOHA, LOKR, VERA or IA3.",
+    "peft_type": "The method: LORA, LOHA, LOKR, VERA, IA3 or FULL.",
     "use_dora": "Learn the length of each row of W + ΔW apart from its direction (DoRA), over any method.",
     "options": "What only one method knows.",
     "task_type": "What PEFT should load the base as; found by itself.",

@@ -9,6 +9,7 @@ from veneer.core.errors import AdapterError
 from veneer.train.checkpoint import Checkpoints, State
 from veneer.train.loop import Outcome, Watcher
 from veneer.train.optimizers import Stepper
+from veneer.train.processes import World
 from veneer.train.record import Run
 from veneer.train.settings import Recipe
 from veneer.train.task import Reporter, Task
@@ -33,6 +34,7 @@ class Watch(Watcher):
     run: Run
     recipe: Recipe
     reporter: Reporter
+    world: World
     counters: Counters = field(default_factory=Counters)
     kept: int = 0  # the step of the newest checkpoint
 
@@ -40,10 +42,21 @@ class Watch(Watcher):
         self.checkpoints = Checkpoints(self.run.folder / "checkpoints", self.recipe.checkpoint.keep)
         self._kept_at = time.monotonic()
 
+    @property
+    def spread(self) -> bool:
+        """Whether layers are spread over the processes, so that all run them or none."""
+        return self.recipe.train.shard == "always"
+
+    def begin(self) -> Outcome:
+        """Let all processes begin with the adapter that the first has drawn."""
+        if self.world.size > 1:
+            self.stepper.restore(*self.world.first(self.stepper.state))
+        return Outcome(0, 0.0)
+
     def resume(self) -> Outcome:
         """Go back to the newest checkpoint that is whole, or to the beginning where there is none."""
-        state = self.checkpoints.newest(self.reporter.say)
-        outcome = Outcome(0, 0.0)
+        state = self.world.first(lambda: self.checkpoints.newest(self.reporter.say))
+        outcome = Outcome(0, 0.0) if state else self.begin()
         if state is not None:
             self.stepper.restore(state.tensors, state.plain["stepper"])
             self.counters = Counters(**state.plain["counters"])
@@ -70,7 +83,7 @@ class Watch(Watcher):
         due = own.every_steps and step and step % own.every_steps == 0
         if not due or counters.measured == step or (last and not chosen):
             return False, False
-        figures = noted(self.task.evaluate(whole=False), self.run, self.reporter, step)
+        figures = self.figures(step, whole=False)
         counters.measured = step
         if self.task.judged_by not in figures:
             return False, False
@@ -85,9 +98,36 @@ class Watch(Watcher):
             self.reporter.say(f"no better since step {counters.best_step}: the training ends (eval.patience)")
         return better, enough
 
+    def before(self) -> dict[str, float]:
+        """All figures before the first step, measured once."""
+        known = self.world.first(lambda: [record for record in self.run.metrics() if record["step"] == 0])
+        return {k: v for k, v in known[0].items() if k != "step"} if known else self.figures(0, whole=True)
+
+    def figures(self, step: int, whole: bool) -> dict[str, float]:
+        """The held-out figures, written down and told: the first process's, for all.
+
+        Raises `AdapterError` where one is not a number.
+        """
+
+        def told() -> dict[str, float]:
+            figures = self.task.evaluate(whole) if found is None else found
+            if wrong := {name: value for name, value in figures.items() if not math.isfinite(value)}:
+                raise AdapterError(
+                    f"after step {step} the held-out figures are {wrong}: the adapter is of no use. Try a lower "
+                    "train.lr, or dtype=float32"
+                )
+            if figures:
+                record = {"step": step, **figures}
+                self.run.measure(record)
+                self.reporter.measured(record)
+            return figures
+
+        found = self.task.evaluate(whole) if self.spread else None
+        return self.world.first(told)
+
     def keep(self, step: int, seconds: float) -> None:
         """Write a checkpoint, unless that of this step is there."""
-        if step == self.kept:
+        if step == self.kept or not self.run.writes:
             return
         self.run.flush()
         tensors, plain = self.stepper.state()
@@ -100,7 +140,7 @@ class Watch(Watcher):
         best = self.counters.best_step
         if self.recipe.eval.keep != "best" or best is None or best == step:
             return step
-        state = self.checkpoints.at(best)
+        state = self.world.first(lambda: self.checkpoints.at(best))
         self.stepper.restore(state.tensors, state.plain["stepper"])
         self.reporter.say(f"the adapter is that of step {best}, the best measured (eval.keep)")
         return best
@@ -110,17 +150,3 @@ class Watch(Watcher):
         if own.every_steps and step % own.every_steps == 0:
             return True
         return own.every_minutes is not None and time.monotonic() - self._kept_at >= 60 * own.every_minutes
-
-
-def noted(figures: dict[str, float], folder: Run, reporter: Reporter, step: int) -> dict[str, float]:
-    """The figures, written down and told. Raises `AdapterError` where one is not a number."""
-    if wrong := {name: value for name, value in figures.items() if not math.isfinite(value)}:
-        raise AdapterError(
-            f"after step {step} the held-out figures are {wrong}: the adapter is of no use. Try a lower train.lr, or "
-            "dtype=float32"
-        )
-    if figures:
-        record = {"step": step, **figures}
-        folder.measure(record)
-        reporter.measured(record)
-    return figures

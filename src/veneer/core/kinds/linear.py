@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veneer.core.config import LoraConfig, start_of
+from veneer.core.config import LoraConfig
 from veneer.core.fused import FEW, Change, few_linear, fused_linear, is_traced, thin_linear
 from veneer.core.kinds.layer import AdaptedLayer, is_plain
 from veneer.core.plan import by_row
+from veneer.core.ranges import start_of
 from veneer.core.start import FROM_WEIGHT
 from veneer.core.update import Update
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from veneer.core.config import LoraConfig
 from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.methods.dora import Dora
+from veneer.core.methods.full import Full
 from veneer.core.methods.ia3 import Ia3
 from veneer.core.methods.loha import Loha
 from veneer.core.methods.lokr import Lokr
@@ -15,7 +16,7 @@ from veneer.core.methods.lora import Lora, PartedLora
 from veneer.core.methods.vera import Vera
 from veneer.core.update import Stack, Update
 
-METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3}
+METHODS: dict[str, type[Update]] = {"LORA": Lora, "LOHA": Loha, "LOKR": Lokr, "VERA": Vera, "IA3": Ia3, "FULL": Full}
 
 
 def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Callable[..., Update]:
@@ -23,13 +24,13 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ca
 
     It takes a weight, its config, and what the kind of layer does to the starting values.
     """
-    made_by: Any = config.method
-    common = [made_by.share(given)] if made_by.share and (given := list(layers)) else []
+    share = config.method.share
+    common: list[Any] = [share(given)] if share and (given := list(layers)) else []
 
     def make(weight: Tensor, own: LoraConfig, start: Callable[[Update, bool | str], None]) -> Update:
         if weight.ndim == 3:
             return Stack(lambda matrix: make(matrix, own, start), weight)
-        update = (PartedLora if own.options.get("fused") else made_by)(weight, own, *common)
+        update = (PartedLora if own.options.get("fused") else own.method)(weight, own, *common)
         update.dropout = own.lora_dropout
         start(update, own.init_lora_weights)
         return Dora(weight, update) if own.use_dora else update

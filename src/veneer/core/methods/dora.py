@@ -1,5 +1,6 @@
 """DoRA (Liu et al. 2024, arXiv:2402.09353), over any method."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,8 @@ from veneer.core.update import Factors, Update, own_precision
 
 class Dora(Update):
     """W + ΔW = g ⊙ (W + ΔV) with g = m / ‖W + ΔV‖, row by row: ΔV is the change of `inner`, the magnitude m is learned.
-    What ΔV's method does to a bias stays as it is.
+    What ΔV's method does to a bias stays as it is. With a file's m `(1, n)` it is column by column (LyCORIS's
+    `wd_on_out=False`): of a convolution, by its n input channels, each at all places of the kernel.
 
     m `(out)` starts as ‖W + ΔV‖, by the same sums as later, so that g is 1 to the bit. The norm counts as a
     constant in the gradient (§4.3). A row that is all zero has g = 1. Dropout acts on ΔV alone where the layer
@@ -28,12 +30,21 @@ class Dora(Update):
         unknown = weight.new_empty(len(weight), dtype=own_precision(weight))
         self.magnitude = nn.Parameter(unknown if weight.is_meta else row_norms(weight, inner))
 
+    def fit(self, tensors: Mapping[str, Tensor], biased: bool) -> None:
+        self.inner.fit(tensors, biased)
+        m = tensors.get("magnitude")
+        if m is not None and m.ndim == 2 and m.shape[0] == 1 and len(self.magnitude) > 1:
+            self.forms = self.inner.forms  # type: ignore[misc]
+            self.magnitude = nn.Parameter(self.magnitude.new_empty(m.shape))
+
     def delta(self, weight: Tensor) -> Tensor:
-        return self._gain(weight)[:, None] * (weight + self.inner.delta(weight)) - weight
+        changed = weight + self.inner.delta(weight)
+        gain = self._gain(weight)[:, None] if self.magnitude.ndim == 1 else self._gain_of_columns(changed)
+        return gain * changed - weight
 
     def by_rows(self, weight: Tensor) -> tuple[Tensor, Factors] | None:
         factors = self.inner.factors()
-        if factors is None:
+        if factors is None or self.magnitude.ndim == 2:
             return None
         gain = self._gain(weight)
         return gain - 1, factors._replace(B=gain[:, None] * factors.B)
@@ -49,8 +60,18 @@ class Dora(Update):
 
     def _gain(self, weight: Tensor) -> Tensor:
         """g `(out)`."""
-        norm = row_norms(weight, self.inner)
-        return torch.where(norm > 0, self.magnitude / torch.where(norm > 0, norm, 1), 1)
+        return _ratio(self.magnitude, row_norms(weight, self.inner))
+
+    def _gain_of_columns(self, changed: Tensor) -> Tensor:
+        """g `(1, in)` for W + ΔV."""
+        channels = changed.detach().unflatten(1, (self.magnitude.shape[1], -1))  # (out, n, kernel)
+        norm = torch.linalg.vector_norm(channels, dim=(0, 2))
+        return _ratio(self.magnitude, norm).repeat_interleave(channels.shape[2], 1)
+
+
+def _ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / ‖…‖, and 1 where there is nothing to rescale."""
+    return torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1), 1)
 
 
 @torch.no_grad()

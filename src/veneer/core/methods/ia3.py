@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig, is_names
+from veneer.core.config import LoraConfig
+from veneer.core.ranges import is_names
 from veneer.core.update import LORAS_OWN, Option, Update, own_precision
 
 

@@ -16,7 +16,8 @@ class Lokr(Update):
     """ΔW = scale · C ⊗ D, with C `(l, m)` and D `(k, n)`, where out = l·k and in = m·n.
 
     D is a product of rank r where r < max(k, n) / 2; so is C where r < max(l, m) / 2 and `decompose_both` is set.
-    `decompose_factor` is the most that l and m may be; -1 takes the divisors nearest to the square roots.
+    `decompose_factor` is the most that l and m may be; -1 takes the divisors nearest to the square roots. Both say how
+    an adapter begins: what a file holds may be divided and decomposed in any way.
     """
 
     reads_weight: ClassVar = False
@@ -33,11 +34,12 @@ class Lokr(Update):
 
     def __init__(self, weight: Tensor, config: LoraConfig) -> None:
         super().__init__()
+        self.size, self.dtype = tuple(weight.shape), own_precision(weight)
         factor = config.options["decompose_factor"]
         outer, inner = zip(*(divided(side, factor) for side in weight.shape), strict=True)  # (l, m), (k, n)
         most = config.r if config.options["decompose_both"] else max(outer)
-        self._add("C", weight.new_empty(outer, dtype=own_precision(weight)), most, config.init_lora_weights)
-        self._add("D", weight.new_empty(inner, dtype=own_precision(weight)), config.r, False)
+        self._add("C", weight.new_empty(outer, dtype=self.dtype), most, config.init_lora_weights)
+        self._add("D", weight.new_empty(inner, dtype=self.dtype), config.r, False)
         self.scale = scaling(config.r, config.lora_alpha, config.use_rslora)
 
     def _add(self, name: str, whole: Tensor, r: int, how: bool | str) -> None:
@@ -50,6 +52,15 @@ class Lokr(Update):
         start(A, B, how)
         for key, value in own.items():
             self.register_parameter(key, nn.Parameter(value))
+
+    def fit(self, tensors: Mapping[str, Tensor], biased: bool) -> None:
+        whole = [name for name in "CD" if name in tensors]
+        names = {*whole, *(f"{name}_{factor}" for name in "CD" if name not in whole for factor in "AB")}
+        if tensors.keys() - {"magnitude"} == names and self.sides(tensors) == self.size:
+            self._parameters.clear()
+            for name in sorted(names):
+                shape = tensors[name].flatten(1).shape
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta")))
 
     def _product(self, name: str) -> Tensor:
         if name in self._parameters:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig, scaling, start_of
+from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, shown
+from veneer.core.ranges import start_of
 from veneer.core.start import FROM_DATA, FROM_THE_START, FROM_WEIGHT, PLAIN, start, start_from_weight
 from veneer.core.update import Factors, Option, Update, own_precision, switch
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.config import LoraConfig, is_finite
+from veneer.core.config import LoraConfig
+from veneer.core.ranges import is_finite
 from veneer.core.update import LORAS_OWN, Factors, Option, Update, own_precision, switch
 
 

@@ -1,0 +1,5 @@
+"""`python -m veneer`, as launchers call it."""
+
+from veneer.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What an adapter is: numbers and words about it, without a model."""

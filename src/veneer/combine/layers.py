@@ -1,0 +1,102 @@
+"""A layer's change as matrices, and matrices as a layer's change."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from veneer.combine.matrix import Factored, Matrix, Thin
+from veneer.core.apart import Change
+from veneer.core.config import LoraConfig
+from veneer.core.errors import AdapterError
+
+
+@dataclass
+class Errors:
+    """What approximating cost: ‖ΔW - BA‖ / ‖ΔW‖, layer by layer and of all layers as one vector."""
+
+    squares: dict[str, tuple[float, float]] = field(default_factory=dict)  # path → (‖ΔW - BA‖², ‖ΔW‖²)
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """By path; 0 where there is no change."""
+        return {path: _root(lost, square) for path, (lost, square) in self.squares.items()}
+
+    @property
+    def total(self) -> float:
+        """Of all layers together."""
+        return self.of(self.squares)
+
+    def of(self, paths: Iterable[str]) -> float:
+        """Of these layers together."""
+        pairs = [self.squares[path] for path in paths if path in self.squares]
+        return _root(sum(lost for lost, _ in pairs), sum(square for _, square in pairs))
+
+
+def _root(lost: float, square: float) -> float:
+    return math.sqrt(max(lost, 0.0) / square) if square else 0.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A layer's change as it is combined: ΔW, perhaps Δb `(out)`, and the shape in which files hold a row of ΔW."""
+
+    W: Matrix
+    b: Tensor | None
+    row: tuple[int, ...]  # (in, *kernel), or (in · kernel)
+
+
+def seen(change: Change, weight: Tensor | None = None, bias: Tensor | None = None) -> Seen:
+    """ΔW and Δb, in fp32 at least. `weight` `(out, in · kernel)` and `bias` are the base's, where they are known.
+
+    Raises `AdapterError` for a change that depends on the base's weight when that is not given.
+    """
+    if weight is None and (change.reads_weight or change.shape is None):
+        kind = "DoRA" if change.config.use_dora else change.config.peft_type
+        raise AdapterError(f"the change that {kind} makes depends on the base's weights: give the base")
+    update = change.update(weight)
+    with torch.no_grad():
+        factors = update.factors()
+        if factors is not None:
+            A, B, scale = factors
+            W: Matrix = Thin(scale * B.detach().double(), A.detach().double())
+        else:
+            shape = change.shape
+            sketch = torch.empty(shape, device="meta") if weight is None and shape else weight
+            assert sketch is not None
+            W = update.delta(sketch).detach()
+        b = update.shift(bias)
+    return Seen(W, None if b is None else b.detach(), row_of(change, W))
+
+
+def row_of(change: Change, W: Matrix) -> tuple[int, ...]:
+    """The shape of a row of ΔW in files, as far as the tensors say it: `(in, *kernel)` of a convolution."""
+    columns = W.A.shape[1] if isinstance(W, Thin) else W.shape[1]
+    rows = {tuple(tensor.shape[1:]) for tensor in change.tensors.values() if tensor.ndim > 2}
+    return next((row for row in rows if math.prod(row) == columns), (columns,))
+
+
+def lora(found: Factored, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:
+    """ΔW = B A as a plain LoRA of scale 1."""
+    return _lora(found.B, found.A, row, b, dtype)
+
+
+def concatenated(W: Thin, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:
+    """The same of factors as they stand."""
+    return _lora(W.B, W.A, row, b, dtype)
+
+
+def _lora(B: Tensor, A: Tensor, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:
+    r = len(A)
+    point = [1 for _ in row[1:]]
+    tensors = {"A": A.to(dtype).reshape(r, *row), "B": B.to(dtype).reshape(len(B), r, *point)}
+    config = LoraConfig(r=r, lora_alpha=r, options={"lora_bias": b is not None})
+    return Change(config, tensors if b is None else {**tensors, "b": b.to(dtype)})
+
+
+def full(W: Tensor, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:
+    """ΔW as it is."""
+    tensors = {"D": W.to(dtype).reshape(len(W), *row)}
+    return Change(LoraConfig(peft_type="FULL"), tensors if b is None else {**tensors, "b": b.to(dtype)})

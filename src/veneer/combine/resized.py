@@ -1,0 +1,70 @@
+"""An adapter alone: as a plain LoRA, of other ranks, turned around; and two, one without the other."""
+
+import torch
+
+from veneer.combine.base import Base, Source
+from veneer.combine.combined import Progress, combine, each_layer, measured
+from veneer.combine.layers import Errors
+from veneer.combine.matrix import Keep
+from veneer.combine.together import precision, refuse_apart, told
+from veneer.combine.ways import Layer, stored
+from veneer.core.adapter import Adapter
+from veneer.core.apart import Change, adapter_of, changes
+from veneer.core.errors import AdapterError
+
+
+def lora_of(adapter: Adapter, r: int | None = None, base: Source | None = None) -> tuple[Adapter, Errors]:
+    """The adapter as a plain LoRA of rank r at most, and the error ‖ΔW - BA‖ / ‖ΔW‖, layer by layer and in all.
+
+    Without r, of the rank that each change has. DoRA and (IA)³ depend on the base's weights: `base` is a model, its
+    tensors by name, or its folder. What is trained whole beside the method stays so. Raises `AdapterError`.
+    """
+    return resize(adapter, rank=r, base=base)
+
+
+@torch.no_grad()
+def resize(
+    adapter: Adapter,
+    rank: int | None = None,
+    *,
+    ratio: float | None = None,
+    energy: float | None = None,
+    cumulative: float | None = None,
+    frobenius: float | None = None,
+    base: Source | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda done, total: None,
+) -> tuple[Adapter, Errors]:
+    """The best approximation of each layer's change by as many singular values as are asked for (`Keep`), and its
+    error.
+
+    `ratio`: those with σ / σ₁ of at least this (kohya's sv_ratio is its inverse). `cumulative`: this share of Σ σ
+    (sv_cumulative). `frobenius`: this share of ‖ΔW‖ (sv_fro). `energy`: this share of ‖ΔW‖². With any of them `rank`
+    is the most there may be, and layers get ranks of their own. The tensors keep their precision, if `dtype` does not
+    say another. Raises `AdapterError`.
+    """
+    keep = Keep(rank, energy, frobenius, cumulative, ratio)
+    refuse_apart([adapter], [1.0], ["the adapter"], "svd")
+    model = None if base is None else Base(base)
+    layers = [Layer(path, [(1.0, change, "")], path in adapter.embeddings) for path, change in changes(adapter).items()]
+
+    def work(layer: Layer) -> tuple[Change, tuple[float, float]]:
+        ((_, change, _),) = layer.terms
+        own = dtype or precision([Adapter(change.config, {"": change.tensors})], least=None)
+        view = layer.seen(change, model)
+        return stored(view.W, view.b, view.row, keep, own, thin=True)
+
+    found, errors, faults = each_layer(layers, work, progress)
+    if faults:
+        raise AdapterError(told(faults))
+    return adapter_of(found, like=adapter), errors
+
+
+def subtract(adapter: Adapter, other: Adapter, how: str = "linear") -> Adapter:
+    """ΔW - ΔW′, exactly; `how` as in `combine`."""
+    return combine([adapter, other], [1.0, -1.0], how)
+
+
+def negate(adapter: Adapter) -> Adapter:
+    """-ΔW, exactly and of the same ranks: what added to the adapter leaves the base."""
+    return measured([adapter], [-1.0], "cat", names=["the adapter"], dtype=precision([adapter], least=None))[0]

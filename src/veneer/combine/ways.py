@@ -1,0 +1,154 @@
+"""One layer's changes into one, in every way there is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.combine import sparse
+from veneer.combine.base import Base
+from veneer.combine.layers import Seen, concatenated, full, lora, seen
+from veneer.combine.matrix import Keep, Matrix, Thin, factored, inner, weighted, whole
+from veneer.core.apart import Change
+from veneer.core.errors import AdapterError, listed, nearest, shown
+
+SUMS = ("linear", "cat", "svd", "slerp")
+HOWS = (*SUMS, *sparse.HOWS)
+_NO_ARC = 1e-6  # the angle below which two changes point the same way, or opposite ways
+
+
+@dataclass(frozen=True)
+class Way:
+    """How changes are combined: `how`, and what it is told."""
+
+    how: str = "linear"
+    keep: Keep = field(default_factory=Keep)
+    density: float | None = None
+    majority: str = "total"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `AdapterError`."""
+        wrong = []
+        if self.how not in HOWS:
+            wrong.append(f"how: expected one of {listed(HOWS, 20)}, found {shown(self.how)}{nearest(self.how, HOWS)}")
+        elif self.how in sparse.HOWS:
+            wrong += sparse.wrong_density(self.how, self.density)
+        elif self.density is not None:
+            wrong.append(f"{self.how} takes no density: {listed(sparse.HOWS)} do")
+        if self.how in ("linear", "cat") and not self.keep.everything:
+            wrong.append(f"{self.how} is the exact sum, of whatever rank it has: say 'svd' for one of a rank or energy")
+        if self.majority not in sparse.MAJORITIES:
+            wrong.append(f"majority: expected one of {listed(sparse.MAJORITIES)}, found {shown(self.majority)}")
+        if wrong:
+            raise AdapterError("; ".join(wrong))
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is Σ wᵢ ΔWᵢ, as exact as its rank allows."""
+        return self.how in ("linear", "cat", "svd")
+
+    def entrywise(self, terms: Sequence[tuple[float, Tensor]], keys: Sequence[str]) -> Tensor:
+        """That of a sparse way, for changes of any shape; `keys` are what chance depends on."""
+        told: dict[str, Any] = {"density": self.density, "majority": self.majority, "keys": keys}
+        return sparse.HOWS[self.how]([weight * change for weight, change in terms], **told)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: of each adapter that has it the weight, the change and the key of its chance."""
+
+    path: str
+    terms: Sequence[tuple[float, Change, str]]
+    is_table: bool = False
+
+    def combined(self, way: Way, base: Base | None, dtype: torch.dtype) -> tuple[Change, tuple[float, float]]:
+        """The change, and ‖ΔW - BA‖² and ‖ΔW‖². Raises `AdapterError`."""
+        kinds = {(change.config.peft_type, change.config.use_dora) for _, change, _ in self.terms}
+        if kinds == {("IA3", False)} and way.how in ("linear", "cat"):
+            return self._rescaled(dtype), (0.0, 0.0)
+        views = [self.seen(change, base) for _, change, _ in self.terms]
+        if len(sizes := {size(view.W) for view in views}) > 1:
+            raise AdapterError(f"the adapters are for layers of other sizes: {listed(sizes)}")
+        weights = [weight for weight, *_ in self.terms]
+        if way.how == "slerp":
+            weights = along_the_arc(weights, [view.W for view in views])
+        keys = [key for *_, key in self.terms]
+        having = [
+            (w, view.b, f"{key}:b") for w, view, key in zip(weights, views, keys, strict=True) if view.b is not None
+        ]
+        shifts = [(weight, b) for weight, b, _ in having if b is not None]
+        W: Matrix
+        b: Tensor | None = None
+        if way.how in SUMS:
+            W = weighted([(weight, view.W) for weight, view in zip(weights, views, strict=True)])
+            b = torch.stack([weight * b for weight, b in shifts]).sum(0) if shifts else None
+        else:
+            W = way.entrywise([(weight, whole(view.W)) for weight, view in zip(weights, views, strict=True)], keys)
+            b = way.entrywise(shifts, [key for *_, key in having]) if shifts else None
+        return stored(W, b, max((view.row for view in views), key=len), way.keep, dtype, as_is=way.how == "cat")
+
+    def seen(self, change: Change, base: Base | None) -> Seen:
+        """ΔW and Δb of one of the changes, with the base's weight where that is asked for."""
+        if base is None or not (change.reads_weight or change.shape is None):
+            return seen(change)
+        return seen(change, base.matrix(self.path, change.shape, self.is_table), base.value(f"{self.path}.bias"))
+
+    def _rescaled(self, dtype: torch.dtype) -> Change:
+        """(IA)³ for all: l = 1 + Σ w (l - 1), which needs no weight of the base."""
+        first = self.terms[0][1]
+        if any(change.config.options != first.config.options for _, change, _ in self.terms):
+            raise AdapterError("(IA)³ that rescales inputs and (IA)³ that rescales outputs are not one: give the base")
+        scales = (
+            torch.stack([weight * (change.tensors["l"].double() - 1) for weight, change, _ in self.terms]).sum(0) + 1
+        )
+        return Change(first.config, {"l": scales.to(dtype)})
+
+
+def stored(
+    W: Matrix,
+    b: Tensor | None,
+    row: Sequence[int],
+    keep: Keep,
+    dtype: torch.dtype,
+    as_is: bool = False,
+    thin: bool = False,
+) -> tuple[Change, tuple[float, float]]:
+    """ΔW as a change, and what that cost, squared.
+
+    A full matrix of which everything is kept stays one, unless it is to be `thin`; thin factors stay `as_is` if asked.
+    """
+    if as_is and isinstance(W, Thin):
+        return concatenated(W, row, b, dtype), (0.0, inner(W, W))
+    if thin or isinstance(W, Thin) or not keep.everything:
+        found = factored(W, keep, dtype)
+        return lora(found, row, b, dtype), (found.lost, found.square)
+    return full(W, row, b, dtype), (0.0, inner(W, W))
+
+
+def size(W: Matrix) -> tuple[int, int]:
+    """(out, in)."""
+    return (len(W.B), W.A.shape[1]) if isinstance(W, Thin) else (len(W), W.shape[1])
+
+
+def along_the_arc(weights: Sequence[float], changes: Sequence[Matrix]) -> list[float]:
+    """sin((1-t) θ) / sin θ and sin(t θ) / sin θ, with θ the angle between the two changes (Shoemake 1985).
+
+    Where there is no angle, as one is not there or zero, or they point the same way, 1 - t and t. Raises
+    `AdapterError`.
+    """
+    if len(weights) == 2 and abs(sum(weights) - 1) > 1e-9:
+        raise AdapterError(
+            f"slerp: the weights are 1 - t and t, whose sum is 1, found {weights[0]:g} and {weights[1]:g}"
+        )
+    if len(weights) < 2:
+        return list(weights)
+    first, second = changes
+    norms = math.sqrt(inner(first, first) * inner(second, second))
+    angle = math.acos(max(-1.0, min(1.0, inner(first, second) / norms))) if norms else 0.0
+    if math.pi - angle < _NO_ARC:
+        raise AdapterError("slerp: the two changes are opposite, and no arc between them is the shortest: say 'linear'")
+    return [math.sin(weight * angle) / math.sin(angle) if angle > _NO_ARC else weight for weight in weights]

@@ -1,0 +1,120 @@
+"""Adapter files of every community: read, written, told apart by what they hold. One format, one module.
+
+A format's module says `NAME`; `detects(names, about)`, which judges by the names of a file's tensors and by what the
+file says of itself; `read(tensors, about, where, *, …)`, whose keywords are what the format has to be told; and
+`write(adapter, path)`. Format modules write to a path that nobody reads yet: here it is put in place.
+"""
+
+import inspect
+import os
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from veneer.core.adapter import CONFIG, Adapter
+from veneer.core.errors import AdapterError, listed, named, nearest
+from veneer.files.attach import attach, detach
+from veneer.files.stored import Stored, adapter_file, mapped
+from veneer.safe.whole import write_whole
+
+__all__ = ["FORMATS", "attach", "detach", "detect", "read", "write"]
+
+FORMATS = tuple(
+    n
+    for n in ("cloneofsimo", "diffusers", "kohya", "loralib", "lycoris", "peft")
+    if (Path(__file__).parent / f"{n}.py").exists()
+)
+FOLDERS = ("peft",)  # whose adapter is a folder
+Place = str | os.PathLike[str]
+
+
+def read(path: Place, format: str | None = None, **asked: Any) -> Adapter:
+    """The adapter that a file or a folder holds, in whatever format it is; its tensors' values are not read yet.
+
+    A folder is PEFT's, or a run's with its `adapter`, or has one adapter file in it. A pickle (`.pt`, `.bin`) is
+    opened when it is named itself, and then for tensors alone. `asked` is what the format has to be told, like `alpha`.
+
+    Raises `AdapterError` that says all that is wrong with the file, or what was tried when no format knows it.
+    """
+    place = adapter_file(Path(path))
+    if place.is_dir():
+        name = _agreed(format, "peft", place)
+        given = _told(name, asked)
+        return _module(name).read({}, {}, str(place), **given)
+    file = mapped(place)
+    name = format or _detected(file)
+    if name not in FORMATS:
+        raise _unknown(name)
+    given = _told(name, asked)
+    adapter: Adapter = _module(name).read(file.tensors, file.about, str(place), **given)
+    if adapter.faults or file.faults:
+        raise AdapterError("\n".join([f"{place} ({name}):", *file.faults, *adapter.faults]))
+    return adapter
+
+
+def detect(path: Place) -> str:
+    """The format of a file or folder, by what it holds. Raises `AdapterError` where none knows it, or several do."""
+    place = adapter_file(Path(path))
+    return "peft" if place.is_dir() else _detected(mapped(place))
+
+
+def write(adapter: Adapter, path: Place, format: str, force: bool = False) -> Path:
+    """Write the adapter whole or not at all; what is there already is replaced with `force` alone.
+
+    Raises `AdapterError` with every reason why the format cannot hold it.
+    """
+    if format not in FORMATS:
+        raise _unknown(format)
+    path = Path(path)
+    taken = (path.exists() and (not path.is_dir() or any(path.iterdir()))) if format in FOLDERS else path.exists()
+    if format not in FOLDERS and path.is_dir():
+        raise AdapterError(f"{path} is a folder: {format} is one file, give its name ({path / 'adapter.safetensors'})")
+    if taken and not force:
+        raise AdapterError(f"{path} exists already; nothing was written (force=True or --force replaces it)")
+    module = _module(format)
+    if format in FOLDERS:
+        module.write(adapter, path)
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole({path: lambda temporary: module.write(adapter, temporary)})
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be written: {error}") from error
+    return path
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"veneer.files.{name}")
+
+
+def _unknown(name: str) -> AdapterError:
+    return AdapterError(f"{named(name)} is no format of veneer: it has {listed(FORMATS)}{nearest(name, FORMATS)}")
+
+
+def _agreed(format: str | None, found: str, place: Path) -> str:
+    if format not in (None, found):
+        raise AdapterError(f"{place} holds {CONFIG}, as {found} has it, and is not read as {named(str(format))}")
+    return found
+
+
+def _detected(file: Stored) -> str:
+    found = [name for name in FORMATS if _module(name).detects(file.tensors.keys(), file.about)]
+    if len(found) == 1:
+        return found[0]
+    some = listed(file.tensors, say=named)
+    if found:
+        raise AdapterError(f"{file.where} may be of {listed(found, say=str)}: say which (format=…). It holds {some}")
+    raise AdapterError(
+        f"{file.where} is no adapter file that veneer knows. It holds {some}; tried: {listed(FORMATS, say=str)}"
+    )
+
+
+def _told(name: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What of `asked` was given, all of it being what the format can be told."""
+    given = {key: value for key, value in asked.items() if value is not None}
+    parameters = inspect.signature(_module(name).read).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    if strange := [key for key in given if key not in known]:
+        raise AdapterError(f"{name} files are read without {listed(strange)}; they can be told {listed(known)}")
+    return given

@@ -1,0 +1,98 @@
+"""Changes as formats hold them that know A and B alone: ΔW = B A, with every scale inside B."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.core.adapter import Adapter
+from veneer.core.apart import Change, beside, changes
+from veneer.core.config import scaling
+from veneer.core.errors import AdapterError, collapsed
+
+_ROUNDING = 2.0**-10  # of ‖B‖, half of which a single rounding to fp16 may take
+_WAY_OUT = "make it a plain LoRA first (veneer resize --rank R says the error)"
+
+
+class Pair(NamedTuple):
+    """ΔW = B A, with A `(r, in, *kernel)` and B `(out, r, 1, …)`; Δb = b, DoRA's m `(out)`, where there are such."""
+
+    A: Tensor
+    B: Tensor
+    b: Tensor | None
+    magnitude: Tensor | None
+
+    @property
+    def r(self) -> int:
+        return len(self.A)
+
+
+def pairs(adapter: Adapter, format: str, holds: str = "") -> dict[str, Pair]:
+    """The adapter's changes as pairs, by path. `holds` names what else the format has a place for: "b magnitude".
+
+    Raises `AdapterError` with all that the format cannot hold.
+    """
+    every = changes(adapter)
+    reasons: dict[str, list[str]] = {}
+    for path, change in every.items():
+        for reason in _reasons(change, holds):
+            reasons.setdefault(reason, []).append(path)
+    if rest := beside(adapter):
+        reasons["values that are trained whole, beside the method"] = list(rest)
+    if reasons:
+        told = "\n".join(f"- {reason}: {collapsed(paths, 8)}" for reason, paths in reasons.items())
+        raise AdapterError(f"{format} files cannot hold all of this adapter; nothing was written:\n{told}")
+    return {path: _pair(change) for path, change in every.items()}
+
+
+def _reasons(change: Change, holds: str) -> list[str]:
+    found = []
+    if change.config.peft_type != "LORA":
+        found.append(f"{change.config.peft_type} (only LoRA has a place there: {_WAY_OUT})")
+    elif change.config.use_dora and "magnitude" not in holds:
+        found.append("DoRA magnitudes (no place there: merge it into its base, or extract a LoRA from the result)")
+    elif change.config.use_dora and change.tensors["magnitude"].numel() != len(change.tensors["B"]):
+        found.append("DoRA magnitudes of the inputs (only those of the outputs have a place there)")
+    if "b" in change.tensors and "b" not in holds.split():
+        found.append("changes of biases (no place there)")
+    return found
+
+
+def _pair(change: Change) -> Pair:
+    own, config = change.tensors, change.config
+    scale = scaling(config.r, config.lora_alpha, config.use_rslora)
+    A, B = folded(own["A"], own["B"], scale)
+    b = own.get("b")
+    return Pair(A, B, b if b is None or scale == 1 else (scale * b.float()).to(b.dtype), own.get("magnitude"))
+
+
+def folded(A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """A′ and B′ with B′ A′ = scale · B A: B′ is multiplied in fp32 and rounded once, and A′ is A.
+
+    Where fp16 is too narrow for that, a power of two goes from one to the other, so that both are in its midst.
+    """
+    if scale == 1:
+        return A, B
+    wide = B.detach().to(torch.promote_types(B.dtype, torch.float32)) * scale
+    product = wide.to(B.dtype)
+    if B.dtype != torch.float16 or (product - wide).norm() <= _ROUNDING * wide.norm():
+        return A, product
+    peaks = wide.abs().amax() / A.detach().float().abs().amax().clamp_min(1e-30)
+    shift = 2.0 ** round(peaks.clamp_min(1e-30).log2().item() / 2)
+    return (A.detach().float() * shift).to(A.dtype), (wide / shift).to(B.dtype)
+
+
+def of_one_rank(own: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The same changes, all of the largest rank among them: the others are filled up with zeros."""
+    most = max(pair.r for pair in own.values())
+    return {path: pair if pair.r == most else _filled(pair, most) for path, pair in own.items()}
+
+
+def _filled(pair: Pair, r: int) -> Pair:
+    A, B = pair.A, pair.B
+    over = (0, 0) * (B.ndim - 2)
+    return pair._replace(
+        A=torch.cat([A, A.new_zeros(r - len(A), *A.shape[1:])]), B=F.pad(B, (*over, 0, r - B.shape[1]))
+    )

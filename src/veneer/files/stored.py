@@ -1,0 +1,116 @@
+"""From a path to the tensors of the adapter file that it means, whatever the file is made of, and back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.core.adapter import CONFIG
+from veneer.core.errors import AdapterError, collapsed, listed, named, nearest, shown
+from veneer.safe.stored import read_header, read_tensors
+
+_ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, now and before torch 1.6
+_HEADER = b"{"  # what a safetensors file has after its header's length, which may begin like a pickle
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_RUN = "adapter"  # where a run's folder has its adapter
+_WRAPPERS = ("state_dict", "model_state_dict")  # what trainers put around the tensors
+
+
+@dataclass
+class Stored:
+    """The tensors of one file by name, and what it says of itself; `faults` is what is wrong with them.
+
+    A list of tensors, as torch saves it, has the names "0", "1", and so on.
+    """
+
+    where: Path
+    tensors: dict[str, Tensor]
+    about: dict[str, str]
+    faults: list[str] = field(default_factory=list)
+
+
+def adapter_file(path: Path) -> Path:
+    """The file that the path means, or the PEFT folder. Raises `AdapterError` that says what is there instead."""
+    try:
+        if not path.exists():
+            siblings = map(str, path.parent.glob("*"))
+            raise AdapterError(f"{path} does not exist{nearest(str(path), siblings)}")
+        if not path.is_dir():
+            return path
+        if (path / CONFIG).is_file():
+            return path
+        if (path / _RUN / CONFIG).is_file():
+            return path / _RUN
+        found = sorted(
+            file for file in path.iterdir() if file.suffix == ".safetensors" and not file.name.startswith(".")
+        )
+        there = sorted(file.name for file in path.iterdir())
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise AdapterError(f"{path} has several files, name one: {listed((file.name for file in found), say=named)}")
+    said = f"{path} holds no adapter: no {CONFIG} and no .safetensors file, but {listed(there, say=named)}"
+    pickles = [name for name in there if name.endswith(_PICKLES)]
+    said += f"; a pickle is opened when you name the file itself: {path / pickles[0]}" if pickles else ""
+    raise AdapterError(said)
+
+
+def mapped(path: Path) -> Stored:
+    """The tensors of a file, mapped: their values are not read yet. Raises `AdapterError` when it is not whole."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+    archive = start.startswith(_ARCHIVE)
+    if archive or (start.startswith(_PICKLE) and start[8:] != _HEADER):
+        return Stored(path, *_unpickled(path, archive))
+    header, about = read_header(path)
+    tensors, faults = read_tensors(path, header)
+    strange = [key for key, value in about.items() if not isinstance(value, str)]
+    faults += [f"the file's own words should be strings, which {listed(strange)} are not"] if strange else []
+    return Stored(path, tensors, about, faults)
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    """Write a safetensors file; in it no two tensors share memory. Raises `AdapterError`."""
+    own, homes = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        home = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if home in homes else tensor
+        homes.add(home)
+    try:
+        save_file(own, path, metadata={**about, "format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"cannot be written: {error}") from error
+
+
+def _unpickled(path: Path, archive: bool) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """What `torch.save` wrote, of tensors and plain values alone: anything else that a pickle could do is refused."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
+    except Exception as error:  # whatever a pickle makes of the reader
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+        raise AdapterError(
+            f"{path} cannot be opened safely: only tensors in lists and dictionaries are read from a pickle "
+            f"(torch.load, weights_only=True): {reason}"
+        ) from None
+    while isinstance(found, Mapping) and (inner := next((key for key in _WRAPPERS if key in found), None)):
+        found = found[inner]
+    if isinstance(found, (list, tuple)):
+        found = {str(place): value for place, value in enumerate(found)}
+    if not isinstance(found, Mapping) or not found:
+        raise AdapterError(f"{path}: expected tensors by name or in a list, found {shown(found)}")
+    tensors = {str(key): value.detach() for key, value in found.items() if isinstance(value, Tensor)}
+    others: list[Any] = [key for key, value in found.items() if not isinstance(value, Tensor)]
+    about = {str(key): value for key in others if isinstance(value := found[key], str)}
+    wrong = [str(key) for key in others if str(key) not in about]
+    return tensors, about, [f"no tensors: {collapsed(wrong)}"] if wrong else []

@@ -1,0 +1,91 @@
+"""Several processes make the run that one makes; one that is killed ends it, and it goes on to the same bits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+SHARING = Path(__file__).parents[1] / "train/sharing.py"
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_base, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+    """The folder of all runs, and the exit codes."""
+    folder = tmp_path_factory.mktemp("shared")
+    rows = folder / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"name: Inn {i}\n", "completion": f"The Inn {i} is a pub."}) for i in range(40)]
+    rows.write_text("\n".join(lines) + "\n")
+    values = {
+        "base": str(tiny_base),
+        "dtype": "float32",
+        "device": "cpu",
+        "adapter": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1, "use_dora": True},
+        "data": {"path": str(rows), "eval_share": 0.2},
+        "train": {"steps": 10, "batch_size": 4, "accumulation": 2, "lr": 1.0e-2},
+        "eval": {"every_steps": 4},
+        "sample": {"count": 1, "max_new_tokens": 4},
+        "checkpoint": {"every_steps": 2},
+    }
+    recipe = folder / "small.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    done = subprocess.run([sys.executable, str(SHARING), str(recipe)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def adapter(folder: Path, name: str) -> dict:
+    (path,) = (folder / name).glob("*/adapter/adapter_model.safetensors")
+    return load_file(path)
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    (path,) = (folder / name).glob("*/metrics.jsonl")
+    records = map(json.loads, path.read_text().splitlines())
+    return [record.get("loss", record.get("eval_loss")) for record in records]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "srun", "spread"])
+def test_two_processes_make_the_run_of_one(shared, name):
+    folder, codes = shared
+    assert codes["alone"] == [0]
+    assert codes[name] == [0, 0], (folder / "log").read_text()[-2000:]
+    assert losses(folder, name) == pytest.approx(losses(folder, "alone"), rel=1e-5)
+    alone, other = adapter(folder, "alone"), adapter(folder, name)
+    assert alone.keys() == other.keys()
+    for key, tensor in alone.items():
+        assert (tensor - other[key]).abs().max() <= 2e-5 * tensor.abs().max()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_it_goes_on_to_the_same_bits(shared):
+    folder, codes = shared
+    first, second = codes["cut"]
+    assert first == 2
+    assert second == -9
+    log = (folder / "log").read_text()
+    assert "another process of the run has ended" in log
+    assert log.count("goes on from step") == 1
+    assert "Traceback" not in log
+    assert codes["killed"] == codes["undisturbed"] == [0, 0]
+    ends = [
+        {key: tensor.tolist() for key, tensor in adapter(folder, name).items()} for name in ("killed", "undisturbed")
+    ]
+    assert ends[0] == ends[1]
+    assert losses(folder, "killed") == losses(folder, "undisturbed")
+
+
+def test_what_launchers_say_is_read(monkeypatch):
+    from veneer.core.errors import AdapterError
+    from veneer.train import processes
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.join() == processes.ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AdapterError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not said"):
+        processes.join()

@@ -1,0 +1,299 @@
+"""kohya's files: one alpha for all that is written, names for each base, what a file says of itself, and all faults."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from veneer import AdapterError, LoraConfig
+from veneer.core.adapter import Adapter
+from veneer.core.apart import Change, adapter_of, changes
+from veneer.files import kohya, lycoris
+
+UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+Q, K, PROJ = f"{UNET}.attn1.to_q", f"{UNET}.attn2.to_k", "unet.mid_block.attentions.0.proj_in"
+ENCODER = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+WIDTH = {"SD1": 768, "SD2": 1024, "SDXL": 2048}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def change(r: int, alpha: float, dtype=torch.float32, columns: int = 8, **more) -> Change:
+    A, B = torch.randn(r, columns, dtype=dtype), torch.randn(6, r, dtype=dtype)
+    return Change(LoraConfig(r, alpha, **more), {"A": A, "B": B})
+
+
+def adapter(parts=("unet",), metadata=None, **every: Change) -> Adapter:
+    paths = {"q": Q, "k": K, "proj": PROJ, "encoder": ENCODER, "second": ENCODER.replace("encoder.", "encoder_2.", 1)}
+    return adapter_of({paths[name]: own for name, own in every.items()}, parts=parts, metadata=metadata)
+
+
+def written(adapter: Adapter, tmp_path, format=kohya, **more) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = tmp_path / "adapter.safetensors"
+    format.write(adapter, path, **more)
+    with safe_open(path, "pt") as file:
+        return load_file(path), file.metadata()
+
+
+def deltas(adapter: Adapter) -> dict[str, Tensor]:
+    found = {}
+    for path, own in changes(adapter).items():
+        A, B, scale = own.update().double().factors()
+        found[path] = scale * (B @ A)
+    return found
+
+
+def alphas(tensors: dict[str, Tensor]) -> list[float]:
+    return [tensor.item() for name, tensor in tensors.items() if name.endswith(".alpha")]
+
+
+MIXED = [  # rank and alpha of each layer, and whether powers of two make them one
+    ([(4, 4.0), (8, 8.0), (16, 1.0)], 1.0),
+    ([(4, 4.0), (4, 4.0), (16, 16.0)], 4.0),
+    ([(3, 3.0), (4, 12.0), (5, 6.0)], 3.0),
+    ([(4, 4.0), (4, -8.0), (4, 0.0)], 4.0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("numbers", "alpha"), MIXED)
+def test_what_is_written_has_one_alpha_and_no_number_is_rounded(tmp_path, numbers, alpha, dtype):
+    given = adapter(**{name: change(*own, dtype) for name, own in zip(("q", "k", "proj"), numbers, strict=True)})
+    tensors, about = written(given, tmp_path)
+    assert set(alphas(tensors)) == {alpha}
+    assert {tensor.dtype for name, tensor in tensors.items() if "lora_" in name.split(".", 1)[1]} == {dtype}
+    again = deltas(kohya.read(tensors, about, ""))
+    for path, expected in deltas(given).items():
+        assert torch.equal(again[path], expected)
+
+
+def test_other_alphas_are_folded_in_fp32_and_rounded_once(tmp_path):
+    given = adapter(
+        q=change(4, 4.0, torch.float16), k=change(4, 4.0, torch.float16), proj=change(4, 5.0, torch.float16)
+    )
+    tensors, _ = written(given, tmp_path)
+    assert set(alphas(tensors)) == {4.0}
+    up = tensors["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"]
+    assert torch.equal(up, (given.tensors[PROJ]["B"].double() * 1.25).half())
+
+
+def test_what_fp16_cannot_hold_is_held_in_fp32(tmp_path):
+    small, large = change(4, 1.0, torch.float16), change(4, 1024.0, torch.float16)
+    large.tensors["B"].fill_(1000)
+    tensors, about = written(given := adapter(q=small, proj=large), tmp_path)
+    up = tensors["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"]
+    assert up.dtype == torch.float32
+    assert torch.equal(deltas(kohya.read(tensors, about, ""))[PROJ], deltas(given)[PROJ])
+
+
+def test_rslora_is_folded(tmp_path):
+    given = adapter(q=change(4, 4.0, use_rslora=True), proj=change(16, 4.0, use_rslora=True))
+    tensors, about = written(given, tmp_path)
+    assert alphas(tensors) == [8.0, 8.0]  # 4 · √4, and 4 · √16 folded by 2
+    again = deltas(kohya.read(tensors, about, ""))
+    assert all(torch.equal(again[path], expected) for path, expected in deltas(given).items())
+
+
+def test_an_alpha_that_fp32_rounds_is_written_exactly(tmp_path):
+    given = adapter(q=change(2, 1.1), proj=change(2, 1.1))
+    tensors, about = written(given, tmp_path)
+    assert alphas(tensors) == [1.1, 1.1]
+    assert changes(kohya.read(tensors, about, ""))[Q].config.lora_alpha == 1.1
+
+
+@pytest.mark.parametrize("family", WIDTH)
+def test_layers_are_called_as_the_base_has_it(tmp_path, family):
+    parts = {"SDXL": ("unet", "text_encoder", "text_encoder_2")}.get(family, ("unet", "text_encoder"))
+    second = {"second": change(4, 4.0)} if family == "SDXL" else {}
+    given = adapter(parts, k=change(4, 4.0, columns=WIDTH[family]), encoder=change(4, 4.0), **second)
+    tensors, about = written(given, tmp_path)
+    layers = {name.split(".")[0] for name in tensors}
+    own = "transformer_blocks_0_attn2_to_k"
+    encoder = "text_model_encoder_layers_0_self_attn_q_proj"
+    assert (
+        layers
+        == {
+            "SD1": {f"lora_unet_down_blocks_0_attentions_0_{own}", f"lora_te_{encoder}"},
+            "SD2": {f"lora_unet_down_blocks_0_attentions_0_{own}", f"lora_te_{encoder}"},
+            "SDXL": {f"lora_unet_input_blocks_1_1_{own}", f"lora_te1_{encoder}", f"lora_te2_{encoder}"},
+        }[family]
+    )
+    again = kohya.read(tensors, about, "")
+    assert again.parts == parts
+    assert again.tensors.keys() == given.tensors.keys()
+    assert about["ss_base_model_version"] == {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0"}[family]
+    assert about["ss_v2"] == str(family == "SD2")
+    tensors, _ = written(given, tmp_path, sgm=False)
+    assert f"lora_unet_down_blocks_0_attentions_0_{own}.alpha" in tensors
+
+
+def test_an_adapter_of_one_model_is_written_where_its_paths_say_which(tmp_path):
+    own = {path.removeprefix("unet."): change(4, 4.0) for path in (Q, PROJ)}
+    tensors, about = written(adapter_of(own), tmp_path)
+    assert kohya.read(tensors, about, "").parts == ("unet",)
+    with pytest.raises(AdapterError, match="say of which part"):
+        kohya.write(adapter_of({"model.layers.0": change(4, 4.0)}), tmp_path / "no")
+    tensors, about = written(adapter_of({"model.layers.0": change(4, 4.0)}), tmp_path, lycoris)
+    again = lycoris.read(tensors, about, "")
+    assert (again.parts, list(again.tensors)) == ((), ["model_layers_0"])  # a model's own paths find it
+
+
+def test_what_a_file_says_of_itself_is_kept_and_what_is_no_longer_true_is_not(tmp_path):
+    said = {
+        "ss_tag_frequency": json.dumps({"10_style": {"mystyle": 12}}),
+        "modelspec.trigger_phrase": "mystyle",
+        "modelspec.title": "My style",
+        "modelspec.hash_sha256": "0xabc",
+        "sshs_model_hash": "abc",
+        "ss_network_dim": "128",
+        "ss_network_alpha": "64",
+        "ss_output_name": "my-style",
+        "ss_base_model_version": "sd_v1_custom",
+    }
+    given = adapter(metadata=said, q=change(4, 2.0), k=change(4, 2.0, columns=768))
+    tensors, about = written(given, tmp_path)
+    kept = {
+        "ss_tag_frequency",
+        "modelspec.trigger_phrase",
+        "modelspec.title",
+        "ss_output_name",
+        "ss_base_model_version",
+    }
+    assert {key: about[key] for key in kept} == {key: said[key] for key in kept}
+    assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("4", "2.0")
+    assert about["ss_network_module"] == "networks.lora"
+    assert about["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert not {"sshs_model_hash", "modelspec.hash_sha256"} & about.keys()
+    again = kohya.read(tensors, about, "").metadata
+    assert again == {key: value for key, value in about.items() if key != "format"}
+
+
+def test_layers_without_an_alpha_have_their_rank(tmp_path):
+    own = change(4, 4.0).tensors
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{name}.lora_down.weight": own["A"], f"{name}.lora_up.weight": own["B"]}
+    read = kohya.read(tensors, {}, "")
+    assert torch.equal(deltas(read)[PROJ], own["B"].double() @ own["A"].double())
+
+
+def test_values_are_not_read():
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {
+        f"{name}.lora_down.weight": torch.empty(4, 8, device="meta"),
+        f"{name}.lora_up.weight": torch.empty(6, 4, device="meta"),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    assert kohya.read(tensors, {}, "").config.lora_alpha == 2
+
+
+FAULTS = {
+    "a": ({"lora_up.weight": (6, 4)}, "lora_up.weight without lora_down.weight"),
+    "b": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 3)}, "one rank, found lora_down 4, lora_up 3"),
+    "c": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "alpha": (2,)}, "alpha should be one finite number"),
+    "d": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "alpha": "nan"}, "finite number, found nan"),
+    "e": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "alpha": "zero"}, "alpha 0"),
+    "f": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "extra": (1,)}, "extra beside LORA"),
+    "g": ({"alpha": "nan"}, "only alpha"),
+    "h": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "dora_scale": (5, 1)}, r"dora_scale of \(5, 1\)"),
+    "i": ({"lora_down.weight": (4,), "lora_up.weight": (6, 4)}, "should be matrices"),
+    "j": ({"oft_blocks": (2, 4, 4)}, "OFT or BOFT is no method of veneer"),
+    "k": ({"a1.weight": (2, 4), "a2.weight": (2, 4)}, "GLoRA is no method"),
+    "l": ({"hada_w1_a": (6, 2), "hada_w1_b": (2, 8)}, "without hada_w2_a, hada_w2_b"),
+    "m": ({"hada_w1_a": (6, 2), "lokr_w1": (2, 2)}, "tensors of LOHA and LOKR at one layer"),
+    "n": ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 1)}, "expected lokr_w2, or lokr_w2_a with lokr_w2_b"),
+    "o": ({"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 2), "lokr_w2_a": (3, 1), "lokr_w2_b": (1, 4)}, "LoKr's products"),
+    "p": ({"lora_down.weight": (4, 8, 3, 3), "lora_up.weight": (6, 4, 3, 3)}, "kernel of more than one point"),
+    "q": (
+        {"lora_down.weight": (4, 8, 1, 1), "lora_up.weight": (6, 4, 1, 1), "lora_mid.weight": (5, 4, 3, 3)},
+        "lora_mid 5",
+    ),
+    "r": ({"diff": (6, 8), "diff_b": (5,)}, "changes of 6 outputs and of 5 biases"),
+    "t": ({"weight": (6,), "on_input": "zero"}, "scales the layer's bias"),
+    "u": ({"weight": (6, 2), "on_input": "zero"}, "is no vector"),
+    "v": ({"weight": (6,)}, "weight without on_input"),
+    "w": ({"diff": (6, 8), "dora_scale": (6, 1)}, "dora_scale beside FULL"),
+    "s": ({"bias_indices": (1,), "bias_values": (1,), "bias_size": (2,)}, "a sparse rest"),
+}
+
+
+def made(own: dict) -> dict[str, Tensor]:
+    said = {"nan": torch.tensor(float("nan")), "zero": torch.tensor(0.0)}
+    return {name: said[shape] if isinstance(shape, str) else torch.ones(shape) for name, shape in own.items()}
+
+
+@pytest.mark.parametrize("which", FAULTS)
+def test_a_fault_is_told_with_its_layer(which):
+    own, told = FAULTS[which]
+    tensors = {f"lora_unet_mid_block_attentions_0_proj_in.{name}": tensor for name, tensor in made(own).items()}
+    with pytest.raises(AdapterError, match=told) as error:
+        kohya.read(tensors, {}, "the/file")
+    assert PROJ in str(error.value)
+    assert str(error.value).startswith("the/file:")
+
+
+def test_all_faults_are_told_at_once():
+    tensors = {
+        f"lora_unet_layer_{which}.{name}": tensor
+        for which, (own, _) in FAULTS.items()
+        for name, tensor in made(own).items()
+    }
+    tensors |= {"stranger": torch.ones(1), "lycoris_a.diff": torch.ones(2, 2)}
+    two = ("lora_unet_input_blocks_1_1_proj_in", "lora_unet_down_blocks_0_attentions_0_proj_in")
+    tensors |= {f"{name}.diff": torch.ones(2, 2) for name in two}
+    with pytest.raises(AdapterError) as error:
+        kohya.read(tensors, {}, "")
+    told = str(error.value)
+    for which in FAULTS:
+        assert f"unet.layer_{which}" in told
+    for said in ("stranger", "beside names of one model", "under two names"):
+        assert said in told
+
+
+def test_what_no_such_file_holds_is_refused_with_all_reasons(tmp_path):
+    loha = Change(
+        LoraConfig(2, 2, peft_type="LOHA"),
+        {name: torch.ones(6, 2) if name[0] == "B" else torch.ones(2, 8) for name in ("A1", "A2", "B1", "B2")},
+    )
+    with pytest.raises(AdapterError, match=r"(?s)LOHA.*--to lycoris.*proj_in"):
+        kohya.write(adapter(proj=loha), tmp_path / "no")
+    biased = change(4, 4.0, options={"lora_bias": True})
+    biased.tensors["b"] = torch.ones(6)
+    given = adapter(("unet", "vae"), q=biased)
+    given.tensors["unet.conv_in"] = {"value": torch.ones(2)}
+    given.config.modules_to_save = ["conv_in"]
+    for format in (kohya, lycoris):
+        with pytest.raises(AdapterError, match=r"(?s)LORA with b, which.*trained whole.*conv_in"):
+            format.write(given, tmp_path / "no")
+    vae = adapter_of({"vae.encoder.conv_in": change(4, 4.0)}, parts=("vae",))
+    with pytest.raises(AdapterError, match="a part called vae, which has no name there"):
+        lycoris.write(vae, tmp_path / "no")
+    twins = adapter_of({"unet.a.b_c": change(4, 4.0), "unet.a_b.c": change(4, 4.0)}, parts=("unet",))
+    with pytest.raises(AdapterError, match="two layers of one name"):
+        kohya.write(twins, tmp_path / "no")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "format"),
+    [
+        (["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"], kohya),
+        (["lora_unet_conv_in.lora_down.weight", "lora_unet_conv_in.dora_scale"], kohya),
+        (["lora_prior_unet_x.lora_up.weight", "stranger"], kohya),
+        (["lora_unet_conv_in.hada_w1_a"], lycoris),
+        (["lora_unet_conv_in.lora_up.weight", "lora_unet_conv_norm_out.w_norm"], lycoris),
+        (["lycoris_conv_in.lora_up.weight"], lycoris),
+        (["lora_unet_conv_in.oft_blocks"], lycoris),  # read with a refusal that names it
+        (["unet.conv_in.lora_A.weight"], None),
+        (["lora_unet_conv_in"], None),
+        (["base_model.model.conv_in.lora_A.weight"], None),
+        ([], None),
+    ],
+)
+def test_formats_are_told_apart_by_their_names(names, format):
+    assert [own for own in (kohya, lycoris) if own.detects(names, {})] == ([format] if format else [])
