@@ -127,5 +127,5 @@ def _row(place: Path, file: str, stamp: str) -> tuple[str | None, ...]:
         entry = Entry.read(place / ENTRIES / file)
     except AdapterError:
         return file, stamp, None, None, None, None
-    words = "\n".join([entry.name, entry.base, *entry.tags, *entry.triggers]).casefold()
+    words = "\n".join([entry.name, entry.base, entry.family, *entry.tags, *entry.triggers]).casefold()
     return file, stamp, entry.content, entry.preview, words, json.dumps(asdict(entry))
