@@ -47,7 +47,7 @@ def convert(
 
 def _part(adapter: "Adapter", part: str | None, to: str) -> "Adapter":
     """The part that is wanted, as the format names parts."""
-    from veneer.core.apart import by_part, joined
+    from veneer.files.parts import by_part, joined
 
     one = to in _ONE_MODEL
     if part is None and one and len(adapter.parts) == 1:
