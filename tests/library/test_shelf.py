@@ -239,6 +239,12 @@ def test_an_entry_changed_by_hand_is_seen(peft, place):
     assert library.search(["new"])
 
 
+def test_what_would_be_too_long_to_read_again_is_refused(peft, place):
+    with pytest.raises(AdapterError, match=r"what is said of 'a' is too long: expected at most \d+ bytes"):
+        library.add(peft(), "a", note="x" * 5_000_000)
+    assert everything(place) == {}
+
+
 def test_no_library_is_an_empty_one(place):
     assert library.listed() == library.search(["x"]) == library.verify() == library.unreadable() == []
     assert not place.exists()

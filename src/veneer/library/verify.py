@@ -1,6 +1,7 @@
 """Read the whole library again, and say what is not as it was put there."""
 
 import os
+import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,4 +100,5 @@ def _set_aside(path: Path, place: Path) -> None:
 
 
 def _origin(entry: Entry) -> str:
-    return next((entry.origin[key] for key in ("path", "run") if entry.origin.get(key)), "FILE_OR_RUN")
+    found = next((entry.origin[key] for key in ("path", "run") if entry.origin.get(key)), "")
+    return shlex.quote(found) if found else "FILE_OR_RUN"
