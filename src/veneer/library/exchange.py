@@ -15,11 +15,12 @@ from uuid import uuid4
 
 from veneer.core.errors import AdapterError
 from veneer.library import content, hub
+from veneer.library.adding import keep
 from veneer.library.entry import Entry, checked_name, name_of
 from veneer.library.facts import card
-from veneer.library.place import Report, silent
-from veneer.library.shelf import get, keep, path_of, preview_of
-from veneer.library.source import ALONE, CARD, SHEET, called, no_such, source
+from veneer.library.place import Report, no_such, silent
+from veneer.library.shelf import get, path_of, preview_of
+from veneer.library.source import ALONE, CARD, SHEET, called, source
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INSIDE = re.compile(rf"({_REPOSITORY.pattern})(?:/(.+))?")

@@ -9,9 +9,9 @@ from uuid import uuid4
 
 from veneer.core.errors import AdapterError, named
 from veneer.library import content, index
+from veneer.library.adding import sweep
 from veneer.library.entry import Entry
 from veneer.library.place import CONTENT, ENTRIES, MARK, UNFINISHED, Report, changing, folder, silent, visible
-from veneer.library.shelf import sweep
 
 LOST = "lost"  # where `repair` puts what nothing refers to; nothing there is ever touched again
 
