@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from veneer import __version__
-from veneer.cli import combine, extract, generate, library, merge, models, pull, recipes, resize, train
+from veneer.cli import combine, extract, generate, inspect, library, merge, models, pull, recipes, resize, train
 
 app = typer.Typer(
     name="veneer",
@@ -35,6 +35,7 @@ def _veneer(
 
 app.command()(train.train)
 app.command()(generate.generate)
+app.command()(inspect.inspect)
 app.command()(merge.merge)
 app.command()(combine.combine)
 app.command()(extract.extract)
