@@ -28,7 +28,7 @@ def test_a_folder_is_kept_byte_for_byte_and_found_by_its_name(peft):
     assert library.find("my-style") != made
     assert bytes_of(library.find("my-style")) == bytes_of(made)
     assert Adapter.load(library.find("my-style")).config == Adapter.load(made).config
-    assert (entry.name, entry.method, entry.base) == ("my-style", "LORA", "smollm2-135m")
+    assert (entry.name, entry.method, entry.base) == ("my-style", "LoRA, r 2", "smollm2-135m")
     assert entry.files == {name: sha256(data).hexdigest() for name, data in bytes_of(made).items()}
     assert entry.size == sum(map(len, bytes_of(made).values()))
     assert entry.origin == {"path": str(made)}
@@ -40,7 +40,8 @@ def test_a_file_is_kept_byte_for_byte_and_says_what_it_is(kohya):
     entry = library.add(made)
     assert entry.name == "Big-hat"
     assert library.find("Big-hat").read_bytes() == made.read_bytes()
-    assert entry.triggers == ["big hat", "b1g"]
+    assert entry.triggers == ["big hat, b1g"]
+    assert (entry.format, entry.method, entry.base) == ("kohya", "LoRA, r 2", "base.safetensors")
 
 
 def test_the_name_of_a_content_is_the_hash_of_the_list_of_its_hashes(peft, place):
@@ -144,19 +145,30 @@ def _torn(path: Path) -> Path:
         ),
         (lambda peft, kohya: kohya().rename(kohya().with_suffix(".pt")), r"hat.pt is a pickle.*never kept"),
         (lambda peft, kohya: kohya().rename(kohya().with_suffix(".txt")), r"hat.txt is no adapter: expected"),
-        (lambda peft, kohya: kohya("a").parent, "no adapter_config.json|more than one|made"),
-        (lambda peft, kohya: [kohya("a"), kohya("b")][0].parent, "made holds more than one adapter: a.saf.*, b.saf"),
+        (lambda peft, kohya: [kohya("a"), kohya("b")][0].parent, "made has several files, name one: a.saf.*, b.saf"),
         (lambda peft, kohya: Path("/dev/null"), "/dev/null is neither a file nor a folder"),
     ],
 )
 def test_what_is_no_adapter_is_refused_and_leaves_nothing(peft, kohya, place, make, words):
     path = make(peft, kohya)
-    if "no adapter_config.json" in words:  # one file in a folder is that adapter
-        assert library.add(path).name == "made"
-        return
     with pytest.raises(AdapterError, match=words):
         library.add(path)
     assert everything(place) == {}
+
+
+def test_a_name_that_says_nothing_gives_way_to_the_folders(peft, kohya):
+    made = kohya("pytorch_lora_weights").rename(
+        peft(name="style").parent / "style" / "pytorch_lora_weights.safetensors"
+    )
+    assert library.add(made).name == "style"
+    assert library.add(peft(name="style/adapter") / "adapter_model.safetensors", "a").files.keys() == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    alone = kohya("hat").parent / "downloads"
+    alone.mkdir()
+    kohya("hat").rename(alone / "hat.safetensors")
+    assert library.add(alone).name == "hat"  # the one that is in it
 
 
 def test_a_run_gives_its_adapter_with_what_its_recipe_and_samples_say(peft, tmp_path):
@@ -196,7 +208,7 @@ def test_a_preview_is_a_picture(kohya, tmp_path):
 def test_what_a_strangers_file_says_steers_no_terminal(kohya):
     made = kohya(modelspec__trigger_phrase="a\x1b[31mb, \u202ec", ss_sd_model_name="x\0y")
     entry = library.add(made)
-    assert entry.triggers == ["a\ufffd[31mb", "\ufffdc"]
+    assert entry.triggers == ["a\ufffd[31mb, \ufffdc"]
     assert entry.base == "x\ufffdy"
     assert library.get("hat") == entry
 

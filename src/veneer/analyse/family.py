@@ -22,10 +22,7 @@ _SPELT = (
 )
 # (family, what a layer's path begins with), the first that fits
 _BEGINNINGS = (
-    (
-        "CLIP's text encoder",
-        r"(text_encoder\w*\.)?(text_model\.)?encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])",
-    ),
+    ("CLIP's text encoder", r"(text_encoder\w*\.)?(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\."),
     ("GPT-2", r"(transformer\.)?h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))"),
     ("Bloom or Falcon", r"(transformer\.)?h\.\d+\.self_attention\."),
     ("GPT-NeoX", r"gpt_neox\."),

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veneer.core.adapter import CONFIG
+from veneer.core.adapter import CONFIG, WEIGHTS
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest, shown
 from veneer.safe.stored import read_header, read_tensors
 
@@ -41,7 +41,7 @@ def adapter_file(path: Path) -> Path:
             siblings = map(str, path.parent.glob("*"))
             raise AdapterError(f"{path} does not exist{nearest(str(path), siblings)}")
         if not path.is_dir():
-            return path
+            return path.parent if path.name == WEIGHTS and (path.parent / CONFIG).is_file() else path
         if (path / CONFIG).is_file():
             return path
         if (path / _RUN / CONFIG).is_file():

@@ -33,7 +33,8 @@ class Entry:
     file: str = ""
     format: str = ""
     method: str = ""
-    base: str = ""
+    base: str = ""  # as the files call it
+    family: str = ""  # as its layers show it: SDXL
     licence: str = ""
     tags: list[str] = field(default_factory=list)
     triggers: list[str] = field(default_factory=list)
@@ -125,7 +126,7 @@ _RULES = {
     "files": ("a sha256 for each file's name", _is_files),
     "size": ("a number of bytes", lambda value: type(value) is int and value >= 0),
     "file": ("the name of a file", lambda value: value == "" or is_plain(value)),
-    **dict.fromkeys(("added", "format", "method", "base", "licence", "note", "sample"), ("a text", _is_text)),
+    **dict.fromkeys(("added", "format", "method", "base", "family", "licence", "note", "sample"), ("a text", _is_text)),
     **dict.fromkeys(
         ("tags", "triggers"), ("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
     ),

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
 from veneer.core.errors import AdapterError
@@ -19,7 +19,7 @@ from veneer.library.entry import Entry, checked_name, name_of
 from veneer.library.facts import card
 from veneer.library.place import Report, silent
 from veneer.library.shelf import get, keep, path_of, preview_of
-from veneer.library.source import ALONE, CARD, SHEET, no_such, source
+from veneer.library.source import ALONE, CARD, SHEET, called, no_such, source
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INSIDE = re.compile(rf"({_REPOSITORY.pattern})(?:/(.+))?")
@@ -64,7 +64,7 @@ def pull(start: str, name: str | None = None, force: bool = False, report: Repor
             found.facts = (card(file) if file.name == CARD else {}) | found.facts
         found.facts["origin"] = {"repository": start}
         if not found.sums:  # its folder in the cache has no name of its own
-            found.name = start.rpartition("/")[2].removesuffix(".safetensors")
+            found.name = called(PurePosixPath(start))
     return keep(found, checked_name(name) if name is not None else name_of(found.name), {}, force, report)
 
 
@@ -127,7 +127,7 @@ def _card(entry: Entry, to: str, preview: Path | None) -> str:
     lines = [f"{key}: {json.dumps(value)}" for key, value in said.items() if value]
     lines += [f"instance_prompt: {json.dumps(', '.join(entry.triggers))}"] if entry.triggers else []
     rows = {
-        "base": entry.base,
+        "base": " ".join(filter(None, [entry.base, f"({entry.family})" if entry.family else ""])),
         "method": " ".join(filter(None, [entry.method, f"({entry.format})"])),
         "trigger words": ", ".join(entry.triggers),
         "tags": ", ".join(entry.tags),

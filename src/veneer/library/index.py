@@ -98,7 +98,9 @@ def _take_in(index: sqlite3.Connection, place: Path) -> None:
     index.execute(_TABLE)
     stamps = _stamps(place / ENTRIES)
     known = dict(index.execute("SELECT file, stamp FROM entries"))
-    fresh = [_row(place, file, stamp) for file, stamp in stamps.items() if not stamp or known.get(file) != stamp]
+    read = (_row(place, file, stamp) for file, stamp in stamps.items() if not stamp or known.get(file) != stamp)
+    had = "SELECT * FROM entries WHERE file = ?"
+    fresh = [row for row in read if index.execute(had, row[:1]).fetchone() != row]
     with index:
         if gone := known.keys() - stamps.keys():
             index.executemany("DELETE FROM entries WHERE file = ?", [(file,) for file in gone])
@@ -125,5 +127,5 @@ def _row(place: Path, file: str, stamp: str) -> tuple[str | None, ...]:
         entry = Entry.read(place / ENTRIES / file)
     except AdapterError:
         return file, stamp, None, None, None, None
-    words = "\n".join([entry.name, entry.base, *entry.tags, *entry.triggers]).casefold()
+    words = "\n".join([entry.name, entry.base, entry.family, *entry.tags, *entry.triggers]).casefold()
     return file, stamp, entry.content, entry.preview, words, json.dumps(asdict(entry))
