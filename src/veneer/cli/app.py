@@ -12,6 +12,7 @@ from veneer.cli import (
     export,
     extract,
     generate,
+    inspect,
     library,
     merge,
     models,
@@ -51,6 +52,7 @@ def _veneer(
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(evaluate.evaluate)
+app.command()(inspect.inspect)
 app.command()(merge.merge)
 app.command()(convert.convert)
 app.command()(combine.combine)
