@@ -67,14 +67,15 @@ def test_on_other_layers(tiny, family):
             torch.testing.assert_close(model(TOKENS).logits, wanted)
 
 
-@pytest.mark.parametrize("peft_type", ["LORA", "LOHA", "LOKR", "FULL"])
-def test_on_convolutions(unet, peft_type):
+@pytest.mark.parametrize("others", ["LORA LORA", "LORA LOHA", "LORA LOKR", "LORA FULL", "LOHA LOHA", "LOKR FULL"])
+def test_on_convolutions(unet, others):
+    first, second = others.split()
     numbers = {"r": 3, "init_lora_weights": False}
     targets = ["conv1", "to_q", "proj_in", "conv_in"]
     model = adapted(
         unet,
-        a=LoraConfig(target_modules=targets, **numbers),
-        b=LoraConfig(target_modules=targets[:2], peft_type=peft_type, **numbers),
+        a=LoraConfig(target_modules=targets, peft_type=first, **numbers),
+        b=LoraConfig(target_modules=targets[:2], peft_type=second, **numbers),
     )
     x, states = torch.randn(1, 4, 8, 8).double(), torch.randn(1, 3, 8).double()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from veneer.cli import (
     combine,
     convert,
     evaluate,
+    export,
     extract,
     generate,
     inspect,
@@ -57,6 +58,7 @@ app.command()(convert.convert)
 app.command()(combine.combine)
 app.command()(extract.extract)
 app.command()(resize.resize)
+app.command()(export.export)
 app.command()(models.models)
 app.command()(pull.pull)
 app.add_typer(library.app, name="library")

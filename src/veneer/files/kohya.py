@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +19,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files import names as spelling
-from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of
+from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of, scaled
 from veneer.files.parts import PARTS
 
 NAME = "kohya"
@@ -124,15 +123,6 @@ def _one_alpha(alphas: Collection[float]) -> float:
     kinds = Counter(math.frexp(size)[0] for size in sizes)
     kind = kinds.most_common(1)[0][0]
     return min(size for size in sizes if math.frexp(size)[0] == kind)
-
-
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where it is too large."""
-    if factor == 1:
-        return tensor
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
-    fits = all(value.abs() <= torch.finfo(tensor.dtype).max for value in wide.aminmax()) if wide.numel() else True
-    return wide.to(tensor.dtype) if fits else wide
 
 
 def store(
