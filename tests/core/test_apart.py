@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import Adapter, AdapterError, LoraConfig, PeftModel, get_peft_model
-from veneer.core.apart import Change, adapter_of, beside, by_part, changes, joined
+from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.inject import carrying
 
 
@@ -132,25 +132,6 @@ def test_tensors_that_differ_in_trailing_ones_fit():
         _first_adapter(Model().double(), "default", adapter, False)
 
 
-def test_parts_of_a_pipeline_apart_and_together():
-    adapters = {name: _adapted(CONFIGS[name]).get_adapter() for name in ("lora", "rslora")}
-    adapters["rslora"].config.use_rslora = False
-    whole = joined(adapters)
-    assert whole.parts == ("lora", "rslora")
-    assert {path.partition(".")[0] for path in whole.tensors} == {"lora", "rslora"}
-    apart = by_part(whole)
-    for name, adapter in adapters.items():
-        assert changes(apart[name]).keys() == changes(adapter).keys()
-        for path, change in changes(adapter).items():
-            assert changes(apart[name])[path].config == change.config
-            torch.testing.assert_close(apart[name].tensors[path], change.tensors, rtol=0, atol=0)
-        assert apart[name].embeddings == adapter.embeddings
-    with pytest.raises(AdapterError, match="save each in its own folder"):
-        whole.save("nowhere")
-    with pytest.raises(AdapterError, match=r"trains others whole: .*norm.weight"):
-        joined({"unet": _adapted(CONFIGS["much beside"]).get_adapter()})
-
-
 def test_metadata_goes_to_the_file_and_comes_back(tmp_path):
     adapter = _adapted(CONFIGS["lora"]).get_adapter()
     adapter.metadata = {"ss_network_dim": "8", "format": "xx"}
@@ -158,7 +139,9 @@ def test_metadata_goes_to_the_file_and_comes_back(tmp_path):
     assert Adapter.load(tmp_path).metadata == {"ss_network_dim": "8"}
 
 
+_ONE = {"unet.proj": Change(LoraConfig(r=1), {"A": torch.zeros(1, 2), "B": torch.zeros(2, 1)})}
 FAULTS = {
+    "several parts": (lambda: adapter_of(_ONE, parts=("unet",)).save("nowhere"), "save each in its own folder"),
     "no layer": (lambda: adapter_of({}), "at least one layer"),
     "a size that is not said": (
         lambda: changes(_adapted(CONFIGS["ia3"]).get_adapter())["proj"].update(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from veneer.combine.matrix import Factored, Matrix, Thin
 from veneer.core.apart import Change
-from veneer.core.config import LoraConfig
+from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError
 
 
@@ -56,6 +56,8 @@ def seen(change: Change, weight: Tensor | None = None, bias: Tensor | None = Non
     if weight is None and (change.reads_weight or change.shape is None):
         kind = "DoRA" if change.config.use_dora else change.config.peft_type
         raise AdapterError(f"the change that {kind} makes depends on the base's weights: give the base")
+    if change.config.peft_type == "LORA" and not change.config.use_dora:
+        return _seen_plain(change)
     update = change.update(weight)
     with torch.no_grad():
         factors = update.factors()
@@ -69,6 +71,17 @@ def seen(change: Change, weight: Tensor | None = None, bias: Tensor | None = Non
             W = update.delta(sketch).detach()
         b = update.shift(bias)
     return Seen(W, None if b is None else b.detach(), row_of(change, W))
+
+
+def _seen_plain(change: Change) -> Seen:
+    """The same of a plain LoRA, which is most that there is: without a module for each layer, half the time."""
+    own, config = change.tensors, change.config
+    A, B = own["A"].detach().flatten(1), own["B"].detach().flatten(1)  # (r, in · kernel), (out, r)
+    if len(A) != B.shape[1] or len(A) != config.r:
+        change.update()  # which says what is wrong
+    scale = scaling(config.r, config.lora_alpha, config.use_rslora)
+    W = Thin(scale * B.double(), A.double())
+    return Seen(W, scale * own["b"].detach().double() if "b" in own else None, row_of(change, W))
 
 
 def row_of(change: Change, W: Matrix) -> tuple[int, ...]:

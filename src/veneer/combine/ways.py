@@ -87,9 +87,12 @@ class Layer:
             W = weighted([(weight, view.W) for weight, view in zip(weights, views, strict=True)])
             b = torch.stack([weight * b for weight, b in shifts]).sum(0) if shifts else None
         else:
-            W = way.entrywise([(weight, whole(view.W)) for weight, view in zip(weights, views, strict=True)], keys)
+            wide = torch.promote_types(dtype, torch.float32)  # enough for entries, and half of fp64's memory
+            own = [(weight, whole(view.W, wide)) for weight, view in zip(weights, views, strict=True)]
+            W = way.entrywise(own, keys)
             b = way.entrywise(shifts, [key for *_, key in having]) if shifts else None
-        return stored(W, b, max((view.row for view in views), key=len), way.keep, dtype, as_is=way.how == "cat")
+        rows = [view.row for view in views] + ([base.row(self.path, size(W)[1])] if base else [])
+        return stored(W, b, max(rows, key=len), way.keep, dtype, as_is=way.how == "cat")
 
     def seen(self, change: Change, base: Base | None) -> Seen:
         """ΔW and Δb of one of the changes, with the base's weight where that is asked for."""

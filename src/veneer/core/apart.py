@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, collapsed
+from veneer.core.errors import AdapterError
 from veneer.core.methods import maker
 from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.search import WRAPPED, among, own_configs
@@ -191,44 +191,6 @@ def _method(layers: Mapping[str, LoraConfig]) -> dict[str, Any]:
     return {**fields, "options": said}
 
 
-def by_part(adapter: Adapter) -> dict[str, Adapter]:
-    """The adapter of each of a pipeline's parts, with the paths that its own modules have.
-
-    Raises `AdapterError` for what is trained `beside`, whose config names no part.
-    """
-    _refuse_beside(adapter)
-    every, found = changes(adapter), {}
-    for part in adapter.parts:
-        length = len(part) + 1
-        own = {path[length:]: change for path, change in every.items() if path.startswith(f"{part}.")}
-        tables = [path[length:] for path in adapter.embeddings if path.startswith(f"{part}.")]
-        base = adapter.config.base_model_name_or_path
-        found[part] = adapter_of(own, metadata=adapter.metadata, embeddings=tables, base=base)
-    return found
-
-
-def joined(adapters: Mapping[str, Adapter]) -> Adapter:
-    """The one adapter of a pipeline's parts, by their names. Raises as `by_part` does."""
-    every, metadata = dict[str, Change](), dict[str, str]()
-    tables, bases = [], set()
-    for part, adapter in adapters.items():
-        _refuse_beside(adapter)
-        every |= {f"{part}.{path}": change for path, change in changes(adapter).items()}
-        tables += [f"{part}.{path}" for path in adapter.embeddings]
-        metadata |= adapter.metadata
-        bases.add(adapter.config.base_model_name_or_path)
-    base = bases.pop() if len(bases) == 1 else None
-    return adapter_of(every, metadata=metadata, parts=adapters, embeddings=tables, base=base)
-
-
 def _exact(path: str) -> str:
     """The pattern for this one layer."""
     return "^" + re.escape(path).replace(r"\-", "-")
-
-
-def _refuse_beside(adapter: Adapter) -> None:
-    if rest := beside(adapter):
-        raise AdapterError(
-            "an adapter of several parts of a pipeline changes layers alone, and this one also trains others whole: "
-            f"{collapsed(rest)}"
-        )

@@ -218,8 +218,8 @@ _THEIRS = {
 
 
 def own_of(change: Change) -> dict[str, Tensor]:
-    """The tensors of one layer in a LyCORIS file, by their names after the layer's, with an α of its own. What is read
-    back is the same change. Raises `AdapterError` where there is no place for it.
+    """The tensors of one layer in a LyCORIS file, by their names after the layer's: a LoRA with an α of its own, others
+    with their scale in a factor. What is read back is the same change. Raises `AdapterError` where it has no place.
     """
     config, tensors = change.config, dict(change.tensors)
     magnitude = tensors.pop("magnitude", None)
@@ -235,15 +235,36 @@ def own_of(change: Change) -> dict[str, Tensor]:
     if strange := [name for name in tensors if name not in names]:
         raise AdapterError(f"{config.peft_type} with {listed(strange, say=str)}, which have no place there")
     alpha = alpha_of(config)
-    if {"C", "D"} <= tensors.keys() and alpha != config.r:  # all readers take a scale of 1
-        tensors["C"] = _wide(tensors["C"]) * (alpha / config.r)
-        alpha = config.r
+    if config.peft_type != "LORA":
+        tensors, alpha = _unscaled(config, tensors), config.r
     own = {theirs: tensors[name] for name, theirs in names.items() if name in tensors}
     if config.peft_type != "FULL":
         own["alpha"] = exact(alpha)
     if magnitude is not None:
         own["dora_scale"] = _scale_of(magnitude, change)
     return own
+
+
+def _unscaled(config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same change with a scale of 1, which LyCORIS 4.1 would apply twice where it merges LoHa or LoKr; and with
+    LoKr's smaller factor as a whole, as it takes that for another one if it is a product and the larger is none.
+    """
+    scale = scaling(config.r, config.lora_alpha, config.use_rslora)
+    if "B1" in tensors:
+        return {**tensors, "B1": scaled(tensors["B1"], scale)}
+    if not {"C", "C_A"} & tensors.keys() or ("C" in tensors and scale == 1):
+        return tensors
+    C = _wide(tensors["C"]) if "C" in tensors else _wide(tensors["C_B"]) @ _wide(tensors["C_A"])
+    return {name: own for name, own in tensors.items() if name not in ("C_A", "C_B")} | {"C": scale * C}
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where it is too large."""
+    if factor == 1:
+        return tensor
+    wide = _wide(tensor) * factor
+    fits = all(value.abs() <= torch.finfo(tensor.dtype).max for value in wide.aminmax()) if wide.numel() else True
+    return wide.to(tensor.dtype) if fits else wide
 
 
 def _scale_of(m: Tensor, change: Change) -> Tensor:
