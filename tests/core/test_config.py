@@ -48,7 +48,7 @@ def test_all_problems_are_in_one_message():
 @pytest.mark.parametrize(
     "junk", [None, True, -1, 0, 1.5, NAN, "x", "(", [], [[]], [None], {}, {"(": []}, {"x": None}], ids=str
 )
-@pytest.mark.parametrize("name", [f.name for f in fields(LoraConfig)])
+@pytest.mark.parametrize("name", [f.name for f in fields(LoraConfig) if f.name != "unknown"])
 def test_junk_from_a_file_is_a_config_or_an_adapter_error(name, junk):
     try:
         config = LoraConfig.from_dict({name: junk})

@@ -178,6 +178,7 @@ def test_diffusers_reads_the_original_spelling_of_sdxl_so(unets):
         "lora_unet_output_blocks_1_2_conv",
         "lora_unet_middle_block_3_proj_in",
         "lora_unet_double_blocks_0_img_attn_proj",
+        f"lora_unet_input_blocks_{'9' * 5000}_0_op",
         "lora_unet_mid_block_attentions_0_proj_in_",
         "lora_transformer_single_transformer_blocks_0_attn_to_q",
     ],

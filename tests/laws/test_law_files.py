@@ -184,8 +184,13 @@ def test_unknown_keys_are_warned_of_and_what_changes_nothing_is_not(case, folder
     _config(folder, loftq_config={}, peft_version="0.99", new_flag=None, other_flag=False)
     Adapter.load(folder)
     _config(folder, lora_alfa=3)
-    with pytest.warns(UserWarning, match="unknown keys are ignored: lora_alfa=3; did you mean 'lora_alpha'"):
-        Adapter.load(folder)
+    with pytest.warns(
+        UserWarning, match="unknown keys are kept, and say nothing here: lora_alfa=3; did you mean 'lora_alpha'"
+    ):
+        adapter = Adapter.load(folder)
+    assert adapter.config.unknown == {"lora_alfa": 3, "new_flag": None, "other_flag": False}
+    with pytest.warns(UserWarning, match="unknown keys"):
+        assert Adapter.load(adapter.save(folder)).config == adapter.config
 
 
 @pytest.mark.parametrize("failing", ["open", "fsync", "replace"])

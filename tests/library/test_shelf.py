@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,7 +30,7 @@ def test_a_folder_is_kept_byte_for_byte_and_found_by_its_name(peft):
     assert library.find("my-style") != made
     assert bytes_of(library.find("my-style")) == bytes_of(made)
     assert Adapter.load(library.find("my-style")).config == Adapter.load(made).config
-    assert (entry.name, entry.method, entry.base) == ("my-style", "LORA", "smollm2-135m")
+    assert (entry.name, entry.method, entry.base) == ("my-style", "LoRA, r 2", "smollm2-135m")
     assert entry.files == {name: sha256(data).hexdigest() for name, data in bytes_of(made).items()}
     assert entry.size == sum(map(len, bytes_of(made).values()))
     assert entry.origin == {"path": str(made)}
@@ -40,7 +42,8 @@ def test_a_file_is_kept_byte_for_byte_and_says_what_it_is(kohya):
     entry = library.add(made)
     assert entry.name == "Big-hat"
     assert library.find("Big-hat").read_bytes() == made.read_bytes()
-    assert entry.triggers == ["big hat", "b1g"]
+    assert entry.triggers == ["big hat, b1g"]
+    assert (entry.format, entry.method, entry.base) == ("kohya", "LoRA, r 2", "base.safetensors")
 
 
 def test_the_name_of_a_content_is_the_hash_of_the_list_of_its_hashes(peft, place):
@@ -144,19 +147,30 @@ def _torn(path: Path) -> Path:
         ),
         (lambda peft, kohya: kohya().rename(kohya().with_suffix(".pt")), r"hat.pt is a pickle.*never kept"),
         (lambda peft, kohya: kohya().rename(kohya().with_suffix(".txt")), r"hat.txt is no adapter: expected"),
-        (lambda peft, kohya: kohya("a").parent, "no adapter_config.json|more than one|made"),
-        (lambda peft, kohya: [kohya("a"), kohya("b")][0].parent, "made holds more than one adapter: a.saf.*, b.saf"),
+        (lambda peft, kohya: [kohya("a"), kohya("b")][0].parent, "made has several files, name one: a.saf.*, b.saf"),
         (lambda peft, kohya: Path("/dev/null"), "/dev/null is neither a file nor a folder"),
     ],
 )
 def test_what_is_no_adapter_is_refused_and_leaves_nothing(peft, kohya, place, make, words):
     path = make(peft, kohya)
-    if "no adapter_config.json" in words:  # one file in a folder is that adapter
-        assert library.add(path).name == "made"
-        return
     with pytest.raises(AdapterError, match=words):
         library.add(path)
     assert everything(place) == {}
+
+
+def test_a_name_that_says_nothing_gives_way_to_the_folders(peft, kohya):
+    made = kohya("pytorch_lora_weights").rename(
+        peft(name="style").parent / "style" / "pytorch_lora_weights.safetensors"
+    )
+    assert library.add(made).name == "style"
+    assert library.add(peft(name="style/adapter") / "adapter_model.safetensors", "a").files.keys() == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    alone = kohya("hat").parent / "downloads"
+    alone.mkdir()
+    kohya("hat").rename(alone / "hat.safetensors")
+    assert library.add(alone).name == "hat"  # the one that is in it
 
 
 def test_a_run_gives_its_adapter_with_what_its_recipe_and_samples_say(peft, tmp_path):
@@ -196,7 +210,7 @@ def test_a_preview_is_a_picture(kohya, tmp_path):
 def test_what_a_strangers_file_says_steers_no_terminal(kohya):
     made = kohya(modelspec__trigger_phrase="a\x1b[31mb, \u202ec", ss_sd_model_name="x\0y")
     entry = library.add(made)
-    assert entry.triggers == ["a\ufffd[31mb", "\ufffdc"]
+    assert entry.triggers == ["a\ufffd[31mb, \ufffdc"]
     assert entry.base == "x\ufffdy"
     assert library.get("hat") == entry
 
@@ -215,16 +229,20 @@ def test_the_index_is_only_a_cache(peft, place):
     assert library.listed() == entries[1:]
 
 
-def test_an_entry_changed_by_hand_is_seen(peft, place):
+def test_an_entry_changed_by_hand_is_seen_also_within_one_tick_of_the_clock(peft, place):
     library.add(peft(), "a")
     path = place / "entries" / "a.json"
-    for age in (0, 100):
-        for tag in ("old", "new"):  # of one length, and of one time
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"tags": [tag]}))
-            os.utime(path, (path.stat().st_mtime - age,) * 2)
-            if age == 0:
-                assert library.search([tag])
-    assert library.search(["new"])
+    now = path.stat().st_mtime_ns
+    for tag in ("old", "new"):  # of one length, in one file, at one time
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tags": [tag]}))
+        os.utime(path, ns=(now, now))
+        assert library.search([tag])
+
+
+def test_what_would_be_too_long_to_read_again_is_refused(peft, place):
+    with pytest.raises(AdapterError, match=r"what is said of 'a' is too long: expected at most \d+ bytes"):
+        library.add(peft(), "a", note="x" * 5_000_000)
+    assert everything(place) == {}
 
 
 def test_no_library_is_an_empty_one(place):
@@ -239,3 +257,18 @@ def test_without_a_word_it_is_where_the_platform_keeps_data(monkeypatch):
     assert library.folder() == platformdirs.user_data_path("veneer", appauthor=False) / "library"
     monkeypatch.setenv("VENEER_LIBRARY", "~/adapters")
     assert library.folder() == Path.home() / "adapters"
+
+
+def test_a_list_loads_no_torch(peft, place):
+    library.add(peft(), "a")
+    os.utime(place / "entries" / "a.json", (0, 0))
+    library.listed()
+    program = "import sys; from veneer import library; print(library.search(['a'])[0].name, 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "a False\n"
+
+
+def test_the_public_names_are_declared_once_each_way():
+    assert sorted(library.__all__) == sorted(library._HOMES)
+    assert all(getattr(library, name).__name__ == name for name in library.__all__)
+    with pytest.raises(AttributeError, match=r"module .veneer.library. has no attribute .ad."):
+        _ = library.ad

@@ -5,7 +5,24 @@ from typing import Annotated
 import typer
 
 from veneer import __version__
-from veneer.cli import combine, extract, generate, library, merge, models, predict, pull, recipes, resize, train
+from veneer.cli import (
+    combine,
+    convert,
+    evaluate,
+    export,
+    extract,
+    generate,
+    inspect,
+    library,
+    merge,
+    models,
+    predict,
+    pull,
+    recipes,
+    resize,
+    runs,
+    train,
+)
 
 app = typer.Typer(
     name="veneer",
@@ -36,11 +53,16 @@ def _veneer(
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(predict.predict)
+app.command()(evaluate.evaluate)
+app.command()(inspect.inspect)
 app.command()(merge.merge)
+app.command()(convert.convert)
 app.command()(combine.combine)
 app.command()(extract.extract)
 app.command()(resize.resize)
+app.command()(export.export)
 app.command()(models.models)
 app.command()(pull.pull)
 app.add_typer(library.app, name="library")
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(runs.app, name="runs")

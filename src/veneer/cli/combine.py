@@ -13,29 +13,33 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
 
 
+Adapters = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]…", help="Files, folders or names of the library, as a:0.7.")
+]
+How = Annotated[
+    str, typer.Option(help="linear (the exact sum), cat, svd, slerp, ties, dare_linear, dare_ties or magnitude_prune.")
+]
+Blocks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WEIGHTS",
+        help="The WebUI's block weights: a preset (OUTD), 1,0,0.5,… or IN04=0.5,OUT03-OUT05=0; once for all adapters, "
+        "or once for each.",
+    ),
+]
+
+
 def combine(
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]…", help="Files, folders or names of the library, as a:0.7.")
-    ],
+    adapters: Adapters,
     out: Out,
-    how: Annotated[
-        str,
-        typer.Option(help="linear (the exact sum), cat, svd, slerp, ties, dare_linear, dare_ties or magnitude_prune."),
-    ] = "linear",
+    how: How = "linear",
     rank: Annotated[int | None, typer.Option(help="Of the result, where it is not the sum's own.")] = None,
     energy: Annotated[float | None, typer.Option(help="Or the share of Σ σ² that is kept.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Keep full matrices where changes are thinned out.")] = False,
     density: Annotated[float | None, typer.Option(help="The share of entries that is kept.")] = None,
     majority: Annotated[str, typer.Option(help="Of signs: total or frequency.")] = "total",
     seed: Annotated[int, typer.Option(help="Of what is dropped at random.")] = 0,
-    blocks: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="WEIGHTS",
-            help="The WebUI's block weights: a preset (OUTD), 1,0,0.5,… or IN04=0.5,OUT03-OUT05=0; "
-            "once for all adapters, or once for each.",
-        ),
-    ] = None,
+    blocks: Blocks = None,
     sdxl: Annotated[bool, typer.Option("--sdxl", help="Named blocks are SDXL's.")] = False,
     base: Annotated[str | None, typer.Option(help="The base model, where changes depend on it (DoRA).")] = None,
     format: Format = None,

@@ -167,7 +167,7 @@ def _print_table(entries: "list[Entry]") -> None:
 
     rows = {
         "name": [entry.name for entry in entries],
-        "base": [entry.base for entry in entries],
+        "base": [entry.base or entry.family for entry in entries],
         "method": [entry.method for entry in entries],
         "format": [entry.format for entry in entries],
         "size": [size(entry.size) for entry in entries],

@@ -34,10 +34,10 @@ def predict(
         raise AdapterError(
             f"{out} {'exists already' if out.exists() else 'has no folder to be in'}; nothing was written"
         )
+    from veneer import library
     from veneer.train.language.predictor import Predictor
-    from veneer.train.language.speaker import adapter_folder
 
-    predictor = Predictor.load(adapter_folder(adapter), base, dtype, device)
+    predictor = Predictor.load(library.find(adapter), base, dtype, device)
     documents = predictor.read(file) if file else [predictor.task.typed(own, pair) for own in text or ()]
     said = predictor.said_of(documents)
     lines = [

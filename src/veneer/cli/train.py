@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veneer.cli.sweep import sweep
 from veneer.core.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -30,12 +31,21 @@ def train(
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Resume though recipe, data, base or machine have changed.")
     ] = False,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="KEY.SUB=V1,V2", help="A run for each value; repeated, for each combination."),
+    ] = None,
 ) -> None:
     """Train an adapter: a recipe in, a run folder out."""
     _launch()
     from veneer.cli.terminal import TerminalReporter
     from veneer.train import run
 
+    if axes:
+        if dry_run or resume:
+            raise AdapterError("--sweep begins new runs: leave --dry-run and --resume out")
+        sweep(recipe, overrides or (), axes)
+        return
     settings, task = run.read_recipe(recipe, overrides or ())
     with TerminalReporter() as reporter:
         reporter.say(f"recipe {recipe}: {settings.task} on {settings.base}")

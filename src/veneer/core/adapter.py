@@ -18,7 +18,7 @@ from veneer.core.config import LoraConfig, judged
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.methods import file_names
 from veneer.safe.stored import existing, is_finite, parsed, read_bytes, read_header, read_tensors
-from veneer.safe.whole import write_whole
+from veneer.safe.whole import Write, write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ON_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # PEFT's names there
@@ -48,7 +48,8 @@ class Adapter:
     faults: list[str] = field(default_factory=list, repr=False)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; both whole or not at all.
+        """Write `adapter_config.json` and `adapter_model.safetensors`, both whole or not at all. PEFT reads them where it
+        can say the same: it has no FULL, one method for all layers, and DoRA on rows.
 
         Killed at any moment, it leaves the old adapter or the new one, and never one's config with the other's tensors.
 
@@ -56,29 +57,33 @@ class Adapter:
         """
         if self.parts:
             raise AdapterError(f"an adapter of the parts {listed(self.parts)} is several: save each in its own folder")
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.files(folder))
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
+        return folder
+
+    def files(self, folder: Path) -> dict[Path, Write]:
+        """What `save` writes there, the weights first."""
         flat, homes = {}, set()
         every = sorted(map(file_names, self.config.by_method()), key=len)
         for path, tensors in self.tensors.items():
-            names = next(names for names in every if tensors.keys() <= names.keys())
+            names = next((names for names in every if tensors.keys() <= names.keys()), None)
+            if names is None:
+                raise AdapterError(f"{path}: {listed(tensors)} are no tensors of {self.config.peft_type}")
             for name, tensor in tensors.items():
                 tensor = tensor.detach().contiguous().cpu()
                 # a file has no two tensors of one memory
                 flat[self._key(path, names[name])] = tensor.clone() if tensor.data_ptr() in homes else tensor
                 homes.add(tensor.data_ptr())
         text = json.dumps(dict(sorted(self.config.to_dict().items())), indent=2) + "\n"
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            about = {**self.metadata, _FORMAT: "pt", **_succession(folder, text)}
-            write_whole(
-                {
-                    folder / WEIGHTS: lambda path: save_file(flat, path, metadata=about),
-                    folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
-                }
-            )
-        except (OSError, SafetensorError) as error:
-            raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
-        return folder
+        about = {**self.metadata, _FORMAT: "pt", **_succession(folder, text)}
+        return {
+            folder / WEIGHTS: lambda path: save_file(flat, path, metadata=about),
+            folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        }
 
     def _key(self, path: str, ending: str) -> str:
         """What PEFT's files call it."""
@@ -124,9 +129,7 @@ def examine(folder: str | os.PathLike[str]) -> Adapter:
         faults.insert(0, str(error))
     if config is None or flat is None:
         raise AdapterError("\n".join(dict.fromkeys(faults)))
-    adapter, strangers = _by_layer(flat, config)
-    own = {_FORMAT, _OWN, _REPLACED}
-    adapter.metadata = {key: text for key, text in about.items() if key not in own and isinstance(text, str)}
+    adapter, strangers = by_layer(flat, config, about)
     strangers += [name for name in header if name not in flat]
     adapter.faults = faults + [f"{folder / WEIGHTS}: unexpected tensors: {collapsed(strangers)}"] * bool(strangers)
     return adapter
@@ -138,8 +141,8 @@ def read_config(folder: Path) -> LoraConfig:
     return LoraConfig.from_dict(*_current(folder, about))
 
 
-def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, list[str]]:
-    """The tensors by layer and by the method's own names, and the names that are none of a method's."""
+def by_layer(flat: Mapping[str, Tensor], config: LoraConfig, about: Mapping[str, str]) -> tuple[Adapter, list[str]]:
+    """A PEFT file's tensors by layer and by the method's own names, and the names that are none of a method's."""
     every = config.by_method()
     endings = {ending: name for own in every for name, ending in file_names(own).items() if ending}
     lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
@@ -162,7 +165,9 @@ def _by_layer(flat: Mapping[str, Tensor], config: LoraConfig) -> tuple[Adapter, 
             tensors[path][name] = tensor
             if match and match[2] in lookups:
                 embeddings.add(path)
-    return Adapter(config, tensors, frozenset(embeddings), bases), strangers
+    own = {_FORMAT, _OWN, _REPLACED}
+    metadata = {key: text for key, text in about.items() if key not in own and isinstance(text, str)}
+    return Adapter(config, tensors, frozenset(embeddings), bases, metadata), strangers
 
 
 def _trained_path(key: str, config: LoraConfig) -> str | None:

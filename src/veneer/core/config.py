@@ -49,7 +49,8 @@ class LoraConfig:
     `rank_pattern` and `alpha_pattern` give layers whose path ends with a key (a regular expression) another `r` or
     `lora_alpha`; `method_pattern` gives such layers another method, `{"conv": {"peft_type": "LOKR", "options": {…}},
     "q_proj": {"use_dora": True, "use_rslora": True}}`, which PEFT's files cannot say. `options` are those that the
-    method `peft_type` declares for itself; in a file they stand beside the rest, under PEFT's names.
+    method `peft_type` declares for itself; in a file they stand beside the rest, under PEFT's names. `unknown` are the
+    keys of a file that nobody here knows, which say nothing and are written out as they were.
 
     Raises `AdapterError` that lists every value that is out of range.
     """
@@ -78,6 +79,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    unknown: dict[str, Any] = field(default_factory=dict)
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -113,7 +115,7 @@ class LoraConfig:
         """The config that a PEFT `adapter_config.json` describes.
 
         Keys that would change the outputs in a way that is not built are refused; keys that nobody here knows
-        are named in a warning. Raises `AdapterError` with all that is wrong.
+        are kept, and named in a warning. Raises `AdapterError` with all that is wrong.
         """
         config, faults = judged(values, where)
         if config is None or faults:
@@ -128,13 +130,14 @@ class LoraConfig:
         names = {"method_pattern": None, **self.method.peft_names}
         usual = _flat(LoraConfig(peft_type=self.peft_type))
         own = {key: (names.get(key, key), value) for key, value in _flat(self).items()}
-        return {name or key: value for key, (name, value) in own.items() if name or value != usual[key]}
+        said = {name or key: value for key, (name, value) in own.items() if name or value != usual[key]}
+        return self.unknown | said
 
 
 def _flat(config: LoraConfig) -> dict[str, Any]:
-    """The fields, with the method's options among them."""
+    """The fields that are known, with the method's options among them."""
     values = {**_FOR_PEFT, **asdict(config)}
-    options = values.pop("options")
+    options, _ = values.pop("options"), values.pop("unknown")
     return values | options
 
 
@@ -145,25 +148,25 @@ def judged(values: Mapping[str, Any], where: str) -> tuple[LoraConfig | None, li
     made_by = methods().get(str(values.get("peft_type", LoraConfig.peft_type)), Update)
     options = made_by.options
     own_names = {theirs: own for own, theirs in made_by.peft_names.items() if theirs}
-    known = {f.name for f in fields(LoraConfig)} | set(options)
+    known = {f.name for f in fields(LoraConfig) if f.name != "unknown"} | set(options)
     faults = [f"{key} and {own} are the same: give one" for key, own in own_names.items() if {key, own} <= set(values)]
-    strangers = []
+    strangers = {}
     values = {own_names.get(key, key): value for key, value in values.items()}
     for key, value in values.items():
         if key == "init_lora_weights" and isinstance(value, str) and value.lower().startswith(_MOVE_THE_BASE):
             faults.append(f"{key}={shown(value)} is an adapter for a base that was changed; save it as a plain LoRA")
         elif key in _NEUTRAL and value != _NEUTRAL[key]:
             faults.append(f"{key}={shown(value)} is not supported (expected {_NEUTRAL[key]!r})")
-        elif key not in known and key not in _SILENT and key not in _NEUTRAL and value not in (None, False, [], {}, ""):
-            strangers.append(key)
+        elif key not in known and key not in _SILENT and key not in _NEUTRAL:
+            strangers[key] = value
     config = None
     try:
-        config = LoraConfig(**_given(values, known, options))
+        config = LoraConfig(**_given(values, known, options), unknown=strangers)
     except AdapterError as error:
         faults.append(str(error))
-    if strangers:
-        told = listed(strangers, 20, lambda key: f"{named(key)}={shown(values[key])}{nearest(key, known)}")
-        said = f"unknown keys are ignored: {told}"
+    if saying := [key for key, value in strangers.items() if value not in (None, False, [], {}, "")]:
+        told = listed(saying, 20, lambda key: f"{named(key)}={shown(values[key])}{nearest(key, known)}")
+        said = f"unknown keys are kept, and say nothing here: {told}"
         if faults:
             faults.append(said)
         else:

@@ -94,7 +94,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("layers_pattern", _is_expressions, "made of valid regular expressions"),
     ("layers_to_transform", lambda value: value is None or _is_layers(value), "layer numbers, counted from 0"),
-    ("options", lambda value: isinstance(value, dict), "{name: value}"),
+    ("options unknown", lambda value: isinstance(value, dict), "{name: value}"),
     ("init_lora_weights", lambda value: isinstance(value, bool | str), "true, false or a word"),
 )
 

@@ -1,15 +1,16 @@
 """Adapter files of every community: read, written, told apart by what they hold. One format, one module.
 
 A format's module says `NAME`; `detects(names, about)`, which judges by the names of a file's tensors and by what the
-file says of itself; `read(tensors, about, where, *, …)`, whose keywords are what the format has to be told; and
-`write(adapter, path)`. Format modules write to a path that nobody reads yet: here it is put in place.
+file says of itself; `read(tensors, about, where, *, …)` and `write(adapter, path, *, …)`, whose keywords are what the
+format can be told. One that is a folder is read from `where`, and puts its files in place itself; the others write to a
+path that nobody reads yet, which is put in place here.
 """
 
 import inspect
 import os
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from veneer.core.adapter import CONFIG, Adapter
@@ -20,11 +21,7 @@ from veneer.safe.whole import write_whole
 
 __all__ = ["FORMATS", "attach", "detach", "detect", "read", "write"]
 
-FORMATS = tuple(
-    n
-    for n in ("cloneofsimo", "diffusers", "kohya", "loralib", "lycoris", "peft")
-    if (Path(__file__).parent / f"{n}.py").exists()
-)
+FORMATS = ("cloneofsimo", "diffusers", "kohya", "loralib", "lycoris", "peft")
 FOLDERS = ("peft",)  # whose adapter is a folder
 Place = str | os.PathLike[str]
 
@@ -40,14 +37,12 @@ def read(path: Place, format: str | None = None, **asked: Any) -> Adapter:
     place = adapter_file(Path(path))
     if place.is_dir():
         name = _agreed(format, "peft", place)
-        given = _told(name, asked)
-        return _module(name).read({}, {}, str(place), **given)
-    file = mapped(place)
-    name = format or _detected(file)
-    if name not in FORMATS:
-        raise _unknown(name)
-    given = _told(name, asked)
-    adapter: Adapter = _module(name).read(file.tensors, file.about, str(place), **given)
+        file = Stored(place, {}, {})
+    else:
+        file = mapped(place)
+        name = format or _detected(file)
+    run = _module(name).read
+    adapter: Adapter = run(file.tensors, file.about, str(place), **_told(run, name, asked))
     if adapter.faults or file.faults:
         raise AdapterError("\n".join([f"{place} ({name}):", *file.faults, *adapter.faults]))
     return adapter
@@ -59,37 +54,35 @@ def detect(path: Place) -> str:
     return "peft" if place.is_dir() else _detected(mapped(place))
 
 
-def write(adapter: Adapter, path: Place, format: str, force: bool = False) -> Path:
-    """Write the adapter whole or not at all; what is there already is replaced with `force` alone.
+def write(adapter: Adapter, path: Place, format: str, force: bool = False, **asked: Any) -> Path:
+    """Write the adapter whole or not at all; what is there already is replaced with `force` alone. `asked` is what the
+    format can be told, like kohya's `sgm`.
 
     Raises `AdapterError` with every reason why the format cannot hold it.
     """
-    if format not in FORMATS:
-        raise _unknown(format)
+    run = _module(format).write
+    given = _told(run, format, asked)
     path = Path(path)
     taken = (path.exists() and (not path.is_dir() or any(path.iterdir()))) if format in FOLDERS else path.exists()
     if format not in FOLDERS and path.is_dir():
         raise AdapterError(f"{path} is a folder: {format} is one file, give its name ({path / 'adapter.safetensors'})")
     if taken and not force:
         raise AdapterError(f"{path} exists already; nothing was written (force=True or --force replaces it)")
-    module = _module(format)
     if format in FOLDERS:
-        module.write(adapter, path)
+        run(adapter, path, **given)
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole({path: lambda temporary: module.write(adapter, temporary)})
+        write_whole({path: lambda temporary: run(adapter, temporary, **given)})
     except OSError as error:
         raise AdapterError(f"{path} cannot be written: {error}") from error
     return path
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str) -> Any:
+    if name not in FORMATS:
+        raise AdapterError(f"{named(name)} is no format of veneer: it has {listed(FORMATS)}{nearest(name, FORMATS)}")
     return import_module(f"veneer.files.{name}")
-
-
-def _unknown(name: str) -> AdapterError:
-    return AdapterError(f"{named(name)} is no format of veneer: it has {listed(FORMATS)}{nearest(name, FORMATS)}")
 
 
 def _agreed(format: str | None, found: str, place: Path) -> str:
@@ -110,11 +103,11 @@ def _detected(file: Stored) -> str:
     )
 
 
-def _told(name: str, asked: dict[str, Any]) -> dict[str, Any]:
+def _told(run: Callable[..., object], name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What of `asked` was given, all of it being what the format can be told."""
     given = {key: value for key, value in asked.items() if value is not None}
-    parameters = inspect.signature(_module(name).read).parameters.values()
+    parameters = inspect.signature(run).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     if strange := [key for key in given if key not in known]:
-        raise AdapterError(f"{name} files are read without {listed(strange)}; they can be told {listed(known)}")
+        raise AdapterError(f"{name} files are not told {listed(strange)}; they can be told {listed(known)}")
     return given

@@ -53,7 +53,7 @@ def _reasons(change: Change, holds: str) -> list[str]:
         found.append(f"{change.config.peft_type} (only LoRA has a place there: {_WAY_OUT})")
     elif change.config.use_dora and "magnitude" not in holds:
         found.append("DoRA magnitudes (no place there: merge it into its base, or extract a LoRA from the result)")
-    elif change.config.use_dora and change.tensors["magnitude"].numel() != len(change.tensors["B"]):
+    elif change.config.use_dora and change.tensors["magnitude"].ndim == 2:
         found.append("DoRA magnitudes of the inputs (only those of the outputs have a place there)")
     if "b" in change.tensors and "b" not in holds.split():
         found.append("changes of biases (no place there)")

@@ -1,18 +1,16 @@
 """kohya's and the WebUI's files: LoRA under flat names, with an α for each layer, ΔW = α / r · up · down; DoRA's m.
 
 What is written has one α for the whole file, and what another α would have said is folded into `lora_up`. So it is read
-right by those too who misread a file of several: diffusers takes the commonest α for the attention layers that have
-another one (their α stands under a name that its pattern does not match), and for all layers without an α where others
-have one. Ranks may differ from layer to layer: with one α all readers take α / r for each.
+right by those too who misread a file of several: diffusers gives the commonest α to attention's projections and to text
+encoders' layers whose own differs (it looks for that under a name which its patterns do not match), and to all layers
+without an α where others have one. Ranks may differ from layer to layer: with one α all readers take α / r for each.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +19,8 @@ from veneer.core.adapter import Adapter
 from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files import names as spelling
-from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of
+from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of, scaled
+from veneer.files.parts import PARTS
 
 NAME = "kohya"
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")  # of the file that it was read from
@@ -86,12 +85,12 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
     if faults or not found:
         raise AdapterError("\n".join([f"{where}:", *(faults or ["no layer's tensors"])]))
     metadata = {key: value for key, value in about.items() if key != "format"}
-    return adapter_of(found, metadata=metadata, parts=[part for part in spelling.PARTS if part in parts])
+    return adapter_of(found, metadata=metadata, parts=[part for part in PARTS if part in parts])
 
 
-def write(adapter: Adapter, path: Path, *, sgm: bool | None = None) -> None:
-    """Write a LoRA, or a DoRA over it, with one α. `sgm`: SDXL's U-Net under the original checkpoint's names, which
-    kohya's own programs and all others know; if False, under diffusers'. No other base's is written so.
+def write(adapter: Adapter, path: Path, *, sgm: bool = True) -> None:
+    """Write a LoRA, or a DoRA over it, with one α. SDXL's U-Net goes by the original checkpoint's names, which kohya's
+    own programs and all others know, or by diffusers' with sgm=False; other bases' by diffusers', as all know them.
 
     Raises `AdapterError` with all that the format cannot hold.
     """
@@ -126,15 +125,6 @@ def _one_alpha(alphas: Collection[float]) -> float:
     return min(size for size in sizes if math.frexp(size)[0] == kind)
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where it is too large."""
-    if factor == 1:
-        return tensor
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
-    fits = all(value.abs() <= torch.finfo(tensor.dtype).max for value in wide.aminmax()) if wide.numel() else True
-    return wide.to(tensor.dtype) if fits else wide
-
-
 def store(
     adapter: Adapter,
     every: Mapping[str, Change],
@@ -142,15 +132,16 @@ def store(
     own: Callable[[Change], Own],
     about: Mapping[str, str],
     format: str,
-    sgm: bool | None = None,
+    sgm: bool = True,
 ) -> None:
     """Write the layers, each as `own` has it, under flat names, and what the file says of itself.
 
     Raises `AdapterError` with all that the format cannot hold.
     """
     parts, whole = _placed(adapter, every, format)
-    family = spelling.family({path: change.shape for path, change in whole.items()}, parts)
-    original = family == "SDXL" if sgm is None else sgm and family == "SDXL"
+    shapes = {path: change.shape for path, change in whole.items()}
+    family = spelling.family(shapes, parts) or _claimed(adapter.metadata)
+    original = sgm and family == "SDXL"
     reasons: dict[str, list[str]] = {}
     flat: Own = {}
     homes: dict[str, str] = {}
@@ -203,6 +194,13 @@ def _placed(adapter: Adapter, every: Mapping[str, Change], format: str) -> tuple
     return (), dict(every)
 
 
+def _claimed(metadata: Mapping[str, str]) -> str | None:
+    """The family that the adapter says of itself."""
+    version = metadata.get("ss_base_model_version", "")
+    begin = {"sd_v1": "SD1", "sd_v2": "SD2", "sdxl": "SDXL"}
+    return next((family for own, family in begin.items() if version.startswith(own)), None)
+
+
 def _own_memory(flat: Mapping[str, Tensor]) -> Own:
     """The tensors as a file takes them: no two of one memory."""
     homes, found = set(), {}
@@ -215,7 +213,8 @@ def _own_memory(flat: Mapping[str, Tensor]) -> Own:
 
 def _about(said: Mapping[str, str], facts: Mapping[str, str], family: str | None) -> dict[str, str]:
     """What the file says of itself: what the adapter says, with what is known of this file."""
-    about = {key: value for key, value in said.items() if key not in _STALE}
+    stale = [*_STALE, *["ss_network_args"] * (said.get("ss_network_module") != facts["ss_network_module"])]
+    about = {key: value for key, value in said.items() if key not in stale}
     if family in _VERSIONS:
         version, architecture, implementation, resolution = _VERSIONS[family]
         known = {"ss_base_model_version": version, "ss_v2": str(family == "SD2")}
@@ -229,9 +228,3 @@ def _about(said: Mapping[str, str], facts: Mapping[str, str], family: str | None
             }
         about = known | about
     return {**about, **facts, "format": "pt"}
-
-
-def network_args(algorithms: Iterable[str]) -> str:
-    """`ss_network_args` of LyCORIS, where all layers have one algorithm."""
-    own = set(algorithms)
-    return json.dumps({"algo": own.pop()} if len(own) == 1 else {})

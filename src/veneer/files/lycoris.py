@@ -3,12 +3,13 @@
 Layers are called as in kohya's files, or `lycoris_…` where they are those of one model. Each has an α of its own.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from veneer.core.adapter import Adapter
 from veneer.core.apart import changes
-from veneer.files.kohya import is_flat, is_lycoris, network_args, read, store
+from veneer.files.kohya import is_flat, is_lycoris, read, store
 from veneer.files.kohya_layers import alpha_of, own_of
 
 __all__ = ["NAME", "detects", "read", "write"]
@@ -25,12 +26,19 @@ def detects(names: Collection[str], about: Mapping[str, str]) -> bool:
 def write(adapter: Adapter, path: Path) -> None:
     """Write it, each layer in its own method's form. Raises `AdapterError` with all that the format cannot hold."""
     every = changes(adapter)
-    ranks = {change.config.r for change in every.values()}
-    alphas = {alpha_of(change.config) for change in every.values()}
+    configs = [change.config for change in every.values()]
+    ranked = [config for config in configs if config.peft_type not in ("FULL", "IA3")]
     about = {
         "ss_network_module": "lycoris.kohya",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
-        "ss_network_args": network_args(_ALGORITHMS.get(change.config.peft_type, "") for change in every.values()),
+        "ss_network_dim": _one([config.r for config in ranked]),
+        "ss_network_alpha": _one([alpha_of(config) for config in ranked]),
     }
+    algorithms = {_ALGORITHMS.get(config.peft_type) for config in configs}
+    if len(algorithms) == 1 and adapter.metadata.get("ss_network_module") != about["ss_network_module"]:
+        about["ss_network_args"] = json.dumps({"algo": algorithms.pop()})
     store(adapter, every, path, own_of, about, NAME)
+
+
+def _one(numbers: Collection[float]) -> str:
+    """The number that all layers have; kohya's programs say "Dynamic" where they differ."""
+    return str(next(iter(numbers))) if len(set(numbers)) == 1 else "Dynamic"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from veneer.files.names_sgm import from_sgm, to_sgm
+from veneer.files.parts import is_text, levelled
 
 _UNET = """
 down_blocks up_blocks mid_block resnets attentions downsamplers upsamplers transformer_blocks attn1 attn2 ff net
@@ -40,13 +41,11 @@ _PARTS = {
     "prior_unet": "prior",
     "prior_te": "text_encoder",
 }
-PARTS = tuple(dict.fromkeys(_PARTS.values()))
 # Stable Cascade's own names, where they are not diffusers'
 _OF_CASCADE = (("attention_attn_to_", "attention_to_"), ("attention_attn_out_proj", "attention_to_out_0"))
 
 FLAT = re.compile(rf"(?:lora_({'|'.join(_PARTS)})|(lycoris))_([^.]+)")  # the whole name of a layer in such a file
 GENERIC = ""  # the part of names with LyCORIS's own prefix, which are those of a model and no pipeline's
-_OUTSIDE = ("encoder", "embeddings", "final_layer_norm")  # how paths begin where `text_model` is left out
 
 
 def flat(path: str) -> str:
@@ -65,7 +64,8 @@ def split(name: str) -> tuple[str, str] | None:
     if match[2]:
         return GENERIC, _as("unet", match[3]) or _as("text_encoder", match[3]) or match[3]
     part = _PARTS[match[1]]
-    return part, _whole(part, _as(part, match[3]) or match[3])
+    path = _as(part, match[3]) or match[3]
+    return part, levelled(path) if is_text(part) else path
 
 
 def _as(part: str, name: str) -> str | None:
@@ -77,12 +77,6 @@ def _as(part: str, name: str) -> str | None:
             name = name.replace(theirs, ours)
     found = _WORD[part].findall(name) if part in _WORD else []
     return ".".join(found) if name and "_".join(found) == name else None
-
-
-def _whole(part: str, path: str) -> str:
-    """The path with the `text_model` that some leave out."""
-    leaves_out = part.startswith("text_encoder") and path.partition(".")[0] in _OUTSIDE
-    return f"text_model.{path}" if leaves_out else path
 
 
 _WORD = {  # the longer words first: `proj_in` before `proj`
@@ -108,7 +102,8 @@ def joined(part: str, path: str, family: str | None, *, sgm: bool = False) -> st
     }.get(part)
     if prefix is None:
         return None
-    path = _whole(part, path)
+    if is_text(part):
+        path = levelled(path)
     if part == "unet" and sgm:
         path = to_sgm(path)
     if part == "prior":

@@ -27,8 +27,10 @@ _RESIDUAL = {
     "skip_connection": "conv_shortcut",
 }
 _OURS = {ours: theirs for theirs, ours in (_ENDS | _RESIDUAL).items()}
-_THEIR_BLOCK = re.compile(r"(?:(input|output)_blocks_(\d+)|middle_block)_(\d+)_(.+)")
-_OUR_BLOCK = re.compile(r"(?:(down|up)_blocks_(\d+)|mid_block)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_(.+)")
+_THEIR_BLOCK = re.compile(r"(?:(input|output)_blocks_(\d{1,3})|middle_block)_(\d{1,3})_(.+)")
+_OUR_BLOCK = re.compile(
+    r"(?:(down|up)_blocks_(\d{1,3})|mid_block)_(resnets|attentions|downsamplers|upsamplers)_(\d{1,3})_(.+)"
+)
 
 
 def from_sgm(name: str) -> str:

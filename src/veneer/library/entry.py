@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.errors import AdapterError, shown
-from veneer.safe.stored import OBJECT_LIMIT, parsed, read_bytes
 
 LONGEST = 100  # bytes of a name
 _NAME = re.compile(r"\w(?:[\w.+-]*[\w+-])?")
@@ -33,7 +32,8 @@ class Entry:
     file: str = ""
     format: str = ""
     method: str = ""
-    base: str = ""
+    base: str = ""  # as the files call it
+    family: str = ""  # as its layers show it: SDXL
     licence: str = ""
     tags: list[str] = field(default_factory=list)
     triggers: list[str] = field(default_factory=list)
@@ -44,6 +44,8 @@ class Entry:
 
     def to_json(self) -> str:
         """The text of its file. Raises `AdapterError` where it is too long to be read again."""
+        from veneer.safe.stored import OBJECT_LIMIT
+
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
         if len(text.encode()) > OBJECT_LIMIT:
             raise AdapterError(f"what is said of {self.name!r} is too long: expected at most {OBJECT_LIMIT} bytes")
@@ -52,6 +54,8 @@ class Entry:
     @classmethod
     def read(cls, path: Path) -> "Entry":
         """The entry that a file of the library holds. Raises `AdapterError` that says all that is wrong with it."""
+        from veneer.safe.stored import parsed, read_bytes  # which loads torch; a list of entries needs none
+
         entry = cls.of(parsed(read_bytes(path), str(path)), str(path))
         if path.name != file_of(entry.name):
             raise AdapterError(f"{path} is the entry of {entry.name!r}: expected {file_of(entry.name)!r} as its name")
@@ -125,7 +129,7 @@ _RULES = {
     "files": ("a sha256 for each file's name", _is_files),
     "size": ("a number of bytes", lambda value: type(value) is int and value >= 0),
     "file": ("the name of a file", lambda value: value == "" or is_plain(value)),
-    **dict.fromkeys(("added", "format", "method", "base", "licence", "note", "sample"), ("a text", _is_text)),
+    **dict.fromkeys(("added", "format", "method", "base", "family", "licence", "note", "sample"), ("a text", _is_text)),
     **dict.fromkeys(
         ("tags", "triggers"), ("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
     ),

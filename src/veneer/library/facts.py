@@ -4,37 +4,42 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from veneer.core.adapter import examine, read_config
+from veneer import files
+from veneer.analyse.summary import Summary, summary
+from veneer.core.adapter import examine
 from veneer.core.errors import AdapterError
-from veneer.safe.stored import read_bytes, read_header, read_tensors
+from veneer.safe.stored import read_bytes
 
-_MOST, _LONGEST = 100, 500  # trigger words that a stranger's file is believed, and characters of a text
-_BASES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-_TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "ss_trigger_words")
-_LICENCES = ("modelspec.license", "license")
+_MOST, _LONGEST = 100, 500  # trigger words that a stranger's file is believed, and characters of each
 
 
 def facts(adapter: Path) -> dict[str, Any]:
-    """An entry's `format`, `method`, `base`, `triggers` and `licence`, as far as the file or folder says them.
+    """An entry's `format`, `method`, `base`, `family`, `triggers` and `licence`, as far as a file or folder says them.
 
-    Raises `AdapterError` for what is no adapter.
+    Raises `AdapterError` for what is no adapter, or cannot be read without being told more.
     """
     if adapter.is_dir():
-        if wrong := examine(adapter).faults:
-            raise AdapterError("\n".join(wrong))
-        config = read_config(adapter)
-        method = f"{config.peft_type} with DoRA" if config.use_dora else config.peft_type
-        return {"format": "peft", "method": method, "base": config.base_model_name_or_path or ""}
-    header, about = read_header(adapter)
-    _, wrong = read_tensors(adapter, header)
-    if wrong or not header:
-        raise AdapterError(f"{adapter}: {'; '.join(wrong) or 'it holds no tensors'}")
+        format, held = "peft", examine(adapter)
+        if held.faults:
+            raise AdapterError("\n".join(held.faults))
+    else:
+        format, held = files.detect(adapter), files.read(adapter)
+    told = summary(held, format, values=False)
     return {
-        "format": adapter.suffix.removeprefix("."),
-        "base": _first(about, _BASES),
-        "triggers": words(_first(about, _TRIGGERS).split(",")),
-        "licence": _first(about, _LICENCES),
+        "format": format,
+        "method": _method(told),
+        "base": told.base.name or "",
+        "family": told.base.family or "",
+        "triggers": words(word for word, count in told.trigger_words.items() if count is None),
+        "licence": told.facts.get("licence", ""),
     }
+
+
+def _method(told: Summary) -> str:
+    """`LoRA, r 4 to 16`: the methods, the commonest first, and their ranks."""
+    ranks = sorted(told.counts("rank"))
+    said = f"r {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
+    return ", ".join(filter(None, [*told.counts("method"), said]))
 
 
 def card(path: Path) -> dict[str, Any]:
@@ -71,11 +76,3 @@ def words(texts: Iterable[object]) -> list[str]:
     return list(dict.fromkeys(text.strip()[:_LONGEST] for text in texts if isinstance(text, str) and text.strip()))[
         :_MOST
     ]
-
-
-def _first(about: dict[str, str], keys: Iterable[str]) -> str:
-    """The first of the values that says something."""
-    values = (about.get(key) for key in keys)
-    return next(
-        (value[:_LONGEST] for value in values if isinstance(value, str) and value.strip(" \n") and value != "None"), ""
-    )

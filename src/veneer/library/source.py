@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from veneer.core.adapter import CONFIG, WEIGHTS
-from veneer.core.errors import AdapterError, listed, named, nearest
+from veneer.core.errors import AdapterError, listed, named
+from veneer.files.stored import adapter_file
 from veneer.library.content import SUMS
 from veneer.library.entry import Entry, is_plain
 from veneer.library.facts import card, loaded
@@ -23,6 +24,7 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _BEGINNINGS = {rb"\x89PNG\r\n\x1a\n": ".png", rb"\xff\xd8\xff": ".jpg", rb"(?s)RIFF....WEBP": ".webp"}
 _LARGEST = 32 << 20  # bytes of a picture
+_SAYING_NOTHING = {"adapter", "adapter_model", "pytorch_lora_weights", "default", "model"}
 _LONGEST = 1000  # characters of a sample
 
 
@@ -42,28 +44,27 @@ class Source:
 
 def source(path: Path) -> Source:
     """What `path` leads to. Raises `AdapterError` for what is none of an adapter's file, its folder, or a run."""
-    if path.is_file():
-        return _alone(path)
-    if (path / RUN_ADAPTER / CONFIG).is_file():
-        return _run(path)
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         raise AdapterError(f"{path} is neither a file nor a folder")
     if (path / SHEET).is_file():
         return _sent(path)
-    if not (path / CONFIG).is_file():
-        weights = [file for file in _there(path) if file.suffix == ".safetensors" and file.name != WEIGHTS]
-        if len(weights) == 1:
-            return _alone(weights[0], path)
-        if weights:
-            names = listed((file.name for file in weights), say=str)
-            raise AdapterError(f"{path} holds more than one adapter: {names}; name one of them")
-    existing(path, CONFIG)
-    return _folder(path)
+    place = adapter_file(path)
+    if place.name == WEIGHTS and (place.parent / CONFIG).is_file():
+        place = place.parent
+    if not place.is_dir():
+        return _alone(place, path / CARD if place != path else None)
+    return _run(path, place) if place == path / RUN_ADAPTER else _folder(place)
 
 
 def adapter_in(path: Path) -> Path:
     """The adapter's own file or folder: of a run, its adapter/."""
     return path / RUN_ADAPTER if (path / RUN_ADAPTER / CONFIG).is_file() else path
+
+
+def called(path: PurePath) -> str:
+    """What a file or folder is called, or the folder that it is in where its name says nothing."""
+    name = path.stem if path.suffix == ".safetensors" else path.name
+    return called(path.parent) if name in _SAYING_NOTHING and path.parent.name else name
 
 
 def picture(path: Path) -> dict[str, Path]:
@@ -79,14 +80,8 @@ def picture(path: Path) -> dict[str, Path]:
     return {f"preview{ending}": path}
 
 
-def no_such(path: Path) -> AdapterError:
-    """The error for a path that leads to nothing."""
-    siblings = [str(file) for file in _there(path.parent)] if path.parent.is_dir() else []
-    return AdapterError(f"{path}: there is no such file or folder{nearest(str(path), siblings)}")
-
-
-def _alone(path: Path, home: Path | None = None) -> Source:
-    """One file; `home` is the folder that was named in its place."""
+def _alone(path: Path, about: Path | None) -> Source:
+    """One file; `about` is the card of the folder that was named in its place."""
     if path.suffix in _PICKLES:
         raise AdapterError(
             f"{path} is a pickle, which could run code and is never kept: `veneer convert {path} OUT --to peft` makes "
@@ -95,9 +90,8 @@ def _alone(path: Path, home: Path | None = None) -> Source:
     if path.suffix != ".safetensors":
         raise AdapterError(f"{path} is no adapter: expected a .safetensors file, an adapter's folder, or a run's")
     beside = [path.with_name(f"{path.stem}{more}{ending}") for more in ("", ".preview") for ending in PICTURES]
-    facts = (card(home / CARD) if home else {}) | {"origin": {"path": _said(path)}}
-    name = home.absolute().name if home else path.stem
-    return Source(path, name, {ALONE: path}, ALONE, facts, _first_picture(beside))
+    facts = (card(about) if about else {}) | {"origin": {"path": _said(path)}}
+    return Source(path, called(path.absolute()), {ALONE: path}, ALONE, facts, _first_picture(beside))
 
 
 def _folder(path: Path) -> Source:
@@ -107,7 +101,7 @@ def _folder(path: Path) -> Source:
     files = {name: file for name, file in files.items() if file.suffix not in _PICKLES and name.upper() != SUMS}
     left = [named(file.name) for file in _there(path) if file.name not in files]
     facts = card(path / CARD) | {"origin": {"path": _said(path)}}
-    return Source(path, path.absolute().name, files, "", facts, left=left)
+    return Source(path, called(path.absolute()), files, "", facts, left=left)
 
 
 def _sent(path: Path) -> Source:
@@ -123,10 +117,10 @@ def _sent(path: Path) -> Source:
     return Source(path, entry.name, files, ALONE if entry.file else "", facts, preview, sums=sums)
 
 
-def _run(path: Path) -> Source:
+def _run(path: Path, adapter: Path) -> Source:
     """The adapter of a run, with the base as its recipe calls it, and what it answered or drew."""
-    run = _folder(path / RUN_ADAPTER)
-    run.name, run.facts["origin"] = path.absolute().name, {"run": _said(path)}
+    run = _folder(adapter)
+    run.facts["origin"] = {"run": _said(path)}
     with suppress(AdapterError):
         recipe = loaded(read_bytes(path / RECIPE).decode("utf-8", "replace"))
         if isinstance(base := recipe.get("base"), str):

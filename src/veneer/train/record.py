@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from veneer.core.errors import AdapterError
 from veneer.safe.whole import to_disk, write_whole
 
 USAGE = "veneer.json"  # beside an adapter: how it is used
-METRICS, FACTS = "metrics.jsonl", "run.json"
+METRICS, FACTS, LOCK = "metrics.jsonl", "run.json", ".lock"
 
 
 class Run:
@@ -28,7 +27,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         """Take hold of a run's folder. Raises `AdapterError` when another process has it."""
         self.folder = folder
-        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._lock = FileLock(folder / LOCK, timeout=0)
         try:
             self._lock.acquire()
         except Timeout:
@@ -93,12 +92,8 @@ class Run:
             to_disk(self.folder / METRICS)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What was measured so far; a line that was cut off in its middle is none."""
-        path, records = self.folder / METRICS, []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-            with suppress(ValueError):
-                records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+        """What was measured so far."""
+        return read_metrics(self.folder)
 
     def cut_back(self, step: int, measured: int) -> None:
         """Forget the steps after `step`, and the held-out figures after `measured`."""
@@ -127,6 +122,26 @@ class Elsewhere(Run):
 
     def metrics(self) -> list[dict[str, Any]]:
         return []
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What was measured in a run; a line that was cut off in its middle is none."""
+    path, records = folder / METRICS, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is at work on the run."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, OSError) as error:
+        return isinstance(error, Timeout)
+    lock.release()
+    return False
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -161,34 +176,6 @@ def _next_folder(parent: Path, name: str) -> Path:
 def _number(path: Path, name: str) -> int:
     match = re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name)
     return int(match[1]) if match else 0
-
-
-def draw_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:
-    """loss.png: the loss of each step, its running mean, and the held-out loss."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    records = list(records)
-    steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    if steps:
-        x, y = zip(*steps, strict=True)
-        axes.plot(x, y, color="#9db4c8", linewidth=1, label="each step")
-        mean, means = 0.0, []
-        for count, value in enumerate(y, 1):
-            mean += (value - mean) * max(0.1, 1 / count)
-            means.append(mean)
-        axes.plot(x, means, color="#1f5a8a", linewidth=2, label="running mean")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="#c4622d", markersize=5, label="held out")
-    axes.set(xlabel="step", ylabel="loss", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    if steps or held_out:
-        axes.legend(frameon=False)
-    write_whole({path: lambda temporary: figure.savefig(temporary, dpi=120, format="png")})
 
 
 def peak_memory() -> int:

@@ -16,9 +16,10 @@ from veneer.train.card import card
 from veneer.train.loop import Outcome, count_steps, train
 from veneer.train.memory import Estimate, bytes_of, estimate
 from veneer.train.optimizers import Stepper
+from veneer.train.pictures import draw_losses
 from veneer.train.processes import ALONE, World, fits, join, spread
 from veneer.train.recompute import recompute_layers
-from veneer.train.record import USAGE, Elsewhere, Run, draw_losses, peak_memory
+from veneer.train.record import USAGE, Elsewhere, Run, peak_memory
 from veneer.train.resume import as_before, cut_short, refuse_changes
 from veneer.train.sameness import asked, circumstances
 from veneer.train.settings import Recipe, as_yaml, checked, resolved
@@ -42,6 +43,8 @@ class Result:
     samples: list[dict[str, str]] = field(default_factory=list)
     peak_bytes: int = 0
     adapter_bytes: int = 0
+    judged_by: str = ""  # the figure that says which of two adapters is better
+    higher_is_better: bool = False
 
 
 @dataclass
@@ -140,7 +143,7 @@ def _begun(
             outcome = watch.begin()
             folder.write("recipe.yaml", as_yaml(resolved(recipe)))
             folder.note(asked=wanted)
-        folder.note(state="running", made_of=made_of)
+        folder.note(state="running", made_of=made_of, planned=count_steps(recipe.train, task.size))
         return watch, outcome
     except BaseException:
         if not again:
@@ -159,6 +162,7 @@ def _carried_out(watch: Watch, outcome: Outcome, began: float) -> Result:
         raise
     trainable, parameters = task.model.get_nb_trainable_parameters()
     result = Result(folder, task.asking, outcome, before, {}, trainable, parameters, 0.0)
+    result.judged_by, result.higher_is_better = task.judged_by, task.higher_is_better
     try:
         if not enough:
             train(task, watch.stepper, recipe.train, watch, outcome, watch.world)
@@ -190,9 +194,7 @@ def _finish(watch: Watch, result: Result) -> None:
     if not outcome.interrupted:
         try:
             result.after = watch.figures(exported, whole=True)
-            result.samples = task.sample() if folder.writes or watch.spread else []
-            lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in result.samples]
-            folder.write("samples/answers.jsonl", "".join(lines))
+            result.samples = watch.samples("answers")
         except KeyboardInterrupt:
             outcome.stopped_by = signal.SIGINT
     _draw(folder)

@@ -207,6 +207,7 @@ MEANINGS = {
     "peft_type": "The method: LORA, LOHA, LOKR, VERA, IA3 or FULL.",
     "use_dora": "Learn the length of each row of W + ΔW apart from its direction (DoRA), over any method.",
     "options": "What only one method knows.",
+    "unknown": "What newer versions of PEFT say in a file, kept as it was read; it says nothing here.",
     "task_type": "What PEFT should load the base as; found by itself.",
     "base_model_name_or_path": "The base that the adapter is for; found by itself.",
     "revision": "The revision of the base on the hub.",

@@ -1,5 +1,6 @@
 """`Watch`: what a run does between its steps: write down, measure, keep a checkpoint, know when it is enough."""
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -72,6 +73,9 @@ class Watch(Watcher):
         self.reporter.step(record, steps)
         step = int(record["step"])
         better, enough = self.measure(step, last=step == steps)
+        every = getattr(getattr(self.recipe, "sample", None), "every_steps", None)
+        if every and step % every == 0 and step < steps:
+            self.samples(f"step-{step:08}")
         if better or self._due(step):
             self.keep(step, record["seconds"])
         return enough
@@ -124,6 +128,14 @@ class Watch(Watcher):
 
         found = self.task.evaluate(whole) if self.spread else None
         return self.world.first(told)
+
+    def samples(self, name: str) -> list[dict[str, str]]:
+        """What base and adapted model make of a few inputs, kept in the run."""
+        found = self.task.sample() if self.run.writes or self.spread else []
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found]
+        self.run.write(f"samples/{name}.jsonl", "".join(lines))
+        self.world.first(lambda: None)  # the others wait
+        return found
 
     def keep(self, step: int, seconds: float) -> None:
         """Write a checkpoint, unless that of this step is there."""

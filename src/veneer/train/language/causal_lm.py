@@ -62,6 +62,7 @@ class CausalLM(Task):
         if recipe.data.eval_share and not held_out:
             reporter.say("held-out rows: none, because all rows have the same prompt; data.eval_path names some")
         self.size = len(self.part.examples)
+        self.base_answers: list[str] | None = None  # they stay what they are
         model = load_causal_lm(folder, recipe.dtype, device, recipe.quantization)
         torch.manual_seed(recipe.train.seed)
         self.first_place = find_packing(model) if recipe.train.packing else None
@@ -115,9 +116,10 @@ class CausalLM(Task):
             return []
         prompts = [encode_prompt(prompt, self.tokenizer, self.recipe.data) for prompt, _ in asked]
         most = self.recipe.sample.max_new_tokens
-        with self.model.disable_adapter():
-            before = answer(self.model, self.tokenizer, prompts, most)
-        after = answer(self.model, self.tokenizer, prompts, most)
+        if self.base_answers is None:
+            with self.model.disable_adapter():
+                self.base_answers = answer(self.model, self.tokenizer, prompts, most)
+        before, after = self.base_answers, answer(self.model, self.tokenizer, prompts, most)
         texts = [typed(prompt, self.recipe.data) for prompt, _ in asked]
         return [
             {"prompt": text, "base": old, "adapted": new, "reference": question.references[0] if question else ""}

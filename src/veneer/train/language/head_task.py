@@ -10,7 +10,7 @@ from torch import Tensor
 
 from veneer import zoo
 from veneer.core.errors import AdapterError, listed
-from veneer.core.model import PeftModel, get_peft_model
+from veneer.core.model import get_peft_model
 from veneer.train.language.answers import pad_of
 from veneer.train.language.heads import load_with_head, most_positions
 from veneer.train.language.labelled import (
@@ -95,14 +95,11 @@ class HeadTask(Task):
         self.model.peft_config["default"].base_model_name_or_path = recipe.base
 
     @classmethod
-    def load(
-        cls, data: Any, folder: Path, adapter: Path, dtype: str | None, device: torch.device, reporter: Reporter
-    ) -> "HeadTask":
-        """Base and adapter, to be used: without rows, and so without training."""
+    def bare(cls, data: Any, folder: Path, dtype: str | None, device: torch.device) -> "HeadTask":
+        """The base with a head, without rows and without an adapter yet: to be used, or merged."""
         task = cls.__new__(cls)
-        task.data, task.reporter = data, reporter
+        task.data, task.reporter = data, Reporter()
         task._load(folder, dtype, device)
-        task.model = PeftModel.from_pretrained(task.model, adapter).eval()
         return task
 
     @abstractmethod

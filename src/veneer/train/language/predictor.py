@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from veneer import zoo
 from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError
+from veneer.core.model import PeftModel
 from veneer.train.language.head_task import HeadTask
 from veneer.train.language.labelled import Labelled
 from veneer.train.language.model import choose_device, choose_dtype
@@ -16,7 +19,6 @@ from veneer.train.language.rows import read_rows
 from veneer.train.language.shapes import made_of_rows
 from veneer.train.record import USAGE
 from veneer.train.settings import checked
-from veneer.train.task import Reporter
 from veneer.train.tasks import task_named
 
 
@@ -34,17 +36,15 @@ class Predictor:
 
         `dtype` None is the one that the base is stored in.
         """
-        build = head_task(folder)
-        if build is None:
-            raise AdapterError(f"{folder} is no adapter of a model with a head: `veneer generate` asks others")
         named = base or read_config(folder).base_model_name_or_path
         if not named:
             raise AdapterError(f"{folder} does not say which base it is for: give --base")
         place, chosen = zoo.resolve(named), choose_device(device)
-        values = {"path": "-", **_usage(folder).get("data", {})}
-        schema: Any = build.settings.model_fields["data"].annotation
-        data = checked(schema, values, str(folder / USAGE))
-        return cls(build.load(data, place, folder, dtype and choose_dtype(dtype, chosen, place), chosen, Reporter()))
+        task = base_with_head(folder, place, dtype and choose_dtype(dtype, chosen, place), chosen)
+        if task is None:
+            raise AdapterError(f"{folder} is no adapter of a model with a head: `veneer generate` asks others")
+        task.model = PeftModel.from_pretrained(task.model, folder).eval()
+        return cls(task)
 
     def read(self, file: Path) -> list[Labelled]:
         """The rows of a file, with the columns that the training's had; labels may be missing."""
@@ -57,11 +57,15 @@ class Predictor:
         return self.task.said_of(documents)
 
 
-def head_task(folder: Path) -> type[HeadTask] | None:
-    """The task of the adapter in the folder, if it is one of a model with a head."""
-    name = _usage(folder).get("task")
-    task = task_named(name) if name is not None else None
-    return task if task is not None and issubclass(task, HeadTask) else None
+def base_with_head(adapter: Path, place: Path, dtype: str | None, device: torch.device) -> HeadTask | None:
+    """The base in `place` with a head for what the adapter was trained on; None for one that needs no head."""
+    usage = _usage(adapter)
+    build = task_named(usage["task"]) if "task" in usage else None
+    if build is None or not issubclass(build, HeadTask):
+        return None
+    schema: Any = build.settings.model_fields["data"].annotation
+    data = checked(schema, {"path": "-", **usage.get("data", {})}, str(adapter / USAGE))
+    return build.bare(data, place, dtype, device)
 
 
 def _usage(folder: Path) -> dict[str, Any]:

@@ -135,6 +135,9 @@ class LanguageSample(Settings):
         None, description="Prompts that base and adapted model answer at the end; held-out ones, if not given."
     )
     count: int = Field(3, ge=0, description="How many held-out prompts are answered.")
+    every_steps: int | None = Field(
+        None, ge=1, description="Answer them every so many steps too, into samples/ of the run."
+    )
     max_new_tokens: int = Field(64, ge=1, description="The longest answer, in tokens.")
 
 

@@ -1,0 +1,85 @@
+"""`veneer convert`, through the real entry point."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from veneer import files
+from veneer.core.apart import Change, adapter_of, changes
+from veneer.core.config import LoraConfig
+
+PATHS = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_{name}" for name in ("q", "k")]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Two layers of a U-Net, of other ranks and alphas."""
+    every = {}
+    for place, path in enumerate(PATHS):
+        tensors = {"A": torch.randn(2 + place, 8), "B": torch.randn(8, 2 + place)}
+        every[path] = Change(LoraConfig(r=2 + place, lora_alpha=5), tensors)
+    adapter = adapter_of(every, parts=["unet"], metadata={"ss_comment": "mine"})
+    return files.write(adapter, tmp_path / "in.safetensors", "kohya")
+
+
+def _deltas(path, **asked):
+    found = changes(files.read(path, **asked))
+    return {
+        name.removeprefix("unet."): change.update().delta(torch.empty(8, 8, device="meta"))
+        for name, change in found.items()
+    }
+
+
+def test_it_says_what_it_read_wrote_and_folded(veneer, source, tmp_path):
+    said = veneer("convert", source, tmp_path / "out.safetensors", "--to", "diffusers")
+    assert said.code == 0
+    lines = said.out.splitlines()
+    assert lines[0] == f"read {source} (kohya): LORA, 2 layers (unet 2), ranks 2 to 3"
+    assert lines[1] == f"wrote {tmp_path / 'out.safetensors'} (diffusers): LORA, 2 layers (unet 2), ranks 2 to 3"
+    assert lines[2] == "  layers whose scale is inside the factors now: 2"
+    assert lines[3] == "  layers filled up with zeros, to rank 3: 1"
+    torch.testing.assert_close(_deltas(tmp_path / "out.safetensors"), _deltas(source))
+
+
+def test_a_round_trip_keeps_every_change(veneer, source, tmp_path):
+    steps = [(source, "a.safetensors", "diffusers"), ("a.safetensors", "b.safetensors", "kohya")]
+    steps += [("b.safetensors", "c", "peft"), ("c", "d.safetensors", "loralib")]
+    for start, end, name in steps:
+        said = veneer("convert", tmp_path / start, tmp_path / end, "--to", name)
+        assert (said.code, said.err) == (0, "")
+        torch.testing.assert_close(_deltas(tmp_path / end), _deltas(source))
+    assert (tmp_path / "c" / "unet" / "adapter_config.json").is_file()
+    for start, end, name in (("c", "alone", "peft"), ("alone", "e", "diffusers")):
+        said = veneer("convert", tmp_path / start, tmp_path / end, "--to", name, "--part", "unet")
+        assert (said.code, said.err) == (0, "")
+    assert files.read(tmp_path / "alone").parts == ()
+    assert files.read(tmp_path / "e").parts == ("unet",)
+    torch.testing.assert_close(_deltas(tmp_path / "e"), _deltas(source))
+
+
+def test_nothing_is_overwritten_without_force(veneer, source, tmp_path):
+    before = source.read_bytes()
+    said = veneer("convert", source, source, "--to", "diffusers")
+    assert said.code != 0
+    assert "exists already" in said.err
+    assert source.read_bytes() == before
+    assert veneer("convert", source, source, "--to", "diffusers", "--force").code == 0
+    assert files.detect(source) == "diffusers"
+
+
+def test_alpha_precision_and_parts_are_told(veneer, source, tmp_path):
+    save_file({"fc.lora_A": torch.randn(2, 8) * 1e5, "fc.lora_B": torch.randn(8, 2)}, tmp_path / "raw")
+    one = ["convert", tmp_path / "raw", tmp_path / "out", "--to", "peft"]
+    said = veneer(*one)
+    assert said.code != 0
+    assert "--alpha" in said.err
+    assert "too large for float16: fc.A" in veneer(*one, "--alpha", "4", "--dtype", "float16").err
+    assert not (tmp_path / "out").exists()
+    assert veneer(*one, "--alpha", "4", "--dtype", "bfloat16").code == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    assert "'unet'" in veneer("convert", source, tmp_path / "x", "--to", "kohya", "--part", "prior").err
+    said = veneer("convert", tmp_path / "raw", tmp_path / "x", "--to", "diffusers", "--alpha", "4")
+    assert "--part unet" in said.err
+    assert not (tmp_path / "x").exists()

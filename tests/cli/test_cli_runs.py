@@ -1,0 +1,89 @@
+"""Runs listed, shown and compared; an adapter measured again; a sweep; samples between steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def runs(veneer, recipe, tmp_path) -> Path:
+    """Two runs, whose rates differ."""
+    said = veneer("train", recipe, "--sweep", "train.lr=1.0e-2,1.0e-3", "sample.every_steps=2", "eval.answers=0")
+    assert said.code == 0
+    lines = said.out.splitlines()
+    assert "train.lr" in next(line for line in lines if "held-out loss" in line)
+    assert lines[-1].startswith("best: ")
+    return tmp_path / "runs"
+
+
+def held_out(run: Path) -> float:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["eval_loss"] for record in records if "eval_loss" in record][-1]
+
+
+def test_runs_are_listed_shown_and_compared(veneer, runs, tmp_path):
+    listed = json.loads(veneer("runs", "--in", runs, "--json").out)
+    assert [(run["name"], run["state"], run["steps"], run["planned"]) for run in listed] == [
+        ("small-1", "finished", 4, 4),
+        ("small-2", "finished", 4, 4),
+    ]
+    best = min(held_out(runs / run["name"]) for run in listed)
+    assert min(run["figures"]["eval_loss"] for run in listed) == best
+    assert "small-2" in veneer("runs", "--in", runs).out
+    shown = veneer("runs", "show", runs / "small-1").out
+    for words in ("finished", "4 of 4", "step-00000004", "threads"):
+        assert words in shown
+    picture = tmp_path / "both.png"
+    said = veneer("runs", "compare", runs / "small-1", runs / "small-2", "--out", picture)
+    assert said.code == 0
+    assert "train.lr" in said.out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    again = veneer("runs", "compare", runs / "small-1", runs / "small-2", "--out", picture)
+    assert again.code == 2
+    assert "--force" in again.err
+
+
+def test_samples_are_taken_between_the_steps_and_change_nothing(veneer, runs, recipe, tmp_path):
+    assert [path.name for path in sorted((runs / "small-1/samples").iterdir())] == [
+        "answers.jsonl",
+        "step-00000002.jsonl",
+    ]
+    veneer("train", recipe, "train.lr=1.0e-2", f"output={tmp_path / 'without'}")
+    file = "small-1/adapter/adapter_model.safetensors"
+    assert (tmp_path / "without" / file).read_bytes() == (runs / file).read_bytes()
+
+
+def test_an_adapter_is_measured_again(veneer, runs, rows):
+    found = json.loads(veneer("evaluate", runs / "small-1", "--json").out)
+    assert found["adapted"]["eval_loss"] == pytest.approx(held_out(runs / "small-1"), rel=1e-6)
+    assert found["adapted"]["eval_loss"] < found["base"]["eval_loss"]
+    other = json.loads(veneer("evaluate", runs / "small-1", "--data", rows, "--no-base", "--json").out)
+    assert list(other) == ["adapted"]
+    assert other["adapted"]["eval_loss"] != found["adapted"]["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("runs", "--in", "nowhere"), "nowhere does not exist"),
+        (("runs", "show", "nowhere"), "nowhere does not exist"),
+        (("evaluate", "nowhere"), "nowhere is no run"),
+        (("train", "causal-lm", "--sweep", "train.lr=1,1"), "values that differ"),
+        (("train", "causal-lm", "--sweep", "train.lr"), "expected KEY=VALUE"),
+        (("train", "causal-lm", "--sweep", "train.lr=1", "--resume"), "leave --dry-run and --resume out"),
+    ],
+)
+def test_what_is_not_there_is_said(veneer, arguments, words):
+    said = veneer(*arguments)
+    assert said.code == 2
+    assert words in said.err
+
+
+def test_lists_are_one_value():
+    from veneer.cli.sweep import values_of
+
+    assert values_of("adapter.target_modules=[q_proj, v_proj],all-linear") == [
+        "adapter.target_modules=[q_proj, v_proj]",
+        "adapter.target_modules=all-linear",
+    ]

@@ -1,0 +1,142 @@
+"""Files are told apart by what they hold, read within limits, and written whole or not at all."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from veneer import AdapterError, files
+from veneer.core.apart import Change, adapter_of
+from veneer.core.config import LoraConfig
+
+PAIR = {"A": (2, 4), "B": (3, 2)}
+NAMES = {
+    "cloneofsimo": ["unet:0:down", "unet:0:up"],
+    "diffusers": [
+        "unet.mid_block.attentions.0.proj_in.lora_A.weight",
+        "unet.mid_block.attentions.0.proj_in.lora_B.weight",
+    ],
+    "kohya": [f"lora_unet_mid_block_attentions_0_proj_in.lora_{end}.weight" for end in ("down", "up")],
+    "loralib": ["fc.lora_A", "fc.lora_B"],
+    "lycoris": [f"lora_unet_mid_block_attentions_0_proj_in.hada_w{end}" for end in ("1_a", "1_b", "2_a", "2_b")],
+}
+
+
+def _flat(names):
+    return {name: torch.randn(2, 2) for name in names}
+
+
+@pytest.fixture
+def adapter():
+    tensors = {name: torch.randn(*shape) for name, shape in PAIR.items()}
+    return adapter_of({"fc": Change(LoraConfig(r=2, lora_alpha=2), tensors)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("file", ["x.safetensors", "adapter_model.bin", "lora.pt"])
+def test_the_content_says_the_format_and_the_name_nothing(tmp_path, name, file):
+    save_file(_flat(NAMES[name]), tmp_path / file)
+    assert files.detect(tmp_path / file) == name
+
+
+def test_a_folder_of_peft_is_known_by_its_config(tmp_path, adapter):
+    assert files.write(adapter, tmp_path / "own", "peft") == tmp_path / "own"
+    for place in ("own", "own/adapter_model.safetensors"):
+        assert files.detect(tmp_path / place) == "peft"
+        assert files.read(tmp_path / place).tensors.keys() == {"fc"}
+    with pytest.raises(AdapterError, match="not read as kohya"):
+        files.read(tmp_path / "own", "kohya")
+
+
+def test_a_runs_folder_and_one_with_one_file_are_gone_into(tmp_path, adapter):
+    files.write(adapter, tmp_path / "run" / "adapter", "peft")
+    files.write(adapter, tmp_path / "one" / "any.safetensors", "loralib")
+    (tmp_path / "one" / "README.md").write_text("a picture")
+    assert files.read(tmp_path / "run").tensors.keys() == files.read(tmp_path / "one").tensors.keys()
+    save_file(_flat("a"), tmp_path / "one" / "other.safetensors")
+    with pytest.raises(AdapterError, match=r"several files, name one: any\.safetensors, other\.safetensors"):
+        files.read(tmp_path / "one")
+
+
+def test_unknown_and_unclear_content_is_one_error_that_shows_it(tmp_path):
+    save_file(_flat(["model.weight", "model.bias"]), tmp_path / "a")
+    with pytest.raises(AdapterError) as told:
+        files.read(tmp_path / "a")
+    assert "It holds model.bias, model.weight; tried: cloneofsimo, diffusers, kohya" in str(told.value)
+    save_file(_flat([*NAMES["loralib"], *NAMES["diffusers"]]), tmp_path / "a")
+    with pytest.raises(AdapterError, match="may be of diffusers, loralib: say which"):
+        files.detect(tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"kohia is no format.*did you mean 'kohya'"):
+        files.read(tmp_path / "a", "kohia")
+
+
+def test_places_without_an_adapter_say_what_is_there(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    for place, what in (
+        ("nowhere", "does not exist"),
+        ("", "holds no adapter.*notes.txt"),
+        ("notes.txt", "not a whole"),
+    ):
+        with pytest.raises(AdapterError, match=what):
+            files.read(tmp_path / place)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("/nonexistent/never",)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["archive", "before torch 1.6"])
+def test_a_pickle_is_opened_for_tensors_alone(tmp_path, legacy):
+    def save(value):
+        torch.save(value, tmp_path / "lora.pt", _use_new_zipfile_serialization=not legacy)
+
+    save({"state_dict": _flat(NAMES["loralib"])})
+    assert files.read(tmp_path / "lora.pt", alpha=2).tensors.keys() == {"fc"}
+    save({**_flat(NAMES["loralib"]), "fc.bomb": _Bomb()})
+    with pytest.raises(AdapterError, match="cannot be opened safely"):
+        files.read(tmp_path / "lora.pt", alpha=2)
+    save({**_flat(NAMES["loralib"]), "epoch": 3})
+    with pytest.raises(AdapterError, match="no tensors: epoch"):
+        files.read(tmp_path / "lora.pt", alpha=2)
+    save(3)
+    with pytest.raises(AdapterError, match="expected tensors by name or in a list"):
+        files.read(tmp_path / "lora.pt", alpha=2)
+    (tmp_path / "lora.pt").write_bytes(pickle.dumps(_Bomb(), protocol=2))
+    with pytest.raises(AdapterError, match="cannot be opened safely"):
+        files.read(tmp_path / "lora.pt")
+
+
+def test_a_header_as_long_as_a_pickle_begins_is_one(tmp_path):
+    for padding in range(0, 1024, 8):
+        save_file(_flat(NAMES["loralib"]), tmp_path / "a", metadata={"x": "x" * padding})
+        start = (tmp_path / "a").read_bytes()[:2]
+        if start[0] == 0x80:
+            assert files.detect(tmp_path / "a") == "loralib"
+            break
+    else:
+        pytest.fail("no header of such a length")
+
+
+def test_values_are_not_read(tmp_path, adapter):
+    files.write(adapter, tmp_path / "a", "loralib")
+    start = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(start[: len(start) - 8] + b"\xff" * 8)  # NaN
+    broken = files.read(tmp_path / "a")
+    with pytest.raises(AdapterError, match="NaN"):
+        files.attach(torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 3)}), broken)
+
+
+def test_what_is_there_is_replaced_with_force_alone(tmp_path, adapter):
+    for name, place in (("loralib", tmp_path / "file"), ("peft", tmp_path / "folder")):
+        files.write(adapter, place, name)
+        with pytest.raises(AdapterError, match="exists already; nothing was written"):
+            files.write(adapter, place, name)
+        assert files.write(adapter, place, name, force=True) == place
+    with pytest.raises(AdapterError, match="is a folder: loralib is one file"):
+        files.write(adapter, tmp_path / "folder", "loralib", force=True)
+    with pytest.raises(AdapterError, match="not told 'beta'"):
+        files.write(adapter, tmp_path / "new", "loralib", beta=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
