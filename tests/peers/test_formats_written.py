@@ -50,6 +50,16 @@ WRITTEN = [  # what is read, as what it is written, and who reads that
     ("peft: modules_to_save", "peft", "peft"),
     ("peft: all biases", "peft", "peft"),
 ]
+REFUSED = [
+    ("kohya: sd1", "cloneofsimo"),  # it has one scale, 1, and the attention layers alone
+    ("kohya: sd1, DoRA by input", "diffusers"),
+    ("kohya: sd1, DoRA by input", "peft"),
+    ("lycoris: LoHa", "diffusers"),
+    ("lycoris: LoHa", "kohya"),
+    ("lycoris: norms", "kohya"),
+    ("peft: modules_to_save", "kohya"),
+    ("peft: an embedding", "lycoris"),
+]
 
 
 @pytest.mark.parametrize(("source", "form", "peer"), WRITTEN)
@@ -63,6 +73,16 @@ def test_what_veneer_writes_the_peer_reads(source, form, peer, tmp_path):
     assert wrong(PEERS[peer](case, path), case.wanted) == {}
     case.asked = {}
     assert wrong(through_veneer(case, path), case.wanted) == {}
+
+
+@pytest.mark.parametrize(("source", "form"), REFUSED)
+def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(source, form, tmp_path):
+    case = CASES[source]()
+    (tmp_path / "in").mkdir()
+    adapter = veneer.files.read(case.write(tmp_path / "in"), **case.asked)
+    with pytest.raises(AdapterError):
+        veneer.files.write(adapter, tmp_path / "out", form)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("source", SOURCES)
