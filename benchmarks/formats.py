@@ -115,6 +115,7 @@ def commands(size: float, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         file, there, back = (str(Path(place) / f"{name}.safetensors") for name in ("kohya", "diffusers", "back"))
         r = large(Path(file), size)
+        os.sync()  # or the first command would wait for it
         print(f"\nSDXL's attention at rank {r}, fp16, {os.path.getsize(file) / 1e9:.2f} GB (file in the page cache)")
         steps = {
             "python with torch alone": ("-c", "import torch"),
@@ -125,7 +126,8 @@ def commands(size: float, rounds: int) -> None:
         for name, words in steps.items():
             taken = [process(*words) for _ in range(rounds)]
             seconds, memory = zip(*taken, strict=True)
-            print(f"{name:32} {statistics.median(seconds):6.2f} s  {max(memory):5.2f} GB", flush=True)
+            middle, least = statistics.median(seconds), min(seconds)  # what a disk takes varies
+            print(f"{name:32} {middle:6.2f} s (least {least:.2f})  {max(memory):5.2f} GB", flush=True)
 
 
 def main() -> None:
