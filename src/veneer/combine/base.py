@@ -36,6 +36,12 @@ class Base:
         owner, _, name = path.rpartition(".")
         return self._modules[owner]._parameters.get(name) if owner in self._modules else None
 
+    def row(self, path: str, columns: int) -> tuple[int, ...]:
+        """The shape of a row of the layer's weight in files: `(in, *kernel)` of a convolution."""
+        weight = self.value(f"{path}.weight")
+        known = weight is not None and weight.ndim > 2 and weight[0].numel() == columns
+        return tuple(weight.shape[1:]) if weight is not None and known else (columns,)
+
     def matrix(self, path: str, shape: tuple[int, int] | None, is_table: bool) -> Tensor:
         """The layer's weight `(out, in · kernel)`, as its kind sees it. Raises `AdapterError`."""
         module = self._modules.get(path)

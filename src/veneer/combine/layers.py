@@ -9,7 +9,7 @@ from torch import Tensor
 
 from veneer.combine.matrix import Factored, Matrix, Thin
 from veneer.core.apart import Change
-from veneer.core.config import LoraConfig
+from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError
 
 
@@ -41,9 +41,9 @@ def _root(lost: float, square: float) -> float:
 
 @dataclass(frozen=True)
 class Seen:
-    """A layer's change as it is combined: ΔW, perhaps Δb `(out)`, and the shape in which files hold a row of ΔW."""
+    """A layer's change as it is combined: ΔW and Δb `(out)`, or one of them, and the shape of a row of ΔW in files."""
 
-    W: Matrix
+    W: Matrix | None
     b: Tensor | None
     row: tuple[int, ...]  # (in, *kernel), or (in · kernel)
 
@@ -53,9 +53,13 @@ def seen(change: Change, weight: Tensor | None = None, bias: Tensor | None = Non
 
     Raises `AdapterError` for a change that depends on the base's weight when that is not given.
     """
+    if change.tensors.keys() == {"b"}:
+        return Seen(None, change.tensors["b"].detach(), ())
     if weight is None and (change.reads_weight or change.shape is None):
         kind = "DoRA" if change.config.use_dora else change.config.peft_type
         raise AdapterError(f"the change that {kind} makes depends on the base's weights: give the base")
+    if change.config.peft_type == "LORA" and not change.config.use_dora:
+        return _seen_plain(change)
     update = change.update(weight)
     with torch.no_grad():
         factors = update.factors()
@@ -69,6 +73,17 @@ def seen(change: Change, weight: Tensor | None = None, bias: Tensor | None = Non
             W = update.delta(sketch).detach()
         b = update.shift(bias)
     return Seen(W, None if b is None else b.detach(), row_of(change, W))
+
+
+def _seen_plain(change: Change) -> Seen:
+    """The same of a plain LoRA, which is most that there is: without a module for each layer, half the time."""
+    own, config = change.tensors, change.config
+    A, B = own["A"].detach().flatten(1), own["B"].detach().flatten(1)  # (r, in · kernel), (out, r)
+    if len(A) != B.shape[1] or len(A) != config.r:
+        change.update()  # which says what is wrong
+    scale = scaling(config.r, config.lora_alpha, config.use_rslora)
+    W = Thin(scale * B.double(), A.double())
+    return Seen(W, scale * own["b"].detach().double() if "b" in own else None, row_of(change, W))
 
 
 def row_of(change: Change, W: Matrix) -> tuple[int, ...]:
@@ -94,6 +109,11 @@ def _lora(B: Tensor, A: Tensor, row: Sequence[int], b: Tensor | None, dtype: tor
     tensors = {"A": A.to(dtype).reshape(r, *row), "B": B.to(dtype).reshape(len(B), r, *point)}
     config = LoraConfig(r=r, lora_alpha=r, options={"lora_bias": b is not None})
     return Change(config, tensors if b is None else {**tensors, "b": b.to(dtype)})
+
+
+def shifted(b: Tensor, dtype: torch.dtype) -> Change:
+    """Δb alone."""
+    return Change(LoraConfig(peft_type="FULL"), {"b": b.to(dtype)})
 
 
 def full(W: Tensor, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:

@@ -100,9 +100,9 @@ def weighted(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
     return sum(weight * whole(W) for weight, W in terms)  # type: ignore[return-value]
 
 
-def whole(W: Matrix) -> Tensor:
-    """W as `(out, in)`."""
-    return W.B @ W.A if isinstance(W, Thin) else W
+def whole(W: Matrix, dtype: torch.dtype | None = None) -> Tensor:
+    """W as `(out, in)`, in its own precision or that of `dtype`."""
+    return W.B.to(dtype) @ W.A.to(dtype) if isinstance(W, Thin) else W.to(dtype)
 
 
 def inner(V: Matrix, W: Matrix) -> float:

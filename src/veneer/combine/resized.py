@@ -7,7 +7,7 @@ from veneer.combine.combined import Progress, combine, each_layer, measured
 from veneer.combine.layers import Errors
 from veneer.combine.matrix import Keep
 from veneer.combine.together import precision, refuse_apart, told
-from veneer.combine.ways import Layer, stored
+from veneer.combine.ways import Layer, size, stored
 from veneer.core.adapter import Adapter
 from veneer.core.apart import Change, adapter_of, changes
 from veneer.core.errors import AdapterError
@@ -52,7 +52,9 @@ def resize(
         ((_, change, _),) = layer.terms
         own = dtype or precision([Adapter(change.config, {"": change.tensors})], least=None)
         view = layer.seen(change, model)
-        return stored(view.W, view.b, view.row, keep, own, thin=True)
+        own_row = () if model is None or view.W is None else model.row(layer.path, size(view.W)[1])
+        row = max(view.row, own_row, key=len)
+        return stored(view.W, view.b, row, keep, own, thin=True)
 
     found, errors, faults = each_layer(layers, work, progress)
     if faults:

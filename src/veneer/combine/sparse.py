@@ -39,19 +39,22 @@ def elected(changes: Sequence[Tensor], majority: str) -> Tensor:
     "total": the sign of their sum. "frequency": the sign that more of them have, and where as many have the one as
     the other, that of their sum.
     """
-    each = torch.stack(list(changes))  # (adapters, out, in)
-    total = each.sum(0)
+    total = _sum(changes)
     sign = total.sign()
     if majority == "frequency":
-        votes = each.sign().sum(0)
+        votes = _sum([D.sign() for D in changes])
         sign = torch.where(votes == 0, sign, votes.sign())
-    agreeing = (each.sign() == sign) & (sign != 0)
-    return torch.where(agreeing, each, 0).sum(0) / agreeing.sum(0).clamp_min(1)
+    agreed, number = torch.zeros_like(total), torch.zeros_like(total)
+    for D in changes:
+        agrees = (D.sign() == sign) & (sign != 0)
+        agreed += torch.where(agrees, D, 0)
+        number += agrees
+    return agreed / number.clamp_min(1)
 
 
 def magnitude_prune(changes: Sequence[Tensor], density: float, **_: object) -> Tensor:
     """Σ wᵢ · the largest entries of ΔWᵢ; `changes` are wᵢ ΔWᵢ, here and below."""
-    return torch.stack([pruned(D, density) for D in changes]).sum(0)
+    return _sum([pruned(D, density) for D in changes])
 
 
 def ties(changes: Sequence[Tensor], density: float, majority: str = "total", **_: object) -> Tensor:
@@ -61,7 +64,7 @@ def ties(changes: Sequence[Tensor], density: float, majority: str = "total", **_
 
 def dare_linear(changes: Sequence[Tensor], density: float, keys: Sequence[str] = (), **_: object) -> Tensor:
     """Σ wᵢ · ΔWᵢ with entries dropped at random (DARE); of each what its key says, and nothing else."""
-    return torch.stack(_drawn(changes, density, keys)).sum(0)
+    return _sum(_drawn(changes, density, keys))
 
 
 def dare_ties(
@@ -77,6 +80,10 @@ HOWS: dict[str, Callable[..., Tensor]] = {
     "dare_ties": dare_ties,
     "magnitude_prune": magnitude_prune,
 }
+
+
+def _sum(changes: Sequence[Tensor]) -> Tensor:
+    return sum(changes[1:], changes[0])
 
 
 def _drawn(changes: Sequence[Tensor], density: float, keys: Sequence[str]) -> list[Tensor]:
