@@ -73,6 +73,8 @@ def test_the_old_list_is_of_one_part(pipeline, factors, tmp_path, part):
     for path, own in adapter.tensors.items():
         assert torch.equal(own["A"], factors[path][0].half())
         assert torch.equal(own["B"], factors[path][1].half())
+    model = getattr(pipeline, part)
+    assert files.read(tmp_path / "lora.pt", model=model).tensors.keys() == adapter.tensors.keys()
     with pytest.raises(AdapterError, match="pickle is opened when you name the file itself"):
         files.read(tmp_path)
 

@@ -163,11 +163,12 @@ def _paths(part: str, own: Sequence[Ends], classes: list[set[str]], model: Any, 
     """The paths of the layers that have these shapes in this order."""
     if given and model is None:
         raise AdapterError(f"{part}: the model that was given has no such part")
-    every = [order for some in classes for order in layouts(some, len(own) // 4, model)]
+    orders = [order for some in classes for order in layouts(some, len(own) // 4, model)]
+    every = list(dict.fromkeys(map(tuple, orders)))
     counts = sorted({len(order) for order in every})
     fitting = [order for order in every if len(order) == len(own) and _fits(order, own, model)]
     if len(fitting) == 1:
-        return fitting[0]
+        return list(fitting[0])
     what = "the model that was given" if given else "Stable Diffusion 1 or 2"
     if len(fitting) > 1:
         raise AdapterError(f"{part}: its layers could be those of {what} in several orders")
