@@ -130,6 +130,6 @@ def test_layers_that_are_not_those_of_the_model_are_refused(pipeline, factors, t
 
 
 def test_what_the_format_cannot_hold_is_refused(adapter, tmp_path):
-    with pytest.raises(AdapterError, match=r"unet: conv_in \(4, 4\) is no layer that they count"):
+    with pytest.raises(AdapterError, match=r"unet: no layers that they count: conv_in \(4, 4\), "):
         files.write(adapter, tmp_path / "one", "cloneofsimo")
     assert not list(tmp_path.iterdir())
