@@ -227,6 +227,13 @@ def test_what_diffusers_files_cannot_hold_is_refused_with_every_reason(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_values_that_no_scale_fits_are_named(tmp_path):
+    tensors = {"A": torch.randn(2, 4).half(), "B": torch.full((4, 2), torch.nan).half()}
+    change = Change(LoraConfig(r=2, lora_alpha=1), tensors)
+    with pytest.raises(AdapterError, match=r"NaN or infinity.*: unet\.fc"):
+        files.write(adapter_of({"unet.fc": change}, parts=["unet"]), tmp_path / "one.safetensors", "diffusers")
+
+
 def test_a_small_scale_loses_nothing_in_fp16(tmp_path):
     A, B = torch.randn(4, 64).half() * 0.1, torch.randn(32, 4).half() * 1e-4
     change = Change(LoraConfig(r=4, lora_alpha=1 / 64), {"A": A, "B": B})
