@@ -214,3 +214,18 @@ def test_everything_that_is_wrong_is_told_at_once(make):
     other.tensors["v"]["A"] = torch.randn(2, 7)
     with pytest.raises(AdapterError, match=r"(?s)^q: .*DoRA.*\nv: "):
         measured([one, other], [1, 1])
+
+
+def test_what_would_not_be_finite_is_refused(make):
+    one, other = make(q="LORA", v="FULL"), make(q="LORA", v="FULL")
+    one.tensors["q"]["A"][0, 0] = torch.nan
+    other.tensors["v"]["D"].mul_(1e6)
+    with pytest.raises(AdapterError, match=r"(?s)q: .*NaN or infinity.*v: the result would hold NaN or infinity"):
+        combine([one, other], [1, 1], dtype=torch.float16)
+
+
+def test_parameters_adapted_by_their_names_are_refused():
+    config = LoraConfig(r=2, target_parameters=["experts.up"])
+    one = Adapter(config, {"experts": {"A": torch.randn(6, 5), "B": torch.randn(4, 6)}})
+    with pytest.raises(AdapterError, match=r"target_parameters.* are not combined: experts"):
+        combine([one, one], [1, 1])
