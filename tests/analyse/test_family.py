@@ -67,6 +67,24 @@ def test_what_a_file_claims(metadata, said):
     assert base.name == next(iter(metadata.values()))
 
 
+def test_a_text_encoder_by_itself_may_be_a_pipelines():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 768, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=20, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes))
+    adapter = get_peft_model(text, LoraConfig(r=2, target_modules=["q_proj", "fc1"])).get_adapter()
+    assert summary(adapter, values=False).base.family == "CLIP's text encoder, width 768, 3 layers"
+    shapes = {f"text_encoder.{path}": (8, 768) for path in adapter.tensors}
+    assert base_of(shapes, ("text_encoder",), None, {}).family == "SD 1.x"
+
+
+def test_a_unet_of_no_known_width_is_what_the_file_says():
+    paths = ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "text_encoder.encoder.layers.0.mlp.fc1")
+    sizes, parts = dict.fromkeys(paths, (8, 8)), ("unet", "text_encoder")
+    assert base_of(sizes, parts, None, {}).family == "a UNet"
+    assert base_of(sizes, parts, None, {"ss_base_model_version": "sd_v2"}).family == "SD 2.x"
+
+
 def test_names_of_other_image_models():
     def family(*paths, parts=("transformer",)):
         return base_of({f"{parts[0]}.{path}": (8, 8) for path in paths}, parts, None, {}).family

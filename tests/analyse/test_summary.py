@@ -105,6 +105,18 @@ def test_suspicious_numbers():
     assert "a rank larger than the layer, which is of no use: layers.1.fc1" in "\n".join(summary(wide).doubts)
 
 
+def test_tensors_that_are_not_what_the_config_says():
+    held = adapter(rank_pattern={})
+    for values in (False, True):
+        found = summary(held, values=values)
+        assert found.counts("rank") == {4: 1, 2: 1}
+        assert found.faults[0] == "the config says r=4, and the tensors have rank 2: layers.1.fc1"
+        assert len(found.faults) == 1 + values
+    torn = adapter()
+    torn.tensors["layers.1.fc1"]["B"] = torch.ones(7, 3)
+    assert "found A (2, 5), B (7, 3)" in "\n".join(summary(torn).faults)
+
+
 def test_a_file_that_says_another_base_than_its_shapes():
     paths = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     tensors = {paths: {"A": torch.ones(4, 2048), "B": torch.ones(6, 4)}}

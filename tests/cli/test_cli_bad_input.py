@@ -124,8 +124,8 @@ def test_an_unknown_device(veneer, recipe):
 
 
 def test_adapters_that_are_not_there_or_not_whole(veneer, tmp_path):
-    refused(veneer("generate", tmp_path / "none", "--prompt", "x"), "no such run or adapter")
-    refused(veneer("generate", tmp_path, "--prompt", "x"), "neither a run nor an adapter")
+    refused(veneer("generate", tmp_path / "none", "--prompt", "x"), "there is no such file or folder")
+    refused(veneer("generate", tmp_path, "--prompt", "x"), "holds no adapter")
     (tmp_path / "adapter_config.json").write_text("{")
     refused(veneer("generate", tmp_path, "--prompt", "x"), "not valid JSON")
     refused(veneer("merge", tmp_path, "--out", tmp_path), "exists already")

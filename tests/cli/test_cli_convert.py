@@ -48,9 +48,13 @@ def test_a_round_trip_keeps_every_change(veneer, source, tmp_path):
         said = veneer("convert", tmp_path / start, tmp_path / end, "--to", name)
         assert (said.code, said.err) == (0, "")
         torch.testing.assert_close(_deltas(tmp_path / end), _deltas(source))
-    said = veneer("convert", tmp_path / "c", tmp_path / "e", "--to", "diffusers", "--part", "unet")
-    assert (said.code, said.err) == (0, "")
+    assert (tmp_path / "c" / "unet" / "adapter_config.json").is_file()
+    for start, end, name in (("c", "alone", "peft"), ("alone", "e", "diffusers")):
+        said = veneer("convert", tmp_path / start, tmp_path / end, "--to", name, "--part", "unet")
+        assert (said.code, said.err) == (0, "")
+    assert files.read(tmp_path / "alone").parts == ()
     assert files.read(tmp_path / "e").parts == ("unet",)
+    torch.testing.assert_close(_deltas(tmp_path / "e"), _deltas(source))
 
 
 def test_nothing_is_overwritten_without_force(veneer, source, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import Adapter, AdapterError, LoraConfig, PeftModel, get_peft_model
-from veneer.core.apart import Change, adapter_of, beside, by_part, changes, joined
+from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.inject import carrying
 
 
@@ -116,6 +116,17 @@ def test_numbers_of_its_own_for_each_layer():
     assert config.alpha_pattern == {r"^inner\.proj": 2.0, "^point": 5.0}
 
 
+def test_the_options_of_one_layer_may_be_the_usual_ones_again():
+    biased = Change(LoraConfig(options={"lora_bias": True}), {"A": torch.zeros(8, 4), "B": torch.zeros(6, 8)})
+    biased.tensors["b"] = torch.ones(6)
+    plain = Change(LoraConfig(), {"A": torch.zeros(8, 4), "B": torch.zeros(6, 8)})
+    adapter = adapter_of({"a": biased, "b": biased, "c": plain})
+    assert adapter.config.options["lora_bias"]
+    assert {path: own.config for path, own in changes(adapter).items()} == {
+        "a": biased.config, "b": biased.config, "c": plain.config,
+    }  # fmt: skip
+
+
 def test_tensors_that_differ_in_trailing_ones_fit():
     adapter = _adapted(CONFIGS["lora"]).get_adapter()
     own = adapter.tensors
@@ -132,25 +143,6 @@ def test_tensors_that_differ_in_trailing_ones_fit():
         _first_adapter(Model().double(), "default", adapter, False)
 
 
-def test_parts_of_a_pipeline_apart_and_together():
-    adapters = {name: _adapted(CONFIGS[name]).get_adapter() for name in ("lora", "rslora")}
-    adapters["rslora"].config.use_rslora = False
-    whole = joined(adapters)
-    assert whole.parts == ("lora", "rslora")
-    assert {path.partition(".")[0] for path in whole.tensors} == {"lora", "rslora"}
-    apart = by_part(whole)
-    for name, adapter in adapters.items():
-        assert changes(apart[name]).keys() == changes(adapter).keys()
-        for path, change in changes(adapter).items():
-            assert changes(apart[name])[path].config == change.config
-            torch.testing.assert_close(apart[name].tensors[path], change.tensors, rtol=0, atol=0)
-        assert apart[name].embeddings == adapter.embeddings
-    with pytest.raises(AdapterError, match="save each in its own folder"):
-        whole.save("nowhere")
-    with pytest.raises(AdapterError, match=r"trains others whole: .*norm.weight"):
-        joined({"unet": _adapted(CONFIGS["much beside"]).get_adapter()})
-
-
 def test_metadata_goes_to_the_file_and_comes_back(tmp_path):
     adapter = _adapted(CONFIGS["lora"]).get_adapter()
     adapter.metadata = {"ss_network_dim": "8", "format": "xx"}
@@ -158,7 +150,13 @@ def test_metadata_goes_to_the_file_and_comes_back(tmp_path):
     assert Adapter.load(tmp_path).metadata == {"ss_network_dim": "8"}
 
 
+_ONE = {"unet.proj": Change(LoraConfig(r=1), {"A": torch.zeros(1, 2), "B": torch.zeros(2, 1)})}
 FAULTS = {
+    "tensors of another method": (
+        lambda: adapter_of({"a": Change(LoraConfig(), {"D": torch.zeros(1, 1)})}).save("nowhere"),
+        "a: 'D' are no tensors of LORA",
+    ),
+    "several parts": (lambda: adapter_of(_ONE, parts=("unet",)).save("nowhere"), "save each in its own folder"),
     "no layer": (lambda: adapter_of({}), "at least one layer"),
     "a size that is not said": (
         lambda: changes(_adapted(CONFIGS["ia3"]).get_adapter())["proj"].update(),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, PeftModel, files, get_peft_model
-from veneer.core.apart import Change, adapter_of, by_part, changes
+from veneer.core.apart import Change, adapter_of, changes
+from veneer.files.parts import by_part
 
 
 def _same(bits, pipeline, before):

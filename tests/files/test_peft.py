@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import veneer.files
 from veneer import Adapter, AdapterError, LoraConfig, get_peft_model
 from veneer.core.apart import Change, adapter_of, changes
-from veneer.files import peft as format_of_peft
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -88,12 +87,12 @@ def test_of_several_adapters_one_is_named(tmp_path):
         model.add_adapter(name, peft.LoraConfig(**{**LORA, "r": r}))
     model.save_pretrained(tmp_path, selected_adapters=["french", "german"])
     with pytest.raises(AdapterError, match=r"holds several adapters, name one: 'french', 'german'"):
-        format_of_peft.read({}, {}, str(tmp_path))
-    assert format_of_peft.read({}, {}, str(tmp_path), adapter="german").config.r == 5
+        veneer.files.read(tmp_path)
+    assert veneer.files.read(tmp_path, adapter="german").config.r == 5
     with pytest.raises(AdapterError, match=r"no adapter frensh: it has 'french', 'german'; did you mean 'french'"):
-        format_of_peft.read({}, {}, str(tmp_path), adapter="frensh")
+        veneer.files.read(tmp_path, adapter="frensh")
     model.save_pretrained(tmp_path, selected_adapters=["default"])
-    assert format_of_peft.read({}, {}, str(tmp_path)).config.r == 2
+    assert veneer.files.read(tmp_path).config.r == 2
 
 
 def test_a_folder_for_each_part(tmp_path):
@@ -105,7 +104,7 @@ def test_a_folder_for_each_part(tmp_path):
     adapter = adapter_of(own, parts=("unet", "text_encoder"), metadata={"trigger": "sks"})
     veneer.files.write(adapter, tmp_path / "both", "peft")
     assert peft.LoraConfig.from_pretrained(tmp_path / "both" / "text_encoder").r == 3
-    again = format_of_peft.read({}, {}, str(tmp_path / "both"))
+    again = veneer.files.read(tmp_path / "both")
     assert set(again.parts) == set(adapter.parts)
     assert again.metadata == adapter.metadata
     torch.testing.assert_close(again.tensors, dict(sorted(adapter.tensors.items(), key=lambda own: own[0][0])))

@@ -149,7 +149,7 @@ assert library.verify() == []
     ]
     assert made == "me/new is new, and private: its page on the hub opens it to others"
     assert refused == "me/new holds style.safetensors already; nothing was sent (--force replaces)"
-    assert origin == "{'repository': 'me/new'}"
+    assert origin == f"{{'repository': 'me/new', 'revision': '{COMMIT}'}}"
     assert plain == "peft mit a/b README.md adapter_config.json adapter_model.safetensors"
     assert two == "x/two/: expected one adapter, found one.safetensors, two.safetensors; x/two/FILE names one of them"
     assert one == "rail adapter.safetensors"

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -227,16 +229,20 @@ def test_the_index_is_only_a_cache(peft, place):
     assert library.listed() == entries[1:]
 
 
-def test_an_entry_changed_by_hand_is_seen(peft, place):
+def test_an_entry_changed_by_hand_is_seen_also_within_one_tick_of_the_clock(peft, place):
     library.add(peft(), "a")
     path = place / "entries" / "a.json"
-    for age in (0, 100):
-        for tag in ("old", "new"):  # of one length, and of one time
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"tags": [tag]}))
-            os.utime(path, (path.stat().st_mtime - age,) * 2)
-            if age == 0:
-                assert library.search([tag])
-    assert library.search(["new"])
+    now = path.stat().st_mtime_ns
+    for tag in ("old", "new"):  # of one length, in one file, at one time
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tags": [tag]}))
+        os.utime(path, ns=(now, now))
+        assert library.search([tag])
+
+
+def test_what_would_be_too_long_to_read_again_is_refused(peft, place):
+    with pytest.raises(AdapterError, match=r"what is said of 'a' is too long: expected at most \d+ bytes"):
+        library.add(peft(), "a", note="x" * 5_000_000)
+    assert everything(place) == {}
 
 
 def test_no_library_is_an_empty_one(place):
@@ -251,3 +257,18 @@ def test_without_a_word_it_is_where_the_platform_keeps_data(monkeypatch):
     assert library.folder() == platformdirs.user_data_path("veneer", appauthor=False) / "library"
     monkeypatch.setenv("VENEER_LIBRARY", "~/adapters")
     assert library.folder() == Path.home() / "adapters"
+
+
+def test_a_list_loads_no_torch(peft, place):
+    library.add(peft(), "a")
+    os.utime(place / "entries" / "a.json", (0, 0))
+    library.listed()
+    program = "import sys; from veneer import library; print(library.search(['a'])[0].name, 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "a False\n"
+
+
+def test_the_public_names_are_declared_once_each_way():
+    assert sorted(library.__all__) == sorted(library._HOMES)
+    assert all(getattr(library, name).__name__ == name for name in library.__all__)
+    with pytest.raises(AttributeError, match=r"module .veneer.library. has no attribute .ad."):
+        _ = library.ad

@@ -31,6 +31,17 @@ def doubts_of(layers: Iterable[Layer], dtypes: Mapping[str, int], base: Base, me
     return doubts + _contradicted(layers, metadata)
 
 
+def faults_of(layers: Iterable[Layer]) -> list[str]:
+    """What no reader can make sense of: ranks that are not the config's."""
+    wrong: dict[tuple[int | None, int | None], list[str]] = {}
+    for layer in layers:
+        if layer.rank != layer.said:
+            wrong.setdefault((layer.said, layer.rank), []).append(layer.path)
+    return [
+        f"the config says r={said}, and the tensors have rank {r}: {collapsed(own)}" for (said, r), own in wrong.items()
+    ]
+
+
 def _contradicted(layers: list[Layer], metadata: Mapping[str, str]) -> list[str]:
     """What kohya's metadata says of rank and alpha, where no tensor has it."""
     found = []

@@ -20,8 +20,9 @@ _SPELT = (
     ("Flux", r"flux"),
     ("Würstchen prior", r"w(ü|ue?)rstchen|stable-cascade"),
 )
-# (family, what a layer's path begins with), of models that say which they are
+# (family, what a layer's path begins with), the first that fits
 _BEGINNINGS = (
+    ("CLIP's text encoder", r"(text_encoder\w*\.)?(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\."),
     ("GPT-2", r"(transformer\.)?h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))"),
     ("Bloom or Falcon", r"(transformer\.)?h\.\d+\.self_attention\."),
     ("GPT-NeoX", r"gpt_neox\."),
@@ -35,6 +36,7 @@ _BEGINNINGS = (
     ("Llama-like", r"(model\.)?layers\.\d+\.(self_attn\.(q|k|v|o|qkv)_proj|mlp\.(gate|up|down|gate_up)_proj)"),
 )
 _SAYS = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "baseModel", "base_model")
+_UNET = r"(down|up)_blocks|mid_block"
 _ATTENDED = re.compile(r"(?:.*\.)?attn2\.to_[kv]")
 _READS_STREAM = re.compile(
     r".*(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|query|query_key_value|c_attn|q_lin|fc1)"
@@ -55,13 +57,15 @@ def base_of(sizes: SIZES, parts: Iterable[str], name: str | None, metadata: Mapp
     """The family by names and shapes where they show it, else as the file claims; `name` is the config's."""
     claims = [str(metadata[key]) for key in _SAYS if metadata.get(key)]
     said = next(filter(None, map(_spelt, [*claims, *([name] if name else [])])), None)
-    family, because = _image(sizes, set(parts)) or _language(sizes) or (said, "what the file says" if said else "")
+    claimed = (said, "as the file says") if said else None
+    unet = ("a UNet", "its layers' names") if _has(sizes, _UNET) else None
+    family, because = _image(sizes, set(parts)) or claimed or unet or _language(sizes) or (None, "")
     return Base(family, because, name or next(iter(claims), None), said)
 
 
 def _image(sizes: SIZES, parts: set[str]) -> tuple[str, str] | None:
     widths = {size[1] for path, size in sizes.items() if _ATTENDED.fullmatch(path) and size}
-    if len(widths) == 1 and (width := widths.pop()) in _CROSS_WIDTHS and _has(sizes, r"(down|up)_blocks|mid_block"):
+    if len(widths) == 1 and (width := widths.pop()) in _CROSS_WIDTHS and _has(sizes, _UNET):
         return _CROSS_WIDTHS[width], f"its cross-attention reads width {width}"
     if "prior" in parts or _has(sizes, r"kv_mapper|cond_mapper|blocks\.\d+\.(channelwise|mapper)"):
         return "Würstchen prior", "its layers' names"

@@ -11,7 +11,7 @@ from veneer.core.apart import Change, beside, changes
 from veneer.core.config import LoraConfig, scaling
 
 _METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "IA3": "(IA)³", "FULL": "full difference"}
-_RANKED = {"LORA": {"A"}, "LOHA": {"A1"}, "LOKR": {"C_A", "D_A"}, "VERA": {"d"}}  # the tensors that have r as a side
+_RANKED = {"LORA": ("A",), "LOHA": ("A1",), "LOKR": ("D_A", "C_A"), "VERA": ("d",)}  # tensors with r as first side
 _SCALED = {"LORA", "LOHA", "LOKR"}
 WHOLE, BIAS, ROWS = "saved whole", "bias", "token rows"
 
@@ -29,6 +29,7 @@ class Layer:
     scale: float | None
     shape: tuple[int, ...] | None  # (out, in · kernel)
     parameters: int
+    said: int | None  # the rank that the config says
 
 
 def layers_of(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, Change]]:
@@ -49,17 +50,20 @@ def _layer(path: str, adapter: Adapter, tensors: Mapping[str, Tensor], change: C
     kind = config.peft_type
     method = _beside(path, tensors) or named(config)
     own = "value" not in tensors and "rows" not in tensors
+    ranks = [len(tensors[name]) for name in _RANKED.get(kind, ()) if own and name in tensors]
+    said = config.r if ranks else None
     scaled = own and kind in _SCALED
     return Layer(
         path=path,
         part=part,
         role="embedding" if path in adapter.embeddings else role_of(inner),
         method=method,
-        rank=config.r if own and _RANKED.get(kind, set()) & tensors.keys() else None,
+        rank=ranks[0] if ranks and change else said,  # the tensors of a stack of matrices have it many times
         alpha=config.lora_alpha if scaled else None,
         scale=scaling(config.r, config.lora_alpha, config.use_rslora) if scaled else None,
         shape=change.shape if change else tuple(tensors["value"].shape) if "value" in tensors else None,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
+        said=said,
     )
 
 

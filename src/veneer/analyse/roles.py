@@ -18,7 +18,7 @@ _ENDS = (
     ("attention k", r"to_k|k_proj|k_lin|key|key_proj|add_k_proj|k"),
     ("attention v", r"to_v|v_proj|v_lin|value|value_proj|add_v_proj|v"),
     ("attention out", r"to_out(\.0)?|o_proj|out_proj|out_lin|to_add_out|o"),
-    ("projection", r"proj_in|proj_out|projection|(\w+_)?mapper(\.\d+)?|\w*_projection|proj"),
+    ("projection", r"proj_in|proj_out|projection|(\w+_)?mapper(\.\d+)?|(\w+_)?proj(ection)?"),
 )
 _ROLES = tuple((role, re.compile(rf"(?:.*\.)?(?:{end})")) for role, end in _ENDS)
 _CROSS = re.compile(r"(^|\.)(attn2|encoder_attn|crossattention|cross_attn|EncDecAttention)\.")

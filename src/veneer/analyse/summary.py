@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from veneer.analyse.doubts import doubts_of
+from veneer.analyse.doubts import doubts_of, faults_of
 from veneer.analyse.family import Base, base_of
 from veneer.analyse.layers import BIAS, ROWS, WHOLE, Layer, layers_of
 from veneer.analyse.roles import ROLES
@@ -91,7 +91,7 @@ class Summary:
 
     def _layer(self, layer: Layer) -> dict[str, Any]:
         told = asdict(layer)
-        del told["path"]
+        del told["path"], told["said"]
         told["shape"] = layer.shape and list(layer.shape)
         return told | ({"norm": self.values.norms.get(layer.path)} if self.values else {})
 
@@ -103,7 +103,6 @@ class Summary:
             "norm": self.values.among(norms),
             "largest": {path: norms[path] for path in self.values.largest(_MOST)},
             "dead": list(self.values.dead),
-            "broken": list(self.values.broken),
         }
 
 
@@ -121,7 +120,7 @@ def summary(adapter: Adapter, format: str | None = None, values: bool = True) ->
     base = base_of(sizes, adapter.parts, adapter.config.base_model_name_or_path, adapter.metadata)
     found = values_of(adapter, changes) if values else None
     doubts = doubts_of(layers.values(), dtypes, base, adapter.metadata) + list(found.doubts if found else ())
-    broken = [f"NaN or infinity in: {', '.join(found.broken)}"] if found and found.broken else []
+    faults = [*adapter.faults, *faults_of(layers.values()), *(found.faults if found else ())]
     return Summary(
         format=format,
         base=base,
@@ -133,7 +132,7 @@ def summary(adapter: Adapter, format: str | None = None, values: bool = True) ->
         metadata=dict(adapter.metadata),
         values=found,
         doubts=tuple(doubts),
-        faults=(*adapter.faults, *broken),
+        faults=tuple(faults),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.core.apart import Change
-from veneer.core.errors import collapsed
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.safe.stored import is_finite
 
 _HALF = torch.finfo(torch.float16)
@@ -26,8 +26,8 @@ class Values:
 
     norms: dict[str, float | None]  # by path; None where ΔW depends on the base's weight
     dead: tuple[str, ...]  # layers whose change is all zero
-    broken: tuple[str, ...]  # tensors with NaN or infinity
     doubts: tuple[str, ...]
+    faults: tuple[str, ...]  # NaN and infinity; tensors that make no change together
 
     def among(self, paths: Iterable[str]) -> float:
         """‖ΔW‖ of these layers together: √ Σ ‖ΔW‖²."""
@@ -41,30 +41,32 @@ class Values:
 
 def values_of(adapter: Adapter, changes: Mapping[str, Change]) -> Values:
     """Read all tensors, a layer at a time."""
-    broken, norms = [], dict[str, float | None]()
-    too_large, too_small = [], []
+    norms = dict[str, float | None]()
+    unfit: dict[str, list[str]] = defaultdict(list)
+    broken, large, small = list[str](), list[str](), list[str]()
     for path, tensors in adapter.tensors.items():
-        names = {name: ".".join(filter(None, (path, name))) for name in tensors}
-        bad = [names[name] for name, tensor in tensors.items() if not is_finite(tensor)]
+        named = {".".join(filter(None, (path, name))): tensor for name, tensor in tensors.items()}
+        bad = [name for name, tensor in named.items() if not is_finite(tensor)]
         broken += bad
-        too_large += [names[name] for name, tensor in tensors.items() if not bad and overflows(tensor)]
-        too_small += [names[name] for name, tensor in tensors.items() if subnormal(tensor) > _MANY]
-        if path in changes:
-            norms[path] = None if bad else norm_of(changes[path])
+        large += [name for name, tensor in named.items() if not bad and overflows(tensor)]
+        small += [name for name, tensor in named.items() if subnormal(tensor) > _MANY]
+        if path in changes and not bad:
+            try:
+                norms[path] = norm_of(changes[path])
+            except AdapterError as error:
+                unfit[str(error)].append(path)
     dead = tuple(path for path, norm in norms.items() if norm == 0)
-    doubts = []
-    if dead:
-        doubts.append(f"layers that change nothing, as if never trained: {collapsed(dead)}")
-    if twins := _twins(changes, norms):
-        doubts.append(f"layers with the same values to the bit: {'; '.join(' = '.join(own) for own in twins)}")
-    if too_large:
-        doubts.append(f"values beyond {_HALF.max:g}, which float16 cannot hold: {collapsed(too_large)}")
-    if too_small:
-        doubts.append(
-            f"more than {_MANY:.0%} of the values are below {_HALF.smallest_normal:.2g}, where float16 loses digits: "
-            f"{collapsed(too_small)}"
-        )
-    return Values(norms, dead, tuple(broken), tuple(doubts))
+    twins = [" = ".join(paths) for paths in _twins(changes, norms)]
+    less = f"{_HALF.smallest_normal:.2g}, where float16 loses digits"
+    doubts = {
+        "layers that change nothing, as if never trained": collapsed(dead) if dead else "",
+        "layers with the same values to the bit": listed(twins, say=str, between="; ") if twins else "",
+        f"values beyond {_HALF.max:g}, which float16 cannot hold": collapsed(large) if large else "",
+        f"more than {_MANY:.0%} of the values are below {less}": collapsed(small) if small else "",
+    }
+    faults = [f"NaN or infinity in: {collapsed(broken)}"] * bool(broken)
+    faults += [f"{collapsed(paths)}: {error}" for error, paths in unfit.items()]
+    return Values(norms, dead, tuple(f"{what}: {where}" for what, where in doubts.items() if where), tuple(faults))
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ _FACTS = {
     "prediction": ("modelspec.prediction_type",),
     "clip skip": ("ss_clip_skip",),
     "network": ("ss_network_module",),
-    "trained by": ("software", "ss_sd_scripts_commit_hash", "modelspec.implementation"),
+    "trained by": ("software", "ss_sd_scripts_commit_hash"),
 }
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "ss_trigger_words", "instance_prompt")
 

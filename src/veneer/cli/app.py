@@ -9,8 +9,10 @@ from veneer.cli import (
     combine,
     convert,
     evaluate,
+    export,
     extract,
     generate,
+    inspect,
     library,
     merge,
     models,
@@ -50,11 +52,13 @@ def _veneer(
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(evaluate.evaluate)
+app.command()(inspect.inspect)
 app.command()(merge.merge)
 app.command()(convert.convert)
 app.command()(combine.combine)
 app.command()(extract.extract)
 app.command()(resize.resize)
+app.command()(export.export)
 app.command()(models.models)
 app.command()(pull.pull)
 app.add_typer(library.app, name="library")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.core.config import LoraConfig
 
-_ONE_MODEL = ("peft", "loralib")  # formats whose names say nothing of a pipeline's parts
+_ONE_MODEL = "loralib"  # whose names say nothing of a pipeline's parts
 
 
 def convert(
@@ -47,19 +47,19 @@ def convert(
 
 def _part(adapter: "Adapter", part: str | None, to: str) -> "Adapter":
     """The part that is wanted, as the format names parts."""
-    from veneer.core.apart import by_part, joined
+    from veneer.files.parts import by_part, joined
 
-    one = to in _ONE_MODEL
-    if part is None and one and len(adapter.parts) == 1:
+    if part is None and to == _ONE_MODEL and adapter.parts:
+        if len(adapter.parts) > 1:
+            raise AdapterError(f"{to} is of one model, and this is of {listed(adapter.parts)}: choose one with --part")
         part = adapter.parts[0]
     if part is None:
-        if one and adapter.parts:
-            raise AdapterError(f"{to} is of one model, and this is of {listed(adapter.parts)}: choose one with --part")
         return adapter
     if adapter.parts and part not in adapter.parts:
         raise AdapterError(f"--part {part}: the adapter has {listed(adapter.parts)}")
     own = by_part(adapter)[part] if adapter.parts else adapter
-    return own if one else joined({part: own})
+    alone = to == _ONE_MODEL or (to == "peft" and adapter.parts)
+    return own if alone else joined({part: own})
 
 
 def _of_type(adapter: "Adapter", dtype: "Dtype | None") -> "Adapter":

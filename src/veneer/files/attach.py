@@ -6,12 +6,12 @@ from typing import Any, overload
 from torch import nn
 
 from veneer.core.adapter import Adapter
-from veneer.core.apart import adapter_of, beside, by_part, changes
+from veneer.core.apart import adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.model import PeftModel, get_peft_model
 from veneer.core.targets import base_modules
-from veneer.files.parts import LEVEL
+from veneer.files.parts import LEVEL, by_part
 
 Models = dict[str, PeftModel]
 

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +19,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files import names as spelling
-from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of
+from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of, scaled
 from veneer.files.parts import PARTS
 
 NAME = "kohya"
@@ -126,15 +125,6 @@ def _one_alpha(alphas: Collection[float]) -> float:
     return min(size for size in sizes if math.frexp(size)[0] == kind)
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where it is too large."""
-    if factor == 1:
-        return tensor
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
-    fits = all(value.abs() <= torch.finfo(tensor.dtype).max for value in wide.aminmax()) if wide.numel() else True
-    return wide.to(tensor.dtype) if fits else wide
-
-
 def store(
     adapter: Adapter,
     every: Mapping[str, Change],
@@ -223,7 +213,8 @@ def _own_memory(flat: Mapping[str, Tensor]) -> Own:
 
 def _about(said: Mapping[str, str], facts: Mapping[str, str], family: str | None) -> dict[str, str]:
     """What the file says of itself: what the adapter says, with what is known of this file."""
-    about = {key: value for key, value in said.items() if key not in _STALE}
+    stale = [*_STALE, *["ss_network_args"] * (said.get("ss_network_module") != facts["ss_network_module"])]
+    about = {key: value for key, value in said.items() if key not in stale}
     if family in _VERSIONS:
         version, architecture, implementation, resolution = _VERSIONS[family]
         known = {"ss_base_model_version": version, "ss_v2": str(family == "SD2")}

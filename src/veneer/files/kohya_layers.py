@@ -13,7 +13,7 @@ dora_scale                         m, along the outputs `(out, 1, …)` or the i
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from veneer.core.apart import Change
 from veneer.core.config import LoraConfig, scaling
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import AdapterError, listed, named
 
 Own = Mapping[str, Tensor]
 _Read = tuple[dict[str, Tensor], int | None, dict[str, Any]]  # the method's tensors, the rank, options
@@ -36,9 +36,11 @@ _UNKNOWN = {  # endings of methods that are LyCORIS's and not veneer's
 
 def change_of(own: Own) -> Change:
     """What the tensors of one layer do, by their names after the layer's. Raises `AdapterError` with what is wrong."""
+    if twice := [name for name, other in _ALIASES.items() if {name, other} <= own.keys()]:
+        raise AdapterError(f"{_said(twice)} there under another name too")
     own = {_ALIASES.get(name, name): tensor for name, tensor in own.items()}
     if strange := {_UNKNOWN[name] for name in own if name in _UNKNOWN}:
-        raise AdapterError(f"{listed(sorted(strange), say=str)} is no method of veneer")
+        raise AdapterError(f"{_said(strange)} is no method of veneer")
     forms = [form for form in _FORMS if not own.keys().isdisjoint(form.names)]
     if len(forms) != 1:
         methods = listed((form.method for form in forms), say=str, between=" and ")
@@ -47,9 +49,9 @@ def change_of(own: Own) -> Change:
     if unknown := own.keys() - {*form.names, *form.beside}:
         raise AdapterError(f"{_said(unknown)} beside {form.method}")
     if missing := [name for name in form.needs if name not in own]:
-        raise AdapterError(f"{_said(own.keys() - {*form.beside})} without {listed(missing, say=str)}")
-    if bare := [name for name in form.matrices if name in own and own[name].ndim < 2]:
-        raise AdapterError(f"{_said(bare)} should be matrices or kernels")
+        raise AdapterError(f"{_said(own.keys() - {*form.beside})} without {_said(missing)}")
+    if bare := [name for name in form.names if name in own and (own[name].ndim < form.least or not own[name].numel())]:
+        raise AdapterError(f"{_said(bare)} should have at least {form.least} dimensions, none of them 0")
     tensors, rank, options = form.read(own)
     r, alpha = _numbers(own, rank, tensors)
     change = Change(_config(form.method, r, alpha, "dora_scale" in own, **options), tensors)
@@ -57,7 +59,7 @@ def change_of(own: Own) -> Change:
 
 
 def _said(names: Iterable[str]) -> str:
-    return listed(sorted(names), say=str)
+    return listed(sorted(names), say=named)
 
 
 def _numbers(own: Own, rank: int | None, tensors: Own) -> tuple[int, float]:
@@ -78,7 +80,7 @@ def _numbers(own: Own, rank: int | None, tensors: Own) -> tuple[int, float]:
     return rank, numbers.get("alpha", rank) * numbers.get("scalar", 1.0)
 
 
-@cache
+@lru_cache(1024)
 def _config(method: str, r: int, lora_alpha: float, use_dora: bool, **options: Any) -> LoraConfig:
     config = LoraConfig(r, lora_alpha, peft_type=method, use_dora=use_dora)
     config.options |= options  # in one layer's config, what names layers is whether it is one of them
@@ -119,7 +121,7 @@ def _loha(own: Own) -> _Read:
     for which in "12":
         a, b, t = own[f"hada_w{which}_a"], own[f"hada_w{which}_b"], own.get(f"hada_t{which}")
         if t is not None:
-            a, b = a.t(), _core(t, a, b, f"hada_t{which}").flatten(1)
+            a, b = a.flatten(1).t(), _core(t, a, b, f"hada_t{which}").flatten(1)
         tensors |= {f"A{which}": b, f"B{which}": a}
         ranks |= {f"hada_w{which}_a": a.shape[1], f"hada_w{which}_b": len(b)}
     _matching("LoHa's factors", **ranks)
@@ -140,7 +142,7 @@ def _lokr(own: Own) -> _Read:
             tensors[name] = whole
         elif a is not None and b is not None:
             if t is not None:
-                a, b = a.t(), _core(t, a, b, f"lokr_t{which}").flatten(1)
+                a, b = a.flatten(1).t(), _core(t, a, b, f"lokr_t{which}").flatten(1)
             tensors |= {f"{name}_B": a, f"{name}_A": b}
             ranks |= {f"lokr_w{which}_a": a.shape[1], f"lokr_w{which}_b": len(b)}
     if "lokr_t2" in own and "lokr_w2" in own:
@@ -189,10 +191,7 @@ class _Form(NamedTuple):
     needs: tuple[str, ...]
     read: Callable[[Own], _Read]
     beside: tuple[str, ...] = ("alpha", "dora_scale", "scalar")
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        return self.names if self.method in ("LORA", "LOHA", "LOKR") else ()
+    least: int = 2  # dimensions of its tensors
 
 
 _FULL = {"D": ("diff", "w_norm"), "b": ("diff_b", "b_norm")}
@@ -203,9 +202,9 @@ _FORMS = (
     _Form("LORA", (*_LORA, "lora_mid.weight"), _LORA, _lora),
     _Form("LOHA", (*_LOHA, "hada_t1", "hada_t2"), _LOHA, _loha),
     _Form("LOKR", _LOKR, (), _lokr),
-    _Form("FULL", ("diff", "diff_b"), (), _full, ("alpha",)),
-    _Form("FULL", ("w_norm", "b_norm"), (), _full, ("alpha",)),
-    _Form("IA3", ("weight", "on_input"), ("weight", "on_input"), _ia3, ("alpha",)),
+    _Form("FULL", ("diff", "diff_b"), (), _full, ("alpha",), 1),
+    _Form("FULL", ("w_norm", "b_norm"), (), _full, ("alpha",), 1),
+    _Form("IA3", ("weight", "on_input"), ("weight", "on_input"), _ia3, ("alpha",), 0),
 )
 LYCORIS_ONLY = frozenset(name for form in _FORMS if form.method != "LORA" for name in form.names) | _UNKNOWN.keys()
 _THEIRS = {
@@ -218,8 +217,8 @@ _THEIRS = {
 
 
 def own_of(change: Change) -> dict[str, Tensor]:
-    """The tensors of one layer in a LyCORIS file, by their names after the layer's, with an α of its own. What is read
-    back is the same change. Raises `AdapterError` where there is no place for it.
+    """The tensors of one layer in a LyCORIS file, by their names after the layer's: a LoRA with an α of its own, others
+    with their scale in a factor. What is read back is the same change. Raises `AdapterError` where it has no place.
     """
     config, tensors = change.config, dict(change.tensors)
     magnitude = tensors.pop("magnitude", None)
@@ -233,17 +232,38 @@ def own_of(change: Change) -> dict[str, Tensor]:
     if config.peft_type == "FULL" and "D" in tensors and tensors["D"].ndim == 1:
         names = {"D": "w_norm", "b": "b_norm"}
     if strange := [name for name in tensors if name not in names]:
-        raise AdapterError(f"{config.peft_type} with {listed(strange, say=str)}, which have no place there")
+        raise AdapterError(f"{config.peft_type} with {_said(strange)}, which have no place there")
     alpha = alpha_of(config)
-    if {"C", "D"} <= tensors.keys() and alpha != config.r:  # all readers take a scale of 1
-        tensors["C"] = _wide(tensors["C"]) * (alpha / config.r)
-        alpha = config.r
+    if config.peft_type != "LORA":
+        tensors, alpha = _unscaled(config, tensors), config.r
     own = {theirs: tensors[name] for name, theirs in names.items() if name in tensors}
     if config.peft_type != "FULL":
         own["alpha"] = exact(alpha)
     if magnitude is not None:
         own["dora_scale"] = _scale_of(magnitude, change)
     return own
+
+
+def _unscaled(config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same change with a scale of 1, which LyCORIS 4.1 would apply twice where it merges LoHa or LoKr; and with
+    LoKr's smaller factor as a whole, as it takes that for another one if it is a product and the larger is none.
+    """
+    scale = scaling(config.r, config.lora_alpha, config.use_rslora)
+    if "B1" in tensors:
+        return {**tensors, "B1": scaled(tensors["B1"], scale)}
+    if not {"C", "C_A"} & tensors.keys() or ("C" in tensors and scale == 1):
+        return tensors
+    C = _wide(tensors["C"]) if "C" in tensors else _wide(tensors["C_B"]) @ _wide(tensors["C_A"])
+    return {name: own for name, own in tensors.items() if name not in ("C_A", "C_B")} | {"C": scale * C}
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where it is too large."""
+    if factor == 1:
+        return tensor
+    wide = _wide(tensor) * factor
+    fits = all(value.abs() <= torch.finfo(tensor.dtype).max for value in wide.aminmax()) if wide.numel() else True
+    return wide.to(tensor.dtype) if fits else wide
 
 
 def _scale_of(m: Tensor, change: Change) -> Tensor:
@@ -262,7 +282,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def alpha_of(config: LoraConfig) -> float:
     """α with which α / r is the layer's scale."""
-    return scaling(config.r, config.lora_alpha, config.use_rslora) * config.r
+    return config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1)
 
 
 def exact(number: float) -> Tensor:

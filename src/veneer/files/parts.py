@@ -1,6 +1,11 @@
-"""What the parts of a diffusers pipeline are called, and the layers of their text encoders."""
+"""The parts of a diffusers pipeline: what they and their text encoders' layers are called; an adapter by part."""
 
 import re
+from collections.abc import Mapping
+
+from veneer.core.adapter import Adapter
+from veneer.core.apart import Change, adapter_of, beside, changes
+from veneer.core.errors import AdapterError, collapsed
 
 PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "transformer", "transformer_2")
 LEVEL = "text_model."  # of CLIP's layers before transformers 5; files go by it
@@ -27,3 +32,41 @@ def canonical(path: str) -> str:
     """A path in a pipeline, as files have it."""
     part, _, rest = path.partition(".")
     return f"{part}.{levelled(rest)}" if is_text(part) and rest else path
+
+
+def by_part(adapter: Adapter) -> dict[str, Adapter]:
+    """The adapter of each of a pipeline's parts, with the paths that its own modules have.
+
+    Raises `AdapterError` for what is trained `beside`, whose config names no part.
+    """
+    _refuse_beside(adapter)
+    every, found = changes(adapter), {}
+    for part in adapter.parts:
+        length = len(part) + 1
+        own = {path[length:]: change for path, change in every.items() if path.startswith(f"{part}.")}
+        tables = [path[length:] for path in adapter.embeddings if path.startswith(f"{part}.")]
+        base = adapter.config.base_model_name_or_path
+        found[part] = adapter_of(own, metadata=adapter.metadata, embeddings=tables, base=base)
+    return found
+
+
+def joined(adapters: Mapping[str, Adapter]) -> Adapter:
+    """The one adapter of a pipeline's parts, by their names. Raises as `by_part` does."""
+    every, metadata = dict[str, Change](), dict[str, str]()
+    tables, bases = [], set()
+    for part, adapter in adapters.items():
+        _refuse_beside(adapter)
+        every |= {f"{part}.{path}": change for path, change in changes(adapter).items()}
+        tables += [f"{part}.{path}" for path in adapter.embeddings]
+        metadata |= adapter.metadata
+        bases.add(adapter.config.base_model_name_or_path)
+    base = bases.pop() if len(bases) == 1 else None
+    return adapter_of(every, metadata=metadata, parts=adapters, embeddings=tables, base=base)
+
+
+def _refuse_beside(adapter: Adapter) -> None:
+    if rest := beside(adapter):
+        raise AdapterError(
+            "an adapter of several parts of a pipeline changes layers alone, and this one also trains others whole: "
+            f"{collapsed(rest)}"
+        )

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from veneer.core.adapter import CONFIG, Adapter, by_layer, examine, read_config
-from veneer.core.apart import Change, adapter_of, beside, by_part, changes, joined
+from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
 from veneer.core.methods.lokr import divided
-from veneer.files.parts import PARTS
+from veneer.files.parts import PARTS, by_part, joined
 from veneer.safe.whole import Write, write_whole
 
 NAME = "peft"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer.core.adapter import CONFIG, WEIGHTS
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest, shown
+from veneer.files.peft import inside
 from veneer.safe.stored import read_header, read_tensors
 
 _ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, now and before torch 1.6
@@ -35,7 +36,10 @@ class Stored:
 
 
 def adapter_file(path: Path) -> Path:
-    """The file that the path means, or the PEFT folder. Raises `AdapterError` that says what is there instead."""
+    """The file that the path means, or the PEFT folder, which may hold several.
+
+    Raises `AdapterError` that says what is there instead.
+    """
     try:
         if not path.exists():
             siblings = map(str, path.parent.glob("*"))
@@ -46,10 +50,14 @@ def adapter_file(path: Path) -> Path:
             return path
         if (path / _RUN / CONFIG).is_file():
             return path / _RUN
+        if inside(path):
+            return path
         found = sorted(
             file for file in path.iterdir() if file.suffix == ".safetensors" and not file.name.startswith(".")
         )
         there = sorted(file.name for file in path.iterdir())
+        if not found and any((inner / CONFIG).is_file() for inner in path.iterdir()):
+            return path  # PEFT's folder of several adapters, or of a pipeline's parts
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     if len(found) == 1:

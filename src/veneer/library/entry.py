@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.errors import AdapterError, shown
-from veneer.safe.stored import OBJECT_LIMIT, parsed, read_bytes
 
 LONGEST = 100  # bytes of a name
 _NAME = re.compile(r"\w(?:[\w.+-]*[\w+-])?")
@@ -45,6 +44,8 @@ class Entry:
 
     def to_json(self) -> str:
         """The text of its file. Raises `AdapterError` where it is too long to be read again."""
+        from veneer.safe.stored import OBJECT_LIMIT
+
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
         if len(text.encode()) > OBJECT_LIMIT:
             raise AdapterError(f"what is said of {self.name!r} is too long: expected at most {OBJECT_LIMIT} bytes")
@@ -53,6 +54,8 @@ class Entry:
     @classmethod
     def read(cls, path: Path) -> "Entry":
         """The entry that a file of the library holds. Raises `AdapterError` that says all that is wrong with it."""
+        from veneer.safe.stored import parsed, read_bytes  # which loads torch; a list of entries needs none
+
         entry = cls.of(parsed(read_bytes(path), str(path)), str(path))
         if path.name != file_of(entry.name):
             raise AdapterError(f"{path} is the entry of {entry.name!r}: expected {file_of(entry.name)!r} as its name")

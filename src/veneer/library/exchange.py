@@ -15,11 +15,12 @@ from uuid import uuid4
 
 from veneer.core.errors import AdapterError
 from veneer.library import content, hub
+from veneer.library.adding import keep
 from veneer.library.entry import Entry, checked_name, name_of
 from veneer.library.facts import card
-from veneer.library.place import Report, silent
-from veneer.library.shelf import get, keep, path_of, preview_of
-from veneer.library.source import ALONE, CARD, SHEET, called, no_such, source
+from veneer.library.place import Report, no_such, silent
+from veneer.library.shelf import get, path_of, preview_of
+from veneer.library.source import ALONE, CARD, SHEET, called, source
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INSIDE = re.compile(rf"({_REPOSITORY.pattern})(?:/(.+))?")
@@ -57,12 +58,12 @@ def pull(start: str, name: str | None = None, force: bool = False, report: Repor
             raise no_such(path)
         found = source(path)
     else:
-        place, fetched = hub.download(match[1], match[2] or "", report)
+        place, fetched, revision = hub.download(match[1], match[2] or "", report)
         found = source(place)
         found.files = {name: file for name, file in found.files.items() if file in fetched}
         for file in fetched:
             found.facts = (card(file) if file.name == CARD else {}) | found.facts
-        found.facts["origin"] = {"repository": start}
+        found.facts["origin"] = {"repository": start, "revision": revision}
         if not found.sums:  # its folder in the cache has no name of its own
             found.name = called(PurePosixPath(start))
     return keep(found, checked_name(name) if name is not None else name_of(found.name), {}, force, report)
@@ -86,7 +87,7 @@ def _parcel(entry: Entry, to: str) -> dict[str, Path | bytes]:
         entry,
         files={names[file]: key for file, key in entry.files.items()},
         file=names.get(entry.file, ""),
-        origin={key: text for key, text in entry.origin.items() if key == "repository"},
+        origin={key: text for key, text in entry.origin.items() if key in ("repository", "revision")},
     )
     files.setdefault(CARD, _card(entry, to, preview).encode())
     return files | {SHEET: sent.to_json().encode()}

@@ -13,8 +13,9 @@ _SMALL = (".json", ".md", ".txt", ".jinja", ".model")  # what may belong to an a
 _BASES = ("config.json", "model_index.json")
 
 
-def download(repository: str, inside: str, report: Report) -> tuple[Path, list[Path]]:
-    """The file or folder of the adapter `inside` a repository ("" is all of it), and its files, in the hub's own cache.
+def download(repository: str, inside: str, report: Report) -> tuple[Path, list[Path], str]:
+    """The file or folder of the adapter `inside` a repository ("" is all of it), in the hub's own cache; its files, and
+    their revision.
 
     Nothing but the adapter is fetched, and no pickle. Raises `AdapterError`.
     """
@@ -28,7 +29,7 @@ def download(repository: str, inside: str, report: Report) -> tuple[Path, list[P
         raise
     except Exception as error:  # the hub's, the network's and the disk's errors have no common ancestor
         raise _failed(f"{repository} cannot be pulled", error) from error
-    return places[0] if names[0] == inside else places[0].parent, places
+    return places[0] if names[0] == inside else places[0].parent, places, about.sha
 
 
 def upload(repository: str, files: Mapping[str, Path | bytes], message: str, force: bool, report: Report) -> str:

@@ -7,17 +7,16 @@ log: that needs shared memory, which network drives do not have, and a folder th
 """
 
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from veneer.core.errors import AdapterError
 from veneer.library.entry import Entry
-from veneer.library.place import ENTRIES
+from veneer.library.place import ENTRIES, visible
 
 INDEX = "index-1.sqlite"  # the number is raised when the table is another
 _TABLE = (
@@ -43,10 +42,16 @@ def unreadable(place: Path) -> list[str]:
 
 
 def refers(place: Path, content: str) -> bool:
-    """Whether any entry needs a content, or may: one that cannot be read may need any."""
+    """Whether any entry needs a content, or may: one that cannot be read may need any.
+
+    What the index denies is asked of the files themselves: a content goes when nothing refers to it.
+    """
     with _opened(place) as index:
         found = "SELECT 1 FROM entries WHERE ? IN (content, preview) OR facts IS NULL LIMIT 1"
-        return index.execute(found, [content]).fetchone() is not None
+        if index.execute(found, [content]).fetchone():
+            return True
+    rows = (_row(place, file, "") for file in _stamps(place / ENTRIES))
+    return any(row[-1] is None or content in row[2:4] for row in rows)
 
 
 def is_sound(place: Path) -> bool:
@@ -73,19 +78,15 @@ def rebuild(place: Path) -> None:
 @contextmanager
 def _opened(place: Path) -> Iterator[sqlite3.Connection]:
     """The table as the entries are now."""
-    index = None
-    if (place / ENTRIES).is_dir():
-        with suppress(sqlite3.Error):
-            index = _connected(place / INDEX)
-            try:
-                _take_in(index, place)
-            except sqlite3.Error:
-                index.close()
-                index = None
-    if index is None:
-        index = _connected(":memory:")
-        _take_in(index, place)
-    with closing(index):
+    with ExitStack() as stack:
+        try:
+            if not (place / ENTRIES).is_dir():
+                raise sqlite3.OperationalError("there is no library to keep an index in")
+            index = stack.enter_context(closing(_connected(place / INDEX)))
+            _take_in(index, place)
+        except sqlite3.Error:
+            index = stack.enter_context(closing(_connected(":memory:")))
+            _take_in(index, place)
         yield index
 
 
@@ -111,13 +112,14 @@ def _take_in(index: sqlite3.Connection, place: Path) -> None:
 def _stamps(folder: Path) -> dict[str, str]:
     """What tells one state of each entry's file from another; "" where nothing does yet."""
     stamps, now = {}, time.time()
-    with suppress(FileNotFoundError), os.scandir(folder) as files:
-        for file in files:
-            if file.name.endswith(".json") and not file.name.startswith("."):
-                with suppress(FileNotFoundError):
-                    state = os.stat(file.path, follow_symlinks=False)
-                    young = state.st_mtime > now - _YOUNG
-                    stamps[file.name] = "" if young else f"{state.st_mtime_ns} {state.st_size} {state.st_ino}"
+    try:
+        for path in visible(folder, ".json"):
+            with suppress(FileNotFoundError):
+                state = path.stat()
+                young = state.st_mtime > now - _YOUNG
+                stamps[path.name] = "" if young else f"{state.st_mtime_ns} {state.st_size} {state.st_ino}"
+    except OSError as error:
+        raise AdapterError(f"the library's {folder} cannot be read: {error}") from error
     return stamps
 
 

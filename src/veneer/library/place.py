@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, nearest
 
 ENTRIES, CONTENT, UNFINISHED = "entries", "content", "unfinished"
 MARK = ".pending"  # ends the name of what says that a content may be unfinished
@@ -71,6 +71,12 @@ def visible(folder: Path, ending: str = "") -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def no_such(path: Path) -> AdapterError:
+    """The error for a path that leads to nothing."""
+    siblings = [str(file) for file in visible(path.parent)] if os.access(path.parent, os.R_OK) else []
+    return AdapterError(f"{path}: there is no such file or folder{nearest(str(path), siblings)}")
 
 
 def discard(path: Path) -> None:

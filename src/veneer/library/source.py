@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from veneer.core.adapter import CONFIG, WEIGHTS
-from veneer.core.errors import AdapterError, listed, named, nearest
+from veneer.core.errors import AdapterError, listed, named
 from veneer.files.stored import adapter_file
 from veneer.library.content import SUMS
 from veneer.library.entry import Entry, is_plain
@@ -78,12 +78,6 @@ def picture(path: Path) -> dict[str, Path]:
     if ending is None or size > _LARGEST:
         raise AdapterError(f"preview {path}: expected a PNG, JPEG or WebP picture of at most {_LARGEST >> 20} MB")
     return {f"preview{ending}": path}
-
-
-def no_such(path: Path) -> AdapterError:
-    """The error for a path that leads to nothing."""
-    siblings = [str(file) for file in _there(path.parent)] if path.parent.is_dir() else []
-    return AdapterError(f"{path}: there is no such file or folder{nearest(str(path), siblings)}")
 
 
 def _alone(path: Path, about: Path | None) -> Source:

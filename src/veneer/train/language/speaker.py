@@ -1,9 +1,6 @@
 """An adapted language model from its folders: to be asked, or to be merged."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,10 +10,10 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from veneer import zoo
-from veneer.core.adapter import read_config
-from veneer.core.errors import AdapterError, nearest
-from veneer.core.model import PeftModel
+from veneer import files, library, zoo
+from veneer.core.adapter import Adapter
+from veneer.core.errors import AdapterError
+from veneer.safe.whole import write_folder
 from veneer.train.language.answers import answer, pad_of, refuse_empty, stops_of
 from veneer.train.language.chat import Message
 from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer, quiet
@@ -39,19 +36,18 @@ class Speaker:
 
     @classmethod
     def load(cls, adapter: str, base: str | None = None, dtype: str | None = "auto", device: str = "auto") -> "Speaker":
-        """From a run's or an adapter's folder; the base is the one that the adapter names, or `base`.
-
-        `dtype` None is the one that the base is stored in.
+        """From a run, an adapter of any format, or a name of the library; the base is the one that the adapter names,
+        or `base`. `dtype` None is the one that the base is stored in.
         """
-        folder = adapter_folder(adapter)
-        named = read_config(folder).base_model_name_or_path
-        if not (base or named):
-            raise AdapterError(f"{folder} does not say which base it is for: give --base")
-        place = zoo.resolve(base or named or "")
+        path = library.find(adapter)
+        held = files.read(path)
+        base = base or held.config.base_model_name_or_path
+        if not base:
+            raise AdapterError(f"{path} does not say which base it is for: give --base")
+        place = zoo.resolve(base)
         chosen = choose_device(device)
         model = load_causal_lm(place, dtype and choose_dtype(dtype, chosen), chosen)
-        model = PeftModel.from_pretrained(model, folder)
-        return cls(model.eval(), load_tokenizer(place), _usage(folder))
+        return cls(files.attach(model, held).eval(), load_tokenizer(place), _usage(path))
 
     def opening(self, text: str) -> Opening:
         """What a person types, as the rows of the training write it."""
@@ -102,45 +98,28 @@ class _Streamer(TextStreamer):
         super().on_finalized_text(text, stream_end)
 
 
-def adapter_folder(name: str) -> Path:
-    """The adapter's folder: that of a run, or the folder itself."""
-    folder = Path(name).expanduser()
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return folder / "adapter"
-    if (folder / "adapter_config.json").is_file():
-        return folder
-    if folder.is_dir():
-        raise AdapterError(f"{folder} is neither a run nor an adapter: it has no adapter/ and no adapter_config.json")
-    siblings = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    raise AdapterError(f"{folder}: there is no such run or adapter{nearest(str(folder), siblings)}")
+def write_merged(place: Path, adapters: Sequence[tuple[Adapter, float]], out: Path, dtype: str | None = None) -> None:
+    """The base in `place` as W + Σ weight · ΔW: an ordinary transformers folder, tokenizer included, whole or not at
+    all. `dtype` None is the one that the base is stored in. Raises `AdapterError`, or `OSError`.
+    """
+    cpu = choose_device("cpu")
+    model = load_causal_lm(place, dtype and choose_dtype(dtype, cpu), cpu)
+    for number, (adapter, _) in enumerate(adapters):
+        model = files.attach(model, adapter, str(number))
+    model = model.merge_and_unload({str(number): weight for number, (_, weight) in enumerate(adapters)})
+    tokenizer = load_tokenizer(place)
+
+    def fill(folder: Path) -> None:
+        with quiet():
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    write_folder(out, fill)
 
 
-def write_merged(adapter: str, out: Path, base: str | None, dtype: str | None) -> Path:
-    """Merge and write an ordinary transformers folder, tokenizer included, whole or not at all."""
-    if out.exists():
-        raise AdapterError(f"{out} exists already; nothing was written")
-    speaker = Speaker.load(adapter, base, dtype, "cpu")
-    model = speaker.model.merge_and_unload()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            with quiet():
-                model.save_pretrained(workspace / "model")
-            speaker.tokenizer.save_pretrained(workspace / "model")
-            for path in (workspace / "model").glob("*.safetensors"):
-                shutil.copymode(workspace / "model/config.json", path)  # else only their owner could read them
-            os.replace(workspace / "model", out)
-        finally:
-            shutil.rmtree(workspace, ignore_errors=True)
-    except OSError as error:
-        raise AdapterError(f"{out} cannot be written: {error.strerror or error}") from error
-    return out
-
-
-def _usage(folder: Path) -> LanguageData:
+def _usage(adapter: Path) -> LanguageData:
     """How prompts are written for the adapter; plainly, where it does not say."""
-    path = folder / USAGE
+    path = adapter / USAGE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
         return LanguageData(path="-", **data)

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -141,3 +143,19 @@ def test_what_killed_processes_left_is_no_fault_and_goes(kept, place):
     assert os.listdir(place / "unfinished") == []
     assert sorted(os.listdir(place / "entries")) == ["b.json"]
     assert not kept.exists()
+
+
+def test_an_index_that_lies_costs_no_content(kept, place):
+    _old(place)
+    library.listed()
+    with closing(sqlite3.connect(place / "index-1.sqlite")) as index, index:
+        index.execute("UPDATE entries SET content = ?", ["0" * 64])
+    (place / "unfinished" / f"{kept.name}.pending").touch()
+    assert library.verify() == []
+    assert kept.is_dir()
+
+
+def _old(place):
+    """Let no entry be so young that it is read again."""
+    for path in (place / "entries").iterdir():
+        os.utime(path, (0, 0))

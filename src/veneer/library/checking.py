@@ -1,6 +1,7 @@
 """Read the whole library again, and say what is not as it was put there."""
 
 import os
+import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,9 @@ from uuid import uuid4
 
 from veneer.core.errors import AdapterError, named
 from veneer.library import content, index
+from veneer.library.adding import sweep
 from veneer.library.entry import Entry
 from veneer.library.place import CONTENT, ENTRIES, MARK, UNFINISHED, Report, changing, folder, silent, visible
-from veneer.library.shelf import sweep
 
 LOST = "lost"  # where `repair` puts what nothing refers to; nothing there is ever touched again
 
@@ -99,4 +100,5 @@ def _set_aside(path: Path, place: Path) -> None:
 
 
 def _origin(entry: Entry) -> str:
-    return next((entry.origin[key] for key in ("path", "run") if entry.origin.get(key)), "FILE_OR_RUN")
+    found = next((entry.origin[key] for key in ("path", "run") if entry.origin.get(key)), "")
+    return shlex.quote(found) if found else "FILE_OR_RUN"
