@@ -110,8 +110,12 @@ def test_rescaling_is_combined_without_a_base_and_is_right_with_it(make, weights
     wanted = 0.5 * (one.tensors["q"]["l"] - 1) + 2 * (other.tensors["q"]["l"] - 1) + 1
     torch.testing.assert_close(found.tensors["q"]["l"], wanted)
     lora = make(q="LORA")
-    with pytest.raises(AdapterError, match="q: the change that IA3 makes depends"):
-        combine([one, lora], [1, 1])
+    columns = make(q=("IA3", 2, {"options": {"feedforward_modules": ["q"]}}))
+    for unlike in (lora, columns):
+        with pytest.raises(AdapterError, match="q: the change that IA3 makes depends"):
+            combine([one, unlike], [1, 1])
+    both = combine([one, columns], [1, 1], base=weights).tensors["q"]["D"]
+    torch.testing.assert_close(both, weights["q.weight"] * (one.tensors["q"]["l"] + columns.tensors["q"]["l"] - 2))
     mixed = combine([one, lora], [1, 1], base=weights).tensors["q"]["D"]
     A, B = lora.tensors["q"]["A"], lora.tensors["q"]["B"]
     torch.testing.assert_close(mixed, (one.tensors["q"]["l"] - 1) * weights["q.weight"] + 1.5 * B @ A)
