@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from veneer.files.attach import attach
 
 from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError, listed, shown
+from veneer.files.attach import attach
 from veneer.safe.stored import parsed, read_bytes, read_header
 from veneer.safe.whole import write_folder
 
