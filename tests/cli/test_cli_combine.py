@@ -43,7 +43,8 @@ def test_what_is_thinned_out_gets_the_largest_rank_and_its_error_is_told(veneer,
     assert said.code == 0
     assert {own.config.r for own in changes(Adapter.load(tmp_path / "c")).values()} == {3}
     assert "%" in said.out.splitlines()[-2]
-    assert veneer("combine", *given, "--full", "--out", tmp_path / "d").code == 0
+    said = veneer("combine", *given, "--full", "--out", tmp_path / "d")
+    assert "veneer's own folder: PEFT has no adapter of FULL" in said.out
     assert {own.config.peft_type for own in changes(Adapter.load(tmp_path / "d")).values()} == {"FULL"}
 
 

@@ -77,6 +77,17 @@ def test_biases_of_the_method_are_summed(make):
     torch.testing.assert_close(found.update().shift(torch.zeros(12)).detach(), -0.5 * scale * one.tensors["q"]["b"])
 
 
+def test_changes_of_a_bias_alone():
+    one, other = (
+        Adapter(LoraConfig(peft_type="FULL", target_modules=["q"]), {"q": {"b": torch.randn(12), **more}})
+        for more in ({}, {"D": torch.randn(12, 10)})
+    )
+    both = combine([one, other], [2, -1]).tensors["q"]
+    torch.testing.assert_close(both["b"], 2 * one.tensors["q"]["b"] - other.tensors["q"]["b"])
+    torch.testing.assert_close(both["D"], -other.tensors["q"]["D"])
+    assert combine([one], [3]).tensors["q"].keys() == resize(one, 2)[0].tensors["q"].keys() == {"b"}
+
+
 def test_dora_asks_for_the_base(make, deltas, weights):
     dora, plain = make(q=("LORA", 2, {"use_dora": True}), v="LORA"), make(q="LORA")
     with pytest.raises(AdapterError, match="q: the change that DoRA makes depends on the base's weights"):

@@ -59,6 +59,10 @@ def test_the_rank_is_the_numerical_one(make):
 def test_the_order_does_not_matter(pair, deltas):
     one, other = (deltas(combine(own, w)) for own, w in ((pair, (0.7, -0.3)), (pair[::-1], (-0.3, 0.7))))
     torch.testing.assert_close(one, {path: other[path] for path in one})
+    one, other = (
+        deltas(combine(own, w, "ties", density=0.4))["q"] for own, w in ((pair, (0.7, -0.3)), (pair[::-1], (-0.3, 0.7)))
+    )
+    torch.testing.assert_close(one, other)
 
 
 def test_it_is_linear_in_the_weights(pair, deltas):

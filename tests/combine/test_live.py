@@ -96,6 +96,29 @@ def test_pefts_other_types_give_the_largest_rank_or_the_one_asked_for(tiny, how)
     assert ranks == {"most": {3}, "two": {2}}
 
 
+def test_of_a_rank_it_is_what_peft_finds_and_pefts_linear_is_not_the_sum(tiny, tmp_path):
+    """PEFT adds √wᵢ Aᵢ and √wᵢ Bᵢ by themselves: what comes of the product has Bᵢ Aⱼ in it."""
+    import peft
+
+    ours = adapted(tiny("llama"), a=lora(["q_proj"]), b=lora(["q_proj"])).float()
+    layer = ours.model.layers[0].self_attn.q_proj
+    deltas = {name: layer.adapters[name].delta(layer.weight).detach() for name in "ab"}
+    for name in "ab":
+        ours.save_pretrained(tmp_path / name, name)
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "a", "a")
+    theirs.load_adapter(tmp_path / "b", "b")
+    found = {}
+    for how in ("linear", "svd"):
+        for model in (ours, theirs):
+            model.add_weighted_adapter(["a", "b"], [0.7, 0.3], how, combination_type=how)
+        found["ours", how] = layer.adapters[how].delta(layer.weight).detach()
+        found["theirs", how] = theirs.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight(how).detach()
+    wanted = 0.7 * deltas["a"] + 0.3 * deltas["b"]
+    torch.testing.assert_close(found["ours", "svd"], found["theirs", "svd"])
+    torch.testing.assert_close(found["ours", "linear"], wanted)
+    assert (found["theirs", "linear"] - wanted).norm() > 0.3 * wanted.norm()
+
+
 def test_the_model_stays_as_it_was_after_an_error(tiny, bits):
     model = adapted(tiny("llama"), a=lora(), b=lora(use_dora=True))
     before = bits(model)

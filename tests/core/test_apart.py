@@ -116,6 +116,17 @@ def test_numbers_of_its_own_for_each_layer():
     assert config.alpha_pattern == {r"^inner\.proj": 2.0, "^point": 5.0}
 
 
+def test_the_options_of_one_layer_may_be_the_usual_ones_again():
+    biased = Change(LoraConfig(options={"lora_bias": True}), {"A": torch.zeros(8, 4), "B": torch.zeros(6, 8)})
+    biased.tensors["b"] = torch.ones(6)
+    plain = Change(LoraConfig(), {"A": torch.zeros(8, 4), "B": torch.zeros(6, 8)})
+    adapter = adapter_of({"a": biased, "b": biased, "c": plain})
+    assert adapter.config.options["lora_bias"]
+    assert {path: own.config for path, own in changes(adapter).items()} == {
+        "a": biased.config, "b": biased.config, "c": plain.config,
+    }  # fmt: skip
+
+
 def test_tensors_that_differ_in_trailing_ones_fit():
     adapter = _adapted(CONFIGS["lora"]).get_adapter()
     own = adapter.tensors
@@ -141,6 +152,10 @@ def test_metadata_goes_to_the_file_and_comes_back(tmp_path):
 
 _ONE = {"unet.proj": Change(LoraConfig(r=1), {"A": torch.zeros(1, 2), "B": torch.zeros(2, 1)})}
 FAULTS = {
+    "tensors of another method": (
+        lambda: adapter_of({"a": Change(LoraConfig(), {"D": torch.zeros(1, 1)})}).save("nowhere"),
+        "a: 'D' are no tensors of LORA",
+    ),
     "several parts": (lambda: adapter_of(_ONE, parts=("unet",)).save("nowhere"), "save each in its own folder"),
     "no layer": (lambda: adapter_of({}), "at least one layer"),
     "a size that is not said": (

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from veneer import AdapterError
 from veneer.files import kohya
+from veneer.files.kohya_layers import LYCORIS_ONLY
 
 PROJ = "unet.mid_block.attentions.0.proj_in"
 
@@ -18,7 +19,7 @@ FAULTS = {
     "f": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "extra": (1,)}, "extra beside LORA"),
     "g": ({"alpha": "nan"}, "only alpha"),
     "h": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "dora_scale": (5, 1)}, r"dora_scale of \(5, 1\)"),
-    "i": ({"lora_down.weight": (4,), "lora_up.weight": (6, 4)}, "should be matrices"),
+    "i": ({"lora_down.weight": (4,), "lora_up.weight": (6, 4)}, "should have at least 2 dimensions"),
     "j": ({"oft_blocks": (2, 4, 4)}, "OFT or BOFT is no method of veneer"),
     "k": ({"a1.weight": (2, 4), "a2.weight": (2, 4)}, "GLoRA is no method"),
     "l": ({"hada_w1_a": (6, 2), "hada_w1_b": (2, 8)}, "without hada_w2_a, hada_w2_b"),
@@ -34,6 +35,9 @@ FAULTS = {
     "t": ({"weight": (6,), "on_input": "zero"}, "scales the layer's bias"),
     "u": ({"weight": (6, 2), "on_input": "zero"}, "is no vector"),
     "v": ({"weight": (6,)}, "weight without on_input"),
+    "x": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "lora_A.weight": (4, 8)}, "under another name too"),
+    "y": ({"diff": ()}, "should have at least 1 dimensions"),
+    "z": ({"lora_down.weight": (0, 8), "lora_up.weight": (6, 0)}, "none of them 0"),
     "w": ({"diff": (6, 8), "dora_scale": (6, 1)}, "dora_scale beside FULL"),
     "s": ({"bias_indices": (1,), "bias_values": (1,), "bias_size": (2,)}, "a sparse rest"),
 }
@@ -70,3 +74,21 @@ def test_all_faults_are_told_at_once():
         assert f"unet.layer_{which}" in told
     for said in ("stranger", "beside names of one model", "under two names"):
         assert said in told
+
+
+def test_whatever_a_stranger_wrote_is_read_or_told():
+    torch.manual_seed(0)
+    endings = sorted(LYCORIS_ONLY | {"lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale"})
+    shapes = [(), (1,), (2,), (2, 2), (1, 2), (2, 1), (2, 2, 1, 1), (2, 2, 3, 3), (1, 2, 1, 1), (0, 2), (2, 1, 2)]
+    read = 0
+    for _ in range(2000):
+        family = endings[int(torch.randint(len(endings), ()))][:4]
+        likely = [ending for ending in endings if ending[:4] == family or ending in ("alpha", "dora_scale")]
+        own = {ending: torch.ones(shapes[int(torch.randint(len(shapes), ()))]) for ending in likely}
+        kept = {ending: tensor for ending, tensor in own.items() if torch.rand(()) < 0.7}
+        try:
+            kohya.read({f"lora_unet_a.{ending}": tensor for ending, tensor in kept.items()}, {}, "")
+            read += 1
+        except AdapterError:
+            pass
+    assert read > 10  # of which some are well-formed

@@ -175,6 +175,7 @@ _LIKE_OTHERS = (
     "LOKR-DORA-",
     "VERA-DORA-",
     "IA3-DORA-",
+    "FULL-DORA-",
 )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peers import known, spelling
 from peers.cases import Builders, Case, commonest
 from peers.kohya_files import chosen
+from peers.peft_files import said_by_peft
 from peers.pipelines import layers
 
 _HEADER = "lora_adapter_metadata"
@@ -30,9 +31,11 @@ def _pattern(name: str, names: list[str]) -> str:
     return f"^{path}" if any(other.endswith(f".{path}") and other != name for other in names) else path
 
 
-def _drawn(family: str, every: bool, ranks: tuple[int, ...]) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+def _drawn(
+    family: str, every: bool, ranks: tuple[int, ...], step: int = 1
+) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """The layers with their B and A."""
-    trained = chosen(family, every).items()
+    trained = chosen(family, every, step).items()
     return {
         name: (layer, *known.pair(layer, ranks[i % len(ranks)], known.normal(i)))
         for i, (name, layer) in enumerate(trained)
@@ -48,10 +51,10 @@ def plain(family: str, spelled: Callable[[str], str], endings: tuple[str, str] =
     return built
 
 
-def with_header(family: str, rslora: bool = False, dora: bool = False, bias: bool = False) -> Case:
+def with_header(family: str, rslora: bool = False, dora: bool = False, bias: bool = False, step: int = 1) -> Case:
     """A header that gives each part its own ranks, alphas and exceptions of them, as PEFT writes them."""
     built = Case(family, "diffusers")
-    drawn = _drawn(family, True, known.RANKS)
+    drawn = _drawn(family, True, known.RANKS, step)
     if bias:  # PEFT's word for it is for all layers or none
         drawn = {name: own for name, own in drawn.items() if own[0].bias is not None}
     header: dict[str, object] = {}
@@ -61,13 +64,12 @@ def with_header(family: str, rslora: bool = False, dora: bool = False, bias: boo
         alphas = {name: known.ALPHAS[i % len(known.ALPHAS)] for i, name in enumerate(own)}
         r, alpha = commonest(ranks.values()), commonest(alphas.values())
         said = {
-            "peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": dora, "lora_bias": bias,
+            "r": r, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": dora, "lora_bias": bias,
             "target_modules": [_name(name) for name in own],
             "rank_pattern": {_pattern(name, own): value for name, value in ranks.items() if value != r},
             "alpha_pattern": {_pattern(name, own): value for name, value in alphas.items() if value != alpha},
-            "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0,
         }  # fmt: skip
-        header |= {f"{part}.{key}": value for key, value in said.items()}
+        header |= {f"{part}.{key}": value for key, value in said_by_peft(**said).items()}
         for name in own:
             scale = alphas[name] / (math.sqrt(ranks[name]) if rslora else ranks[name])
             _add(built, name, drawn[name], scale, dora, bias)
@@ -128,16 +130,15 @@ def halved(family: str) -> Case:
 CASES: Builders = {
     "diffusers: sd1": partial(plain, "sd1", spelling.diffusers),
     "diffusers: sd1 in fp16": partial(halved, "sd1"),
-    "diffusers: sd2": partial(plain, "sd2", spelling.diffusers),
     "diffusers: sdxl": partial(plain, "sdxl", spelling.diffusers),
     "diffusers: a transformer": partial(plain, "flux", spelling.diffusers),
     "diffusers: a transformer with a header": partial(with_header, "flux"),
     "diffusers: a prior": partial(plain, "prior", spelling.diffusers),
     "diffusers: sd1 with a header": partial(with_header, "sd1"),
     "diffusers: sdxl with a header": partial(with_header, "sdxl"),
-    "diffusers: sd1, rsLoRA": partial(with_header, "sd1", rslora=True),
-    "diffusers: sd1, DoRA": partial(with_header, "sd1", dora=True),
-    "diffusers: sd1, biases": partial(with_header, "sd1", bias=True),
+    "diffusers: sd1, rsLoRA": partial(with_header, "sd1", rslora=True, step=3),
+    "diffusers: sd1, DoRA": partial(with_header, "sd1", dora=True, step=3),
+    "diffusers: sd1, biases": partial(with_header, "sd1", bias=True, step=3),
     "diffusers: sd1 as until 0.26": partial(old, "sd1", spelling.with_linear_layers),
     "diffusers: sdxl as until 0.26": partial(old, "sdxl", spelling.with_linear_layers),
     "diffusers: sd1 as until 0.17": partial(attention, "sd1"),

@@ -7,6 +7,7 @@ get the commonest α of their part.
 
 import re
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import nn
@@ -18,12 +19,14 @@ from peers.pipelines import layers
 _TRAINED = re.compile(r"transformer_blocks|proj_in|proj_out|self_attn|mlp")  # by default; the rest is LoCon's
 _ATTENTION = re.compile(r"\.attn[12]\.|\.self_attn\.")
 _FLAT = "text_encoder."  # of the class whose paths have no `text_model`
+_STEP = 3  # where all layers would tell no more
 _MISSHAPEN = r"size mismatch for .*lora_A"
 
 
-def chosen(family: str, every: bool) -> dict[str, nn.Module]:
-    """What trainers adapt by default, or every linear layer and convolution."""
-    return {name: layer for name, layer in layers(family).items() if every or _TRAINED.search(name)}
+def chosen(family: str, every: bool, step: int = 1) -> dict[str, nn.Module]:
+    """What trainers adapt by default, or every linear layer and convolution; of these each, or one in so many."""
+    trained = ((name, layer) for name, layer in layers(family).items() if every or _TRAINED.search(name))
+    return dict(islice(trained, 0, None, step))
 
 
 def plain(
@@ -35,11 +38,14 @@ def plain(
     short: bool = False,
     dims: int = 0,
     dtype: torch.dtype = torch.float32,
+    suffix: str = ".safetensors",
+    step: int = 1,
 ) -> Case:
     """A LoRA of every trained layer; `dims` are those of what has a kernel of one, where they are not the layer's."""
-    built = Case(family, "diffusers", metadata={"ss_network_module": "networks.lora", "ss_network_dim": "4"})
+    built = Case(family, "diffusers", suffix=suffix)
+    built.metadata = {} if suffix == ".pt" else {"ss_network_module": "networks.lora", "ss_network_dim": "4"}
     stated: dict[str, tuple[int, float | None]] = {}
-    for i, (name, layer) in enumerate(chosen(family, every).items()):
+    for i, (name, layer) in enumerate(chosen(family, every, step).items()):
         r, alpha = stated[name] = ranks[i % len(ranks)], alphas[i % len(alphas)]
         up, down = (values.to(dtype) for values in known.pair(layer, r, known.normal(i)))
         if dims and layer.weight.shape[2:].numel() == 1:
@@ -47,11 +53,12 @@ def plain(
         key = spelling.kohya(name, sgm, family == "sdxl", short)
         built.tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
         if alpha is not None:
-            built.tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+            # a number, which some tools make a list of one
+            built.tensors[f"{key}.alpha"] = torch.full((1,) * (i % 5 == 0), alpha, dtype=dtype)
         built.wanted[f"{name}.weight"] = known.lora(layer, up, down, (r if alpha is None else alpha) / r)
     built.mistakes(_misread(stated))
     if every and family == "sdxl" and not sgm:  # it takes the two layers for one, which the model has not
-        built.mistakes({f"unet.add_embedding.linear_{i}.weight": 0 for i in (1, 2)})
+        built.mistakes({name: 0 for name in built.wanted if ".add_embedding." in name})
     built.refused = _MISSHAPEN if dims else "list index out of range" if short and family == "sdxl" else ""
     return built
 
@@ -85,8 +92,8 @@ def tucker(family: str) -> Case:
 
 def dora(family: str, along: int) -> Case:
     """`dora_scale` for each output (along 0) or each input (1): diffusers leaves it out and adds the plain LoRA."""
-    built = plain(family, ranks=(2,), alphas=(2.0,), every=True)
-    for i, (name, layer) in enumerate(chosen(family, every=True).items()):
+    built = plain(family, ranks=(2,), alphas=(2.0,), every=True, step=_STEP)
+    for i, (name, layer) in enumerate(chosen(family, True, _STEP).items()):
         weight, change = layer.weight, built.wanted[f"{name}.weight"]
         shape = [1] * weight.dim()
         shape[along] = weight.shape[along]
@@ -102,22 +109,21 @@ CASES: Builders = {
     "kohya: sd1": partial(plain, "sd1"),
     "kohya: sd1, one rank and alpha": partial(plain, "sd1", ranks=(4,), alphas=(2.0,)),
     "kohya: sd1 with convolutions": partial(plain, "sd1", every=True),
-    "kohya: sd1, alpha in some": partial(plain, "sd1", alphas=_SOME),
+    "kohya: sd1, alpha in some": partial(plain, "sd1", alphas=_SOME, step=_STEP),
     "kohya: sd1, alpha in none": partial(plain, "sd1", every=True, alphas=(None,)),
-    "kohya: sd1, 1×1 as matrices": partial(plain, "sd1", every=True, alphas=(None,), dims=2),
-    "kohya: sd1 in fp16": partial(plain, "sd1", alphas=(None,), dtype=torch.float16),
-    "kohya: sd1 in bf16": partial(plain, "sd1", alphas=(None,), dtype=torch.bfloat16),
-    "kohya: sd1, without text_model": partial(plain, "sd1", alphas=(None,), short=True),
+    "kohya: sd1, 1×1 as matrices": partial(plain, "sd1", every=True, alphas=(None,), dims=2, step=_STEP),
+    "kohya: sd1 in fp16": partial(plain, "sd1", alphas=(None,), dtype=torch.float16, step=_STEP),
+    "kohya: sd1 in bf16": partial(plain, "sd1", alphas=(None,), dtype=torch.bfloat16, step=_STEP),
+    "kohya: sd1, without text_model": partial(plain, "sd1", alphas=(None,), short=True, step=_STEP),
     "kohya: sd1, lora_mid": partial(tucker, "sd1"),
     "kohya: sd1, DoRA by output": partial(dora, "sd1", 0),
     "kohya: sd1, DoRA by input": partial(dora, "sd1", 1),
+    "kohya: sd1, a pickle": partial(plain, "sd1", alphas=(None,), suffix=".pt", step=_STEP),
     "kohya: sd2": partial(plain, "sd2"),
-    "kohya: sd2, matrices as 1×1": partial(plain, "sd2", alphas=(None,), dims=4),
+    "kohya: sd2, matrices as 1×1": partial(plain, "sd2", alphas=(None,), dims=4, step=_STEP),
     "kohya: sdxl in sgm's words": partial(plain, "sdxl", sgm=True),
     "kohya: sdxl in sgm's words with convolutions": partial(plain, "sdxl", sgm=True, every=True, alphas=(None,)),
-    "kohya: sdxl in diffusers' words": partial(plain, "sdxl"),
     "kohya: sdxl in diffusers' words with convolutions": partial(plain, "sdxl", every=True, alphas=(None,)),
     "kohya: sdxl, without text_model": partial(plain, "sdxl", sgm=True, alphas=(None,), short=True),
-    "kohya: sdxl, lora_mid": partial(tucker, "sdxl"),
     "kohya: sdxl, DoRA by output": partial(dora, "sdxl", 0),
 }

@@ -7,6 +7,7 @@ LyCORIS 4.1 multiplies by α / r twice when it merges LoHa and LoKr from a file 
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +105,11 @@ def norm(layer: nn.Module, i: int, draw: known.Draw) -> Made:
 
 
 def ia3(layer: nn.Module, i: int, draw: known.Draw) -> Made:
-    """ΔW = W ⊙ l, along the inputs where `on_input` says so (Liu et al. 2022, arXiv:2205.05638)."""
-    along = i % 2
+    """ΔW = W ⊙ l, along the inputs where `on_input` says so (Liu et al. 2022, arXiv:2205.05638).
+
+    The outputs are scaled of layers without a bias alone: a bias LyCORIS scales when it runs, and not when it merges.
+    """
+    along = 1 if layer.bias is not None else i % 2
     sizes = [1] * layer.weight.dim()
     sizes[along] = layer.weight.shape[along]
     scale = draw(layer.weight.shape[along])
@@ -115,20 +119,27 @@ def ia3(layer: nn.Module, i: int, draw: known.Draw) -> Made:
 
 
 def build(
-    family: str, makes: tuple[Callable[[nn.Module, int, known.Draw], Made], ...], refused: str = "", **more
+    family: str,
+    makes: tuple[Callable[[nn.Module, int, known.Draw], Made], ...],
+    refused: str = "",
+    norms: bool = False,
+    dora: int | None = None,
+    sgm: bool = False,
 ) -> Case:
-    """A file whose layers are changed by one method after the other."""
-    built = Case(family, "lycoris", metadata={"ss_network_module": "lycoris.kohya"}, refused=refused)
-    norms = more.get("norms", False)
+    """A file one in three of whose layers is changed, by one method after the other; `dora`: what magnitudes lie along.
+
+    In sgm's words LyCORIS itself finds no layer of diffusers' UNet.
+    """
+    built = Case(family, "" if sgm else "lycoris", metadata={"ss_network_module": "lycoris.kohya"}, refused=refused)
     kinds = (nn.GroupNorm, nn.LayerNorm) if norms else (nn.Linear, nn.Conv2d)
-    for i, (name, layer) in enumerate(layers(family, kinds).items()):
+    for i, (name, layer) in enumerate(islice(layers(family, kinds).items(), 0, None, 3)):
         tensors, delta, again = makes[i % len(makes)](layer, i, known.normal(i))
-        if (along := more.get("dora")) is not None:
-            tensors, moved = _decomposed(layer, tensors, delta, along, known.normal(1000 + i))
+        if dora is not None:
+            tensors, moved = _decomposed(layer, tensors, delta, dora, known.normal(1000 + i))
             if again != 1:
                 built.mistaken[f"{name}.weight"] = known.dora(layer, delta * again, tensors["dora_scale"])
             delta, again = moved, 1
-        key = spelling.kohya(name, numbered=family == "sdxl")
+        key = spelling.kohya(name, sgm, numbered=family == "sdxl")
         built.tensors |= {f"{key}.{ending}": tensor for ending, tensor in tensors.items()}
         built.wanted[f"{name}.weight"] = delta
         built.mistakes({f"{name}.weight": again})
@@ -164,6 +175,8 @@ CASES: Builders = {
     "lycoris: norms": partial(build, "sd1", (norm,), norms=True),
     "lycoris: (IA)³": partial(build, "sd1", (ia3,), "takes 4 positional"),
     "lycoris: many methods": partial(build, "sdxl", (locon, loha, lokr, full, partial(locon, core=True))),
+    "lycoris: many methods in sgm's words": partial(build, "sdxl", (locon, loha, lokr, full), sgm=True),
+    "lycoris: norms in sgm's words": partial(build, "sdxl", (norm,), norms=True, sgm=True),
     "lycoris: no alpha": partial(build, "sd1", _UNSTATED, "not .NoneType"),
     "lycoris: DoRA on LoCon": partial(build, "sd1", (locon,), dora=0),
     "lycoris: DoRA on LoHa and LoKr": partial(build, "sd1", (loha, lokr), dora=0),

@@ -3,19 +3,24 @@
 import math
 from functools import partial
 
+import peft
 from torch import Tensor, nn
 
 from peers import known
 from peers.cases import Builders, Case
 from peers.pipelines import layers
 
-_USUAL = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "fan_in_fan_out": False, "lora_dropout": 0.0}
 _BLOCK = {"unet": "up_blocks.1", "text_encoder": "encoder.layers.1"}  # has an α of its own
 
 
 def _case(part: str, targets: list[str], **config: object) -> Case:
-    said = {**_USUAL, "base_model_name_or_path": None, "target_modules": targets, **config}
-    return Case("sd1", "peft", part=part, config=said)
+    return Case("sd1", "peft", part=part, config=said_by_peft(target_modules=targets, **config))
+
+
+def said_by_peft(**config: object) -> dict[str, object]:
+    """All that PEFT writes about it."""
+    said = peft.LoraConfig(**config).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
 
 
 def _key(path: str, ending: str) -> str:

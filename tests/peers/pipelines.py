@@ -63,7 +63,7 @@ def _sd1(**more: object) -> StableDiffusionPipeline:
 def _sdxl() -> StableDiffusionXLPipeline:
     """Its text goes in twice: side by side as the cross-attention's input, and pooled, with six numbers of the size."""
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
-    depths = {"transformer_layers_per_block": [1, 2, 3], "use_linear_projection": True}
+    depths = {"transformer_layers_per_block": [1, 1, 2], "use_linear_projection": True}
     added["projection_class_embeddings_input_dim"] = _TEXT_2 + 6 * 4
     unet = _unet((False, True, True), (4, 8, 12), cross_attention_dim=_TEXT + _TEXT_2, **added, **depths)
     return StableDiffusionXLPipeline(

@@ -37,8 +37,7 @@ def extract(
 
     if rank is None and energy is None and ratio is None:
         raise AdapterError("say how large the LoRA should be: --rank, --energy or --ratio")
-    name = format_of(out, format, [], force) if format or out.suffix != ".safetensors" else "kohya"
-    format_of(out, name, [], force)
+    name = format_of(out, format or ("kohya" if out.suffix == ".safetensors" else None), [], force)
     new, old = (weights_of(_place(model)) for model in (tuned, base))
     is_checkpoint = any(key.startswith(_UNET) for key in old)
     found = extracted(

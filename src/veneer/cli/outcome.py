@@ -1,5 +1,6 @@
 """What a command that makes an adapter leaves: a file or folder, and a table of its ranks and errors."""
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,8 @@ Format = Annotated[
 Precision = Annotated[str | None, typer.Option("--dtype", help="Of the tensors: float32, float16 or bfloat16.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 _FILE = ".safetensors"
+_OWN = "veneer"  # a folder which is PEFT's, where PEFT has such adapters
+_SOON = 2.0  # seconds of work before its progress is shown
 
 
 def format_of(out: Path, format: str | None, sources: Iterable[Path], force: bool) -> str:
@@ -30,7 +33,9 @@ def format_of(out: Path, format: str | None, sources: Iterable[Path], force: boo
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise AdapterError(f"{out} exists already; nothing was written (--force replaces it)")
     is_file = out.suffix == _FILE
-    found = [format] if format else [files.detect(source) for source in sources] if is_file else ["peft"]
+    if not is_file and format is None:
+        return _OWN
+    found = [format] if format else [files.detect(source) for source in sources]
     for name in found:
         if (name == "peft") != is_file:
             return name
@@ -53,18 +58,30 @@ def dtype_of(name: str | None) -> "Dtype | None":
 def left(adapter: "Adapter", errors: "Errors", out: Path, format: str, force: bool) -> None:
     """Write it, and say what it is."""
     from veneer import files
+    from veneer.core.apart import changes
 
-    written = files.write(adapter, out, format, force=force)
+    kinds = {change.config.peft_type for change in changes(adapter).values()}
+    if format == _OWN and not adapter.parts and (len(kinds) > 1 or "FULL" in kinds):
+        adapter.save(out)
+        told = f"veneer's own folder: PEFT has no adapter of {listed(sorted(kinds), say=str)}"
+    else:
+        told = "peft" if format == _OWN else format
+        files.write(adapter, out, told, force=force)
     _print(adapter, errors)
-    print(f"{written} ({format})")
+    print(f"{out} ({told})")
 
 
 def progress(what: str) -> Callable[[int, int], None]:
     """Shows on stderr how far the work is."""
     from veneer.cli.terminal import TerminalReporter
 
-    reporter = TerminalReporter()
-    return lambda done, total: reporter.progress(what, done, total)
+    reporter, began = TerminalReporter(), time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        if time.monotonic() - began > _SOON:
+            reporter.progress(what, done, total)
+
+    return show
 
 
 def _print(adapter: "Adapter", errors: "Errors") -> None:

@@ -41,9 +41,9 @@ def _root(lost: float, square: float) -> float:
 
 @dataclass(frozen=True)
 class Seen:
-    """A layer's change as it is combined: ΔW, perhaps Δb `(out)`, and the shape in which files hold a row of ΔW."""
+    """A layer's change as it is combined: ΔW and Δb `(out)`, or one of them, and the shape of a row of ΔW in files."""
 
-    W: Matrix
+    W: Matrix | None
     b: Tensor | None
     row: tuple[int, ...]  # (in, *kernel), or (in · kernel)
 
@@ -53,6 +53,8 @@ def seen(change: Change, weight: Tensor | None = None, bias: Tensor | None = Non
 
     Raises `AdapterError` for a change that depends on the base's weight when that is not given.
     """
+    if change.tensors.keys() == {"b"}:
+        return Seen(None, change.tensors["b"].detach(), ())
     if weight is None and (change.reads_weight or change.shape is None):
         kind = "DoRA" if change.config.use_dora else change.config.peft_type
         raise AdapterError(f"the change that {kind} makes depends on the base's weights: give the base")
@@ -107,6 +109,11 @@ def _lora(B: Tensor, A: Tensor, row: Sequence[int], b: Tensor | None, dtype: tor
     tensors = {"A": A.to(dtype).reshape(r, *row), "B": B.to(dtype).reshape(len(B), r, *point)}
     config = LoraConfig(r=r, lora_alpha=r, options={"lora_bias": b is not None})
     return Change(config, tensors if b is None else {**tensors, "b": b.to(dtype)})
+
+
+def shifted(b: Tensor, dtype: torch.dtype) -> Change:
+    """Δb alone."""
+    return Change(LoraConfig(peft_type="FULL"), {"b": b.to(dtype)})
 
 
 def full(W: Tensor, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:

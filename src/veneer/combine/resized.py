@@ -52,7 +52,8 @@ def resize(
         ((_, change, _),) = layer.terms
         own = dtype or precision([Adapter(change.config, {"": change.tensors})], least=None)
         view = layer.seen(change, model)
-        row = max([view.row, *([model.row(layer.path, size(view.W)[1])] if model else [])], key=len)
+        own_row = () if model is None or view.W is None else model.row(layer.path, size(view.W)[1])
+        row = max(view.row, own_row, key=len)
         return stored(view.W, view.b, row, keep, own, thin=True)
 
     found, errors, faults = each_layer(layers, work, progress)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from veneer.combine import sparse
 from veneer.combine.base import Base
-from veneer.combine.layers import Seen, concatenated, full, lora, seen
+from veneer.combine.layers import Seen, concatenated, full, lora, seen, shifted
 from veneer.combine.matrix import Keep, Matrix, Thin, factored, inner, weighted, whole
 from veneer.core.apart import Change
 from veneer.core.errors import AdapterError, listed, nearest, shown
@@ -56,6 +56,14 @@ class Way:
         told: dict[str, Any] = {"density": self.density, "majority": self.majority, "keys": keys}
         return sparse.HOWS[self.how]([weight * change for weight, change in terms], **told)
 
+    def one(self, terms: Sequence[tuple[float, Matrix | None, str]], dtype: torch.dtype) -> Matrix | None:
+        """The changes, with their weights and keys, into one; those of them that are there."""
+        own = [(weight, W, key) for weight, W, key in terms if W is not None]
+        if not own or self.how in SUMS:
+            return weighted([(weight, W) for weight, W, _ in own]) if own else None
+        wide = torch.promote_types(dtype, torch.float32)  # enough for entries, and half of fp64's memory
+        return self.entrywise([(weight, whole(W, wide)) for weight, W, _ in own], [key for *_, key in own])
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -71,28 +79,19 @@ class Layer:
         if kinds == {("IA3", False)} and way.how in ("linear", "cat"):
             return self._rescaled(dtype), (0.0, 0.0)
         views = [self.seen(change, base) for _, change, _ in self.terms]
-        if len(sizes := {size(view.W) for view in views}) > 1:
-            raise AdapterError(f"the adapters are for layers of other sizes: {listed(sizes)}")
         weights = [weight for weight, *_ in self.terms]
-        if way.how == "slerp":
-            weights = along_the_arc(weights, [view.W for view in views])
-        keys = [key for *_, key in self.terms]
-        having = [
-            (w, view.b, f"{key}:b") for w, view, key in zip(weights, views, keys, strict=True) if view.b is not None
-        ]
-        shifts = [(weight, b) for weight, b, _ in having if b is not None]
-        W: Matrix
-        b: Tensor | None = None
-        if way.how in SUMS:
-            W = weighted([(weight, view.W) for weight, view in zip(weights, views, strict=True)])
-            b = torch.stack([weight * b for weight, b in shifts]).sum(0) if shifts else None
-        else:
-            wide = torch.promote_types(dtype, torch.float32)  # enough for entries, and half of fp64's memory
-            own = [(weight, whole(view.W, wide)) for weight, view in zip(weights, views, strict=True)]
-            W = way.entrywise(own, keys)
-            b = way.entrywise(shifts, [key for *_, key in having]) if shifts else None
-        rows = [view.row for view in views] + ([base.row(self.path, size(W)[1])] if base else [])
-        return stored(W, b, max(rows, key=len), way.keep, dtype, as_is=way.how == "cat")
+        matrices = [view.W for view in views if view.W is not None]
+        if len(sizes := {size(W) for W in matrices}) > 1:
+            raise AdapterError(f"the adapters are for layers of other sizes: {listed(sizes)}")
+        if way.how == "slerp" and len(matrices) == len(views):
+            weights = along_the_arc(weights, matrices)
+        each = [(weight, key, view) for weight, (*_, key), view in zip(weights, self.terms, views, strict=True)]
+        W = way.one([(weight, view.W, key) for weight, key, view in each], dtype)
+        b = way.one([(weight, view.b, f"{key}:b") for weight, key, view in each], dtype)
+        rows = [view.row for view in views]
+        if base is not None and W is not None:
+            rows.append(base.row(self.path, size(W)[1]))
+        return stored(W, None if b is None else whole(b), max(rows, key=len), way.keep, dtype, as_is=way.how == "cat")
 
     def seen(self, change: Change, base: Base | None) -> Seen:
         """ΔW and Δb of one of the changes, with the base's weight where that is asked for."""
@@ -112,7 +111,7 @@ class Layer:
 
 
 def stored(
-    W: Matrix,
+    W: Matrix | None,
     b: Tensor | None,
     row: Sequence[int],
     keep: Keep,
@@ -124,6 +123,9 @@ def stored(
 
     A full matrix of which everything is kept stays one, unless it is to be `thin`; thin factors stay `as_is` if asked.
     """
+    if W is None:
+        assert b is not None
+        return shifted(b, dtype), (0.0, 0.0)
     if as_is and isinstance(W, Thin):
         return concatenated(W, row, b, dtype), (0.0, inner(W, W))
     if thin or isinstance(W, Thin) or not keep.everything:

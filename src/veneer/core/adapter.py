@@ -48,7 +48,8 @@ class Adapter:
     faults: list[str] = field(default_factory=list, repr=False)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them; both whole or not at all.
+        """Write `adapter_config.json` and `adapter_model.safetensors`, both whole or not at all. PEFT reads them where it
+        can say the same: it has no FULL, one method for all layers, and DoRA on rows.
 
         Killed at any moment, it leaves the old adapter or the new one, and never one's config with the other's tensors.
 
@@ -69,7 +70,9 @@ class Adapter:
         flat, homes = {}, set()
         every = sorted(map(file_names, self.config.by_method()), key=len)
         for path, tensors in self.tensors.items():
-            names = next(names for names in every if tensors.keys() <= names.keys())
+            names = next((names for names in every if tensors.keys() <= names.keys()), None)
+            if names is None:
+                raise AdapterError(f"{path}: {listed(tensors)} are no tensors of {self.config.peft_type}")
             for name, tensor in tensors.items():
                 tensor = tensor.detach().contiguous().cpu()
                 # a file has no two tensors of one memory

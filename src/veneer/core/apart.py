@@ -71,7 +71,7 @@ class Change:
                 f"a {self.config.peft_type} of rank {self.config.r} for a weight {tuple(shape)} has {expected}, "
                 f"found {found}"
             )
-        update.materialise(first.device)
+        update.requires_grad_(False).materialise(first.device)
         with torch.no_grad():
             for name, own in update.tensors().items():
                 own.copy_(self.tensors[name].reshape(own.shape))
@@ -160,7 +160,7 @@ def _spelt(layers: Mapping[str, LoraConfig], old: LoraConfig) -> LoraConfig:
         options = {name: value for name, value in own.options.items() if name not in own.method.naming}
         groups[repr((own.peft_type, own.use_dora, own.use_rslora, options))][path] = own
     first, *others = sorted(groups.values(), key=len, reverse=True) or [{"": old}]
-    numbers: dict[str, Any] = {}
+    most, numbers = _method(first, {}), dict[str, Any]()
     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         found = {path: getattr(own, name) for path, own in layers.items()}
         if not old.target_parameters:  # whose numbers these are too
@@ -169,8 +169,8 @@ def _spelt(layers: Mapping[str, LoraConfig], old: LoraConfig) -> LoraConfig:
         numbers[pattern] = apart | (getattr(old, pattern) if old.target_parameters else {})
     return replace(
         old,
-        **_method(first),
-        method_pattern={_exact(path): _method({path: own}) for group in others for path, own in group.items()},
+        **most,
+        method_pattern={_exact(path): _method({path: own}, most) for group in others for path, own in group.items()},
         **numbers,
         target_modules=list(layers),
         exclude_modules=None,
@@ -180,14 +180,14 @@ def _spelt(layers: Mapping[str, LoraConfig], old: LoraConfig) -> LoraConfig:
     )
 
 
-def _method(layers: Mapping[str, LoraConfig]) -> dict[str, Any]:
-    """The fields of a config that gives these layers their one method."""
+def _method(layers: Mapping[str, LoraConfig], most: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that gives these layers their one method, where `most` layers have those."""
     own = next(iter(layers.values()))
     named = {name: [path for path, each in layers.items() if each.options[name]] for name in own.method.naming}
     fields = {name: getattr(own, name) for name in ("peft_type", "use_dora", "use_rslora")}
-    said = {
-        name: value for name, value in {**own.options, **named}.items() if value != own.method.options[name].default
-    }
+    usual = {name: option.default for name, option in own.method.options.items()}
+    usual |= most["options"] if most and most["peft_type"] == own.peft_type else {}
+    said = {name: value for name, value in {**own.options, **named}.items() if value != usual[name]}
     return {**fields, "options": said}
 
 

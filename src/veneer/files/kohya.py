@@ -213,7 +213,8 @@ def _own_memory(flat: Mapping[str, Tensor]) -> Own:
 
 def _about(said: Mapping[str, str], facts: Mapping[str, str], family: str | None) -> dict[str, str]:
     """What the file says of itself: what the adapter says, with what is known of this file."""
-    about = {key: value for key, value in said.items() if key not in _STALE}
+    stale = [*_STALE, *["ss_network_args"] * (said.get("ss_network_module") != facts["ss_network_module"])]
+    about = {key: value for key, value in said.items() if key not in stale}
     if family in _VERSIONS:
         version, architecture, implementation, resolution = _VERSIONS[family]
         known = {"ss_base_model_version": version, "ss_v2": str(family == "SD2")}

@@ -13,7 +13,7 @@ dora_scale                         m, along the outputs `(out, 1, …)` or the i
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from veneer.core.apart import Change
 from veneer.core.config import LoraConfig, scaling
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import AdapterError, listed, named
 
 Own = Mapping[str, Tensor]
 _Read = tuple[dict[str, Tensor], int | None, dict[str, Any]]  # the method's tensors, the rank, options
@@ -36,9 +36,11 @@ _UNKNOWN = {  # endings of methods that are LyCORIS's and not veneer's
 
 def change_of(own: Own) -> Change:
     """What the tensors of one layer do, by their names after the layer's. Raises `AdapterError` with what is wrong."""
+    if twice := [name for name, other in _ALIASES.items() if {name, other} <= own.keys()]:
+        raise AdapterError(f"{_said(twice)} there under another name too")
     own = {_ALIASES.get(name, name): tensor for name, tensor in own.items()}
     if strange := {_UNKNOWN[name] for name in own if name in _UNKNOWN}:
-        raise AdapterError(f"{listed(sorted(strange), say=str)} is no method of veneer")
+        raise AdapterError(f"{_said(strange)} is no method of veneer")
     forms = [form for form in _FORMS if not own.keys().isdisjoint(form.names)]
     if len(forms) != 1:
         methods = listed((form.method for form in forms), say=str, between=" and ")
@@ -47,9 +49,9 @@ def change_of(own: Own) -> Change:
     if unknown := own.keys() - {*form.names, *form.beside}:
         raise AdapterError(f"{_said(unknown)} beside {form.method}")
     if missing := [name for name in form.needs if name not in own]:
-        raise AdapterError(f"{_said(own.keys() - {*form.beside})} without {listed(missing, say=str)}")
-    if bare := [name for name in form.matrices if name in own and own[name].ndim < 2]:
-        raise AdapterError(f"{_said(bare)} should be matrices or kernels")
+        raise AdapterError(f"{_said(own.keys() - {*form.beside})} without {_said(missing)}")
+    if bare := [name for name in form.names if name in own and (own[name].ndim < form.least or not own[name].numel())]:
+        raise AdapterError(f"{_said(bare)} should have at least {form.least} dimensions, none of them 0")
     tensors, rank, options = form.read(own)
     r, alpha = _numbers(own, rank, tensors)
     change = Change(_config(form.method, r, alpha, "dora_scale" in own, **options), tensors)
@@ -57,7 +59,7 @@ def change_of(own: Own) -> Change:
 
 
 def _said(names: Iterable[str]) -> str:
-    return listed(sorted(names), say=str)
+    return listed(sorted(names), say=named)
 
 
 def _numbers(own: Own, rank: int | None, tensors: Own) -> tuple[int, float]:
@@ -78,7 +80,7 @@ def _numbers(own: Own, rank: int | None, tensors: Own) -> tuple[int, float]:
     return rank, numbers.get("alpha", rank) * numbers.get("scalar", 1.0)
 
 
-@cache
+@lru_cache(1024)
 def _config(method: str, r: int, lora_alpha: float, use_dora: bool, **options: Any) -> LoraConfig:
     config = LoraConfig(r, lora_alpha, peft_type=method, use_dora=use_dora)
     config.options |= options  # in one layer's config, what names layers is whether it is one of them
@@ -119,7 +121,7 @@ def _loha(own: Own) -> _Read:
     for which in "12":
         a, b, t = own[f"hada_w{which}_a"], own[f"hada_w{which}_b"], own.get(f"hada_t{which}")
         if t is not None:
-            a, b = a.t(), _core(t, a, b, f"hada_t{which}").flatten(1)
+            a, b = a.flatten(1).t(), _core(t, a, b, f"hada_t{which}").flatten(1)
         tensors |= {f"A{which}": b, f"B{which}": a}
         ranks |= {f"hada_w{which}_a": a.shape[1], f"hada_w{which}_b": len(b)}
     _matching("LoHa's factors", **ranks)
@@ -140,7 +142,7 @@ def _lokr(own: Own) -> _Read:
             tensors[name] = whole
         elif a is not None and b is not None:
             if t is not None:
-                a, b = a.t(), _core(t, a, b, f"lokr_t{which}").flatten(1)
+                a, b = a.flatten(1).t(), _core(t, a, b, f"lokr_t{which}").flatten(1)
             tensors |= {f"{name}_B": a, f"{name}_A": b}
             ranks |= {f"lokr_w{which}_a": a.shape[1], f"lokr_w{which}_b": len(b)}
     if "lokr_t2" in own and "lokr_w2" in own:
@@ -189,10 +191,7 @@ class _Form(NamedTuple):
     needs: tuple[str, ...]
     read: Callable[[Own], _Read]
     beside: tuple[str, ...] = ("alpha", "dora_scale", "scalar")
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        return self.names if self.method in ("LORA", "LOHA", "LOKR") else ()
+    least: int = 2  # dimensions of its tensors
 
 
 _FULL = {"D": ("diff", "w_norm"), "b": ("diff_b", "b_norm")}
@@ -203,9 +202,9 @@ _FORMS = (
     _Form("LORA", (*_LORA, "lora_mid.weight"), _LORA, _lora),
     _Form("LOHA", (*_LOHA, "hada_t1", "hada_t2"), _LOHA, _loha),
     _Form("LOKR", _LOKR, (), _lokr),
-    _Form("FULL", ("diff", "diff_b"), (), _full, ("alpha",)),
-    _Form("FULL", ("w_norm", "b_norm"), (), _full, ("alpha",)),
-    _Form("IA3", ("weight", "on_input"), ("weight", "on_input"), _ia3, ("alpha",)),
+    _Form("FULL", ("diff", "diff_b"), (), _full, ("alpha",), 1),
+    _Form("FULL", ("w_norm", "b_norm"), (), _full, ("alpha",), 1),
+    _Form("IA3", ("weight", "on_input"), ("weight", "on_input"), _ia3, ("alpha",), 0),
 )
 LYCORIS_ONLY = frozenset(name for form in _FORMS if form.method != "LORA" for name in form.names) | _UNKNOWN.keys()
 _THEIRS = {
@@ -233,7 +232,7 @@ def own_of(change: Change) -> dict[str, Tensor]:
     if config.peft_type == "FULL" and "D" in tensors and tensors["D"].ndim == 1:
         names = {"D": "w_norm", "b": "b_norm"}
     if strange := [name for name in tensors if name not in names]:
-        raise AdapterError(f"{config.peft_type} with {listed(strange, say=str)}, which have no place there")
+        raise AdapterError(f"{config.peft_type} with {_said(strange)}, which have no place there")
     alpha = alpha_of(config)
     if config.peft_type != "LORA":
         tensors, alpha = _unscaled(config, tensors), config.r
@@ -283,7 +282,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def alpha_of(config: LoraConfig) -> float:
     """α with which α / r is the layer's scale."""
-    return scaling(config.r, config.lora_alpha, config.use_rslora) * config.r
+    return config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1)
 
 
 def exact(number: float) -> Tensor:

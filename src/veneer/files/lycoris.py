@@ -34,7 +34,7 @@ def write(adapter: Adapter, path: Path) -> None:
         "ss_network_alpha": _one([alpha_of(config) for config in ranked]),
     }
     algorithms = {_ALGORITHMS.get(config.peft_type) for config in configs}
-    if len(algorithms) == 1 and "ss_network_args" not in adapter.metadata:
+    if len(algorithms) == 1 and adapter.metadata.get("ss_network_module") != about["ss_network_module"]:
         about["ss_network_args"] = json.dumps({"algo": algorithms.pop()})
     store(adapter, every, path, own_of, about, NAME)
 

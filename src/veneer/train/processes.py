@@ -99,6 +99,8 @@ def join(device: str = "auto") -> World:
 
     Raises `AdapterError` where what the launcher says is not whole, or the others do not come.
     """
+    if dist.is_available() and dist.is_initialized():  # by a launcher that is a library, as Ray Train is
+        return World(dist.get_rank(), dist.get_world_size())
     said = {name: os.environ[own] for name, own in _SLURM.items() if own in os.environ} if _by_srun() else {}
     said |= {name: os.environ[name] for name in _TORCHRUN if name in os.environ}
     if int(said.get("WORLD_SIZE", 1)) < 2:
