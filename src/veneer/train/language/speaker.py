@@ -99,12 +99,23 @@ class _Streamer(TextStreamer):
         super().on_finalized_text(text, stream_end)
 
 
-def write_merged(place: Path, adapters: Sequence[tuple[Adapter, float]], out: Path, dtype: str | None = None) -> None:
+def write_merged(
+    place: Path,
+    adapters: Sequence[tuple[Adapter, float]],
+    out: Path,
+    dtype: str | None = None,
+    path: Path | None = None,
+) -> None:
     """The base in `place` as W + Σ weight · ΔW: an ordinary transformers folder, tokenizer included, whole or not at
-    all. `dtype` None is the one that the base is stored in. Raises `AdapterError`, or `OSError`.
+    all. `dtype` None is the one that the base is stored in; the `path` of an adapter says whether it has a head.
+    Raises `AdapterError`, or `OSError`.
     """
+    from veneer.train.language.predictor import base_with_head
+
     cpu = choose_device("cpu")
-    model = load_causal_lm(place, dtype and choose_dtype(dtype, cpu), cpu)
+    dtype = dtype and choose_dtype(dtype, cpu)
+    headed = base_with_head(path, place, dtype, cpu) if path else None
+    model = headed.model if headed else load_causal_lm(place, dtype, cpu)
     model = merged(model, adapters)
     tokenizer = load_tokenizer(place)
 
