@@ -13,6 +13,7 @@ from transformers import TextStreamer
 from veneer import files, library, zoo
 from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError
+from veneer.files.pipeline import merged
 from veneer.safe.whole import write_folder
 from veneer.train.language.answers import answer, pad_of, refuse_empty, stops_of
 from veneer.train.language.chat import Message
@@ -115,9 +116,7 @@ def write_merged(
     dtype = dtype and choose_dtype(dtype, cpu)
     headed = base_with_head(path, place, dtype, cpu) if path else None
     model = headed.model if headed else load_causal_lm(place, dtype, cpu)
-    for number, (adapter, _) in enumerate(adapters):
-        model = files.attach(model, adapter, str(number))
-    model = model.merge_and_unload({str(number): weight for number, (_, weight) in enumerate(adapters)})
+    model = merged(model, adapters)
     tokenizer = load_tokenizer(place)
 
     def fill(folder: Path) -> None:
