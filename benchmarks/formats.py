@@ -27,7 +27,7 @@ from torch import nn
 from peers import known, spelling
 from peers.cases import Case
 from peers.pipelines import errors, wrong
-from peers.round_trip import largest_difference
+from peers.round_trip import SOURCES, largest_difference
 from peers.sides import PEERS, through_veneer
 from peers.table import CASES
 
@@ -128,8 +128,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
     table(options.only)
-    for family in ("sd1", "sdxl"):
-        print(f"{family}, kohya → diffusers → kohya: changes differ by {largest_difference(family):.0e} at most")
+    for source in SOURCES if not options.only else ():
+        print(f"{source} → diffusers → kohya: changes differ by {largest_difference(source):.0e} at most")
     if options.size:
         commands(options.size, options.rounds)
 
