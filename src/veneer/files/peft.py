@@ -121,6 +121,8 @@ def _reasons(change: Change) -> list[str]:
     found = []
     if method == "FULL":
         found.append("changes of full size")
+    elif method == "IA3" and not change.config.options["scales_bias"]:
+        found.append("(IA)³ that leaves biases as they are, where PEFT's scales them")
     elif dora and method != "LORA":
         found.append(f"DoRA over {method}, which PEFT has over LoRA alone")
     elif dora and change.tensors["magnitude"].ndim == 2 and len(change.tensors["magnitude"]) == 1:
