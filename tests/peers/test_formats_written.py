@@ -17,7 +17,6 @@ from veneer import AdapterError
 
 WRITTEN = [  # what is read, as what it is written, and who reads that
     ("kohya: sd1", "diffusers", "diffusers"),
-    ("kohya: sd1", "kohya", "diffusers"),
     ("kohya: sd1, alpha in some", "kohya", "diffusers"),
     ("kohya: sd1 with convolutions", "kohya", "lycoris"),
     ("kohya: sd1, lora_mid", "diffusers", "diffusers"),
@@ -31,7 +30,6 @@ WRITTEN = [  # what is read, as what it is written, and who reads that
     ("diffusers: sd1, rsLoRA", "kohya", "diffusers"),
     ("diffusers: sd1, rsLoRA", "diffusers", "diffusers"),
     ("diffusers: a transformer with a header", "diffusers", "diffusers"),
-    ("lycoris: LoCon with cores", "diffusers", "diffusers"),
     ("lycoris: LoCon with cores", "kohya", "lycoris"),
     ("lycoris: LoHa", "lycoris", "lycoris"),
     ("lycoris: LoHa with cores", "lycoris", "lycoris"),
@@ -41,7 +39,6 @@ WRITTEN = [  # what is read, as what it is written, and who reads that
     ("lycoris: no alpha", "lycoris", "lycoris"),
     ("lycoris: DoRA on LoHa and LoKr", "lycoris", "lycoris"),
     ("cloneofsimo: sd1, feed-forward before cross-attention", "kohya", "diffusers"),
-    ("cloneofsimo: sd1 with convolutions", "diffusers", "diffusers"),
     ("peft: linear layers", "peft", "peft"),
     ("peft: rsLoRA", "peft", "peft"),
     ("peft: DoRA", "peft", "peft"),
