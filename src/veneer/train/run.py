@@ -34,7 +34,7 @@ class Result:
     """What a run came to."""
 
     run: Run
-    asking: str  # `Task.asking`
+    recipe: Recipe
     outcome: Outcome
     before: dict[str, float]
     after: dict[str, float]
@@ -163,7 +163,7 @@ def _carried_out(watch: Watch, outcome: Outcome, began: float) -> Result:
             folder.discard()
         raise
     trainable, parameters = task.model.get_nb_trainable_parameters()
-    result = Result(folder, task.asking, outcome, before, {}, trainable, parameters, 0.0)
+    result = Result(folder, recipe, outcome, before, {}, trainable, parameters, 0.0)
     result.judged_by, result.higher_is_better = task.judged_by, task.higher_is_better
     try:
         if not enough:
