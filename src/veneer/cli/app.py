@@ -16,6 +16,7 @@ from veneer.cli import (
     library,
     merge,
     models,
+    predict,
     pull,
     recipes,
     resize,
@@ -51,6 +52,7 @@ def _veneer(
 
 app.command()(train.train)
 app.command()(generate.generate)
+app.command()(predict.predict)
 app.command()(evaluate.evaluate)
 app.command()(inspect.inspect)
 app.command()(merge.merge)

@@ -37,16 +37,17 @@ def merge(
         raise AdapterError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     from veneer import files, library, zoo
 
-    held = [(files.read(library.find(name)), weight) for name, weight in map(weighted, adapters)]
+    named = [(library.find(name), weight) for name, weight in map(weighted, adapters)]
+    held = [(files.read(path), weight) for path, weight in named]
     place = zoo.resolve(base or _base_of([adapter for adapter, _ in held]))
     try:
-        _write(place, held, out, dtype)
+        _write(place, held, out, dtype, named[0][0])
     except OSError as error:
         raise AdapterError(f"{out} cannot be written: {error.strerror or error}") from error
     print(out)
 
 
-def _write(place: Path, held: "Sequence[tuple[Adapter, float]]", out: Path, dtype: str | None) -> None:
+def _write(place: Path, held: "Sequence[tuple[Adapter, float]]", out: Path, dtype: str | None, path: Path) -> None:
     from veneer.files.pipeline import is_pipeline, merge_pipeline
     from veneer.train.language.model import quiet
 
@@ -56,7 +57,7 @@ def _write(place: Path, held: "Sequence[tuple[Adapter, float]]", out: Path, dtyp
         return
     from veneer.train.language.speaker import write_merged
 
-    write_merged(place, held, out, dtype)
+    write_merged(place, held, out, dtype, path)
 
 
 def _base_of(adapters: "Sequence[Adapter]") -> str:

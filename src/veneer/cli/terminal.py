@@ -11,7 +11,15 @@ from rich.status import Status
 from veneer.train.record import peak_memory
 from veneer.train.task import Reporter
 
-NAMES = {"eval_loss": "held-out loss", "bleu": "BLEU"}
+NAMES = {
+    "eval_loss": "held-out loss",
+    "bleu": "BLEU",
+    "f1": "F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "exact_match": "exact match",
+}
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,14 +108,16 @@ def _show_preview(preview: "Preview") -> None:
 def _show_result(result: "Result") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from veneer.cli.terminal import NAMES
 
     console = Console(highlight=False)
     if result.samples:
-        table = Table("prompt", "base", "adapted", show_lines=True)
+        shown = [key for key in result.samples[0] if key != "reference"]
+        table = Table(*shown, show_lines=True)
         for sample in result.samples:
-            table.add_row(*(sample[key].strip() for key in ("prompt", "base", "adapted")))
+            table.add_row(*(Text(sample[key].strip()) for key in shown))
         console.print(table)
     figures = Table("", "before", "after", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for key, value in result.after.items():
@@ -126,6 +129,7 @@ def _show_result(result: "Result") -> None:
 
 def _show_facts(result: "Result") -> None:
     from veneer.cli.terminal import size
+    from veneer.train.tasks import task_named
 
     outcome, folder = result.outcome, result.run.folder
     share = 100 * result.trainable / result.parameters
@@ -138,12 +142,12 @@ def _show_facts(result: "Result") -> None:
     if outcome.interrupted:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
         print(f"to go on              {_command()} train {folder} --resume")
-    prompt = result.samples[0]["prompt"] if result.samples else "…"
-    veneer = _command()
+    asked = {key: _quoted(text) for key, text in (result.samples[0] if result.samples else {}).items()}
+    veneer, asking = _command(), task_named(result.recipe.task).asking
     print("\nworth typing next:")
-    print(f"  {veneer} generate {folder} --compare --prompt {_quoted(prompt)}")
+    print(f"  {veneer} {asking.format_map(defaultdict(lambda: _quoted('…'), asked, adapter=folder))}")
     print(f"  {veneer} merge {folder} --out {folder}-merged")
-    print(f"  {veneer} recipes copy causal-lm my.yaml     # then train on rows of your own")
+    print(f"  {veneer} recipes copy {result.recipe.task} my.yaml     # then train on rows of your own")
 
 
 def _command() -> str:

@@ -21,7 +21,7 @@ import torch
 
 from veneer.combine.base import Base, Source
 from veneer.combine.beside import combined_beside
-from veneer.combine.layers import Errors
+from veneer.combine.layers import Errors, levelled
 from veneer.combine.matrix import Keep
 from veneer.combine.shares import Weight, shares
 from veneer.combine.together import agreed, precision, refuse_apart, told
@@ -29,6 +29,7 @@ from veneer.combine.ways import Layer, Way
 from veneer.core.adapter import Adapter
 from veneer.core.apart import Change, adapter_of, changes
 from veneer.core.errors import AdapterError
+from veneer.safe.stored import is_finite
 
 Progress = Callable[[int, int], None]  # layers done, of how many
 
@@ -103,8 +104,13 @@ def each_layer(
     for done, layer in enumerate(layers):
         progress(done, len(layers))
         try:
-            found[layer.path], errors.squares[layer.path] = work(layer)
+            change, errors.squares[layer.path] = work(layer)
+            if not all(map(is_finite, change.tensors.values())):
+                raise AdapterError("the result would hold NaN or infinity")
+            found[layer.path] = change
         except AdapterError as error:
             faults.append(f"{layer.path}: {str(error).removeprefix(f'{layer.path}: ')}")
+        except torch.linalg.LinAlgError:
+            faults.append(f"{layer.path}: has no singular values: look for NaN or infinity in the adapters")
     progress(len(layers), len(layers))
-    return found, errors, faults
+    return levelled(found), errors, faults

@@ -151,7 +151,7 @@ class _Pair:
         coarser = new.dtype if torch.finfo(new.dtype).eps > torch.finfo(old.dtype).eps else old.dtype
         if torch.equal(new.to(coarser), old.to(coarser)):
             return None
-        wide = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float32)
+        wide = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
         D = new.to(wide) - old.to(wide)
         return D.t() if D.ndim == 2 and (self.turned or self.is_table(name)) else D
 

@@ -1,15 +1,17 @@
 """The model card that lies beside an adapter."""
 
 import json
+from collections import defaultdict
 from typing import Any
 
 from veneer import __version__
 from veneer.train.record import stamp
+from veneer.train.task import Task
 
 _CARD = """---
 base_model: {base}
 library_name: peft
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags: [lora, veneer]
 ---
 
@@ -24,7 +26,7 @@ A low-rank adapter for `{base}`, trained with veneer {version} on {date}.
 ## Use
 
 ```
-veneer generate ADAPTER --prompt "…"
+veneer {command}
 veneer merge ADAPTER --out DIR
 ```
 
@@ -34,7 +36,7 @@ In Python, on the base loaded with transformers, with veneer or with PEFT:
 model = PeftModel.from_pretrained(model, "ADAPTER")
 ```
 
-How a prompt must be written for it (`veneer.json` says the same, and `veneer generate` reads it there):
+How the rows of its training were read (`veneer.json` says the same, and `veneer {verb}` reads it there):
 
 ```json
 {usage}
@@ -43,23 +45,30 @@ How a prompt must be written for it (`veneer.json` says the same, and `veneer ge
 
 
 def card(
-    name: str, base: str, rows: list[tuple[str, str]], usage: dict[str, Any], samples: list[dict[str, str]]
+    task: Task, name: str, base: str, rows: list[tuple[str, str]], usage: dict[str, Any], samples: list[dict[str, str]]
 ) -> str:
     """README.md of an adapter: what it is, what it was measured at, how it is used, what it answers."""
-    shown = "".join(
-        f"\n## An answer\n\n{_quoted(s['prompt'])}\n\n| base | adapted |\n|---|---|\n| {_cell(s['base'])} | "
-        f"{_cell(s['adapted'])} |\n"
-        for s in samples[:1]
-    )
+    command = task.asking.format_map(defaultdict(lambda: '"…"', adapter="ADAPTER"))
     return _CARD.format(
         name=name,
         base=base,
+        pipeline=task.pipeline,
+        command=command,
+        verb=command.partition(" ")[0],
         version=__version__,
         date=stamp(),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows),
         usage=json.dumps(usage["data"], indent=2, ensure_ascii=False),
-        samples=shown,
+        samples="".join(map(_sample, samples[:1])),
     )
+
+
+def _sample(sample: dict[str, str]) -> str:
+    """What was asked, and beside each other all that is said of it but the reference."""
+    (_, asked), *others = sample.items()
+    said = {key: _cell(text) for key, text in others if key != "reference"}
+    lines = (" | ".join(cells) for cells in (said, ["---"] * len(said), said.values()))
+    return f"\n## A held-out row\n\n{_quoted(asked)}\n\n" + "".join(f"| {line} |\n" for line in lines)
 
 
 def _quoted(text: str) -> str:

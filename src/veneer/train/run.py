@@ -25,6 +25,7 @@ from veneer.train.sameness import asked, circumstances
 from veneer.train.settings import Recipe, as_yaml, checked, resolved
 from veneer.train.task import Reporter, Task
 from veneer.train.tasks import task_named
+from veneer.train.trackers import trackers
 from veneer.train.watch import Watch
 
 
@@ -33,6 +34,7 @@ class Result:
     """What a run came to."""
 
     run: Run
+    recipe: Recipe
     outcome: Outcome
     before: dict[str, float]
     after: dict[str, float]
@@ -142,6 +144,7 @@ def _begun(
             outcome = watch.begin()
             folder.write("recipe.yaml", as_yaml(resolved(recipe)))
             folder.note(asked=wanted)
+        folder.trackers = trackers(recipe.log if folder.writes else (), folder.folder, resolved(recipe))
         folder.note(state="running", made_of=made_of, planned=count_steps(recipe.train, task.size))
         return watch, outcome
     except BaseException:
@@ -160,7 +163,7 @@ def _carried_out(watch: Watch, outcome: Outcome, began: float) -> Result:
             folder.discard()
         raise
     trainable, parameters = task.model.get_nb_trainable_parameters()
-    result = Result(folder, outcome, before, {}, trainable, parameters, 0.0)
+    result = Result(folder, recipe, outcome, before, {}, trainable, parameters, 0.0)
     result.judged_by, result.higher_is_better = task.judged_by, task.higher_is_better
     try:
         if not enough:
@@ -227,7 +230,8 @@ def _save(task: Task, recipe: Recipe, result: Result) -> None:
     usage = _keep(task, folder)
     result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.glob("adapter_model*"))
     rows = _figures(recipe, result)
-    folder.write(f"{folder.adapter.name}/README.md", card(folder.folder.name, recipe.base, rows, usage, result.samples))
+    text = card(task, folder.folder.name, recipe.base, rows, usage, result.samples)
+    folder.write(f"{folder.adapter.name}/README.md", text)
 
 
 def _keep(task: Task, folder: Run) -> dict[str, Any]:

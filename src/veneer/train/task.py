@@ -41,8 +41,10 @@ class Task(ABC):
     """A model with a fresh adapter, and the rows that it learns from."""
 
     settings: ClassVar[type[Recipe]]  # the task's own recipe
-    judged_by: ClassVar[str] = "eval_loss"  # the figure that says which of two adapters is better
-    higher_is_better: ClassVar[bool] = False
+    pipeline: ClassVar[str] = "text-generation"  # what the hub calls the task
+    asking: ClassVar[str] = "generate {adapter} --compare --prompt {prompt}"  # the command that uses the adapter
+    judged_by: str = "eval_loss"  # the figure that says which of two adapters is better
+    higher_is_better: bool = False
     model: PeftModel
     size: int  # rows to learn from
 

@@ -6,7 +6,12 @@ from typing import Any
 from veneer.core.errors import AdapterError, nearest
 from veneer.train.task import Task
 
-TASKS = {"causal-lm": "veneer.train.language.causal_lm:CausalLM"}
+TASKS = {
+    "causal-lm": "veneer.train.language.causal_lm:CausalLM",
+    "sequence-classification": "veneer.train.language.sequence_classification:SequenceClassification",
+    "token-classification": "veneer.train.language.token_classification:TokenClassification",
+    "question-answering": "veneer.train.language.question_answering:QuestionAnswering",
+}
 
 
 def task_named(name: Any) -> type[Task]:

@@ -103,8 +103,8 @@ def test_a_hub_dataset_is_read_by_split_and_its_faults_are_one_error(monkeypatch
 
     asked = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load_dataset(name: str, subset: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, subset, split))
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -112,9 +112,11 @@ def test_a_hub_dataset_is_read_by_split_and_its_faults_are_one_error(monkeypatch
     assert read_rows("owner/name", "validation").content() != read_rows("owner/name", "test").content()
     del asked[1:]
     assert [row.values["text"] for row in rows] == ["a", "b"]
-    assert (asked, rows[1].place) == ([("owner/name", "validation")], "owner/name (validation), row 2")
+    assert (asked, rows[1].place) == ([("owner/name", None, "validation")], "owner/name (validation), row 2")
+    assert read_rows("owner/name", "validation", "part").place(1) == "owner/name (part, validation), row 1"
+    assert asked[-1] == ("owner/name", "part", "validation")
 
-    def offline(name: str, split: str) -> datasets.Dataset:
+    def offline(name: str, subset: str | None, split: str) -> datasets.Dataset:
         raise ConnectionError("offline mode is enabled")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)

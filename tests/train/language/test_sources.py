@@ -161,7 +161,7 @@ def test_what_changes_decides_what_is_made_anew(path: Path, cache: Path, monkeyp
     renamed.write_text(renamed.read_text(encoding="utf-8").replace("inn 1", "inn_1"), encoding="utf-8")
     assert prepared(renamed)[0].documents[0].prompt == "inn_1\n"
     assert kinds(cache) == {"documents": 4, "draws": 5, "tokens": 7}
-    monkeypatch.setattr(sources, "_program", lambda: "another")
+    monkeypatch.setattr(sources, "program", lambda names: "another")
     prepared(renamed)
     assert kinds(cache) == {"documents": 5, "draws": 6, "tokens": 8}
 
@@ -171,7 +171,7 @@ def test_a_template_that_writes_the_date_is_another_one_tomorrow(monkeypatch: py
         monkeypatch.setattr(sources.time, "strftime", lambda form: day)
         tokenizer = tokenizer_of()
         tokenizer.chat_template = template
-        return sources._fingerprint(tokenizer)
+        return sources.fingerprint(tokenizer)
 
     assert of("{{ messages }}", "one") == of("{{ messages }}", "two")
     assert of("{{ strftime_now('%d') }}", "one") != of("{{ strftime_now('%d') }}", "two")

@@ -26,7 +26,7 @@ from veneer.train.language.packing import (
 )
 from veneer.train.language.parts import Part, Question, evenly, questions, read_documents, tokenised
 from veneer.train.language.settings import LanguageData, LanguageEvaluation, LanguageSample, LanguageTraining
-from veneer.train.language.shapes import opening, typed
+from veneer.train.language.shapes import Document, opening, typed
 from veneer.train.language.sources import Documents
 from veneer.train.language.tokens import coloured, encode_prompt
 from veneer.train.sameness import digest_of_base
@@ -79,7 +79,7 @@ class CausalLM(Task):
             self.reporter.say(f"data.max_length is {most}, the most tokens that {self.recipe.base} reads")
             self.recipe.data.max_length = most
 
-    def _tokenised(self, documents: Documents, name: str) -> Part:
+    def _tokenised(self, documents: Documents[Document], name: str) -> Part:
         try:
             part = tokenised(documents, self.tokenizer, self.recipe.data, self.reporter, name)
         except AdapterError as error:

@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, KeyError) as error:
-        raise AdapterError(f"base {folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise AdapterError(f"base {folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def longest_row(folder: Path) -> int | None:
@@ -35,7 +35,7 @@ def longest_row(folder: Path) -> int | None:
         try:
             config = AutoConfig.from_pretrained(folder, **LOCAL)
         except (OSError, ValueError, KeyError) as error:
-            raise AdapterError(f"base {folder}: its config cannot be loaded: {_first_line(error)}") from error
+            raise AdapterError(f"base {folder}: its config cannot be loaded: {first_line(error)}") from error
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -45,7 +45,7 @@ def load_causal_lm(folder: Path, dtype: str | None, device: torch.device, quanti
     With `quantization` the linear layers but the head hold 8 or 4 bits a weight, and compute in `dtype`.
     Raises `AdapterError` when the folder holds another kind of model, or not all of its weights.
     """
-    more = _quantising(quantization, dtype, device)
+    more = quantising(quantization, dtype, device)
     try:
         with quiet():  # what it would say of missing weights is an error here
             config = AutoConfig.from_pretrained(folder, **LOCAL)
@@ -53,9 +53,7 @@ def load_causal_lm(folder: Path, dtype: str | None, device: torch.device, quanti
                 folder, config=config, dtype=dtype or "auto", output_loading_info=True, **LOCAL, **more
             )
     except (OSError, ValueError, KeyError) as error:
-        raise AdapterError(
-            f"base {folder} cannot be loaded as a causal language model: {_first_line(error)}"
-        ) from error
+        raise AdapterError(f"base {folder} cannot be loaded as a causal language model: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise AdapterError(
             f"base {folder} is a {config.model_type} without the weights of a causal language model: "
@@ -67,7 +65,7 @@ def load_causal_lm(folder: Path, dtype: str | None, device: torch.device, quanti
     return model if more else model.to(device)
 
 
-def _quantising(quantization: str, dtype: str | None, device: torch.device) -> dict[str, Any]:
+def quantising(quantization: str, dtype: str | None, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is told: LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339), or NF4 of QLoRA (Dettmers et
     al. 2023, arXiv:2305.14314).
     """
@@ -109,7 +107,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # `meta` has no values
     except (RuntimeError, AssertionError) as error:
-        raise AdapterError(f"device {name!r} is not to be had here: {_first_line(error)}") from error
+        raise AdapterError(f"device {name!r} is not to be had here: {first_line(error)}") from error
     return device
 
 
@@ -139,5 +137,5 @@ def _parameters(folder: Path) -> int:
     return total
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

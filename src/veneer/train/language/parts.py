@@ -1,14 +1,14 @@
 """Rows of a language recipe: what is learned from, what is held out, and the prompts among them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from veneer.train.language import sources
 from veneer.train.language.report import TokenReport, reported
-from veneer.train.language.settings import LanguageData
+from veneer.train.language.settings import LanguageData, RowsData
 from veneer.train.language.shapes import Document
-from veneer.train.language.sources import Documents, Examples
+from veneer.train.language.sources import D, Documents, Examples
 from veneer.train.task import Reporter
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ SILENT = Reporter()
 class Part:
     """One side of the data: its documents, and those of them that are used, as tokens."""
 
-    documents: Documents
+    documents: Documents[Document]
     examples: Examples
     report: TokenReport
 
@@ -36,17 +36,25 @@ class Question:
     references: list[str]
 
 
-def read_documents(settings: LanguageData, seed: int, reporter: Reporter = SILENT) -> tuple[Documents, Documents]:
+def read_documents(
+    settings: LanguageData, seed: int, reporter: Reporter = SILENT
+) -> tuple[Documents[Document], Documents[Document]]:
     """(learned from, held out). `settings.shape` says afterwards how the rows were read."""
-    found = sources.read(settings.path, settings.split, settings, reporter)
+    return read_sides(settings, seed, lambda path, split: sources.read(path, split, settings, reporter), reporter)
+
+
+def read_sides(
+    settings: RowsData, seed: int, read: Callable[[str, str], Documents[D]], reporter: Reporter = SILENT
+) -> tuple[Documents[D], Documents[D]]:
+    """(learned from, held out), of what `read` makes of a path and a split."""
+    found = read(settings.path, settings.split)
     if settings.eval_path or settings.eval_split:
-        path, split = settings.eval_path or settings.path, settings.eval_split or settings.split
-        return found, sources.read(path, split, settings, reporter)
+        return found, read(settings.eval_path or settings.path, settings.eval_split or settings.split)
     return sources.split(found, settings.eval_share, seed, reporter)
 
 
 def tokenised(
-    found: Documents, tokenizer: Any, settings: LanguageData, reporter: Reporter = SILENT, name: str = "rows"
+    found: Documents[Document], tokenizer: Any, settings: LanguageData, reporter: Reporter = SILENT, name: str = "rows"
 ) -> Part:
     """The documents with those of them that are used as tokens; `name` is what the reporter is told that they are."""
     store = sources.tokens(found.source, tokenizer, settings, reporter, name)

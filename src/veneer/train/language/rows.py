@@ -47,8 +47,8 @@ class Rows:
         return (Row(values, self.place(number)) for number, values in self.numbered())
 
 
-def read_rows(path: str, split: str = "train") -> Rows:
-    """The rows of a file, read as its ending says, or of the hub dataset `owner/name` (its `split`).
+def read_rows(path: str, split: str = "train", subset: str | None = None) -> Rows:
+    """The rows of a file, read as its ending says, or of the hub dataset `owner/name` (its `subset` and `split`).
 
     A file that is not there is an error at once; what is wrong inside is one when the rows are gone through.
     """
@@ -58,7 +58,7 @@ def read_rows(path: str, split: str = "train") -> Rows:
         inside = sorted(entry.name for entry in file.iterdir() if entry.is_file())
         raise AdapterError(f"{path} is a folder, expected a file. Name one of its files: {listed(inside)}")
     if not file.exists() and ending not in READERS and HUB_NAME.fullmatch(path):
-        return _hub_rows(path, split)
+        return _hub_rows(path, split, subset)
     if not file.exists():
         folder = file.parent.iterdir() if file.parent.is_dir() else ()
         hint = nearest(file.name, (entry.name for entry in folder))
@@ -221,13 +221,13 @@ def _parquet(file: Path) -> Numbered:
         raise AdapterError(f"{file.name}: cannot be read as Parquet: {error}") from error
 
 
-def _hub_rows(name: str, split: str) -> Rows:
+def _hub_rows(name: str, split: str, subset: str | None) -> Rows:
     try:
         import datasets
     except ImportError as error:
         _needs("a dataset of the hub", error)
     try:
-        table = datasets.load_dataset(name, split=split)
+        table = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises a dozen unrelated kinds; to a reader they are one
         reason = str(error).strip() or type(error).__name__
         raise AdapterError(
@@ -235,10 +235,10 @@ def _hub_rows(name: str, split: str) -> Rows:
             f"be loaded: {reason}"
         ) from error
     return Rows(
-        f"{name} ({split})",
+        f"{name} ({subset}, {split})" if subset else f"{name} ({split})",
         "row",
         partial(_checked, name, partial(enumerate, table, 1)),
-        lambda: {"dataset": name, "split": split, "fingerprint": table._fingerprint},
+        lambda: {"dataset": name, "subset": subset, "split": split, "fingerprint": table._fingerprint},
     )
 
 

@@ -13,8 +13,8 @@ from veneer.train.settings import EvalSettings, Settings, TrainSettings
 Shape = Literal["text", "prompt-completion", "messages", "alpaca"]
 
 
-class LanguageData(Settings):
-    """The `data` part of a recipe for a language model: where the rows are, and how they are read."""
+class RowsData(Settings):
+    """What the `data` part of every recipe on text says: where the rows are, and which of them are held out."""
 
     path: str = Field(
         min_length=1,
@@ -27,10 +27,30 @@ class LanguageData(Settings):
         description="The held-out rows, as a file or a hub dataset. Without it, and without eval_split, "
         "eval_share of the rows is kept aside.",
     )
+    subset: str | None = Field(None, description="Which part of a hub dataset that has several: sst2 of nyu-mll/glue.")
     split: str = Field("train", description="Which split of a hub dataset is learned from. A file has none.")
     eval_split: str | None = Field(
         None, description="Which split of a hub dataset (eval_path, or else path) is held out."
     )
+    eval_share: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="The share of the rows that is kept aside when no held-out rows are named; 0 keeps none. "
+        "Rows with the same prompt, or the same text, stay together.",
+    )
+
+    @field_validator("path", "eval_path")
+    @classmethod
+    def _named_in_full(cls, path: str | None) -> str | None:
+        """A file is named in full, so that the recipe of a run can be run again from anywhere."""
+        file = Path(path or "").expanduser()
+        return str(file.resolve()) if file.is_file() else path
+
+
+class LanguageData(RowsData):
+    """The `data` part of a recipe for a language model: where the rows are, and how they are read."""
+
     shape: Literal["auto", Shape] = Field(
         "auto",
         description="How a row is read: text, prompt-completion, messages (a chat) or alpaca. auto finds it "
@@ -62,20 +82,6 @@ class LanguageData(Settings):
         description="What happens to a longer row. cut: its end goes; if nothing to learn would be left, the "
         "start of a plain prompt goes instead, and a chat is dropped. drop: the row goes. error: the run stops.",
     )
-    eval_share: float = Field(
-        0.05,
-        ge=0,
-        lt=1,
-        description="The share of the rows that is kept aside when no held-out rows are named; 0 keeps none. "
-        "Rows with the same prompt stay together.",
-    )
-
-    @field_validator("path", "eval_path")
-    @classmethod
-    def _named_in_full(cls, path: str | None) -> str | None:
-        """A file is named in full, so that the recipe of a run can be run again from anywhere."""
-        file = Path(path or "").expanduser()
-        return str(file.resolve()) if file.is_file() else path
 
     @model_validator(mode="after")
     def _agrees(self) -> "LanguageData":

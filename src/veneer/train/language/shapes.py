@@ -1,14 +1,17 @@
 """Rows become documents: what is the prompt, the completion, the chat, and in a chat the assistant's part."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypeVar
 
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.train.language.chat import Message
 from veneer.train.language.rows import Row, Rows, Values
 from veneer.train.language.settings import LanguageData, Shape, template_parts
+
+D = TypeVar("D")
 
 # the columns that make a shape, the most telling shape first; alpaca's third column is optional
 COLUMNS: dict[Shape, tuple[tuple[str, ...], ...]] = {
@@ -95,13 +98,20 @@ def detect_shape(rows: Rows, settings: LanguageData) -> Shape:
 
 
 def documents(rows: Rows, shape: Shape, settings: LanguageData) -> Iterator[tuple[int, Document]]:
-    """Every row's number and document; at the end, all faulty rows are one error: a count, and the first few named."""
+    """Every row's number and document."""
+    return made_of_rows(rows, lambda row: document(row, shape, settings), shape)
+
+
+def made_of_rows(rows: Rows, make: Callable[[Row], D], what: str) -> Iterator[tuple[int, D]]:
+    """Every row's number and what is made of it; at the end, all faulty rows are one error: a count, and the first few
+    named.
+    """
     faults: list[AdapterError] = []
     count = faulty = 0
     for number, values in rows.numbered():
         count += 1
         try:
-            made = document(Row(values, rows.place(number)), shape, settings)
+            made = make(Row(values, rows.place(number)))
         except AdapterError as error:
             faulty += 1
             faults = [*faults, error][:5]
@@ -111,7 +121,7 @@ def documents(rows: Rows, shape: Shape, settings: LanguageData) -> Iterator[tupl
     if faulty:
         more = f"\n  and {faulty - 5:,} more" if faulty > 5 else ""
         raise AdapterError(
-            f"{rows.source}: {faulty:,} of {count:,} rows cannot be read as {shape}; mend them or "
+            f"{rows.source}: {faulty:,} of {count:,} rows cannot be read as {what}; mend them or "
             "take them out:\n  " + "\n  ".join(str(fault) for fault in faults) + more
         )
 

@@ -7,12 +7,12 @@ and the settings of lengths). So with another seed nothing is tokenised anew, wi
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,31 +32,46 @@ TOKENS: Columns = [("length", "i4"), ("learned", "i4"), ("fate", "i1")]
 PROGRAM = ("chat.py", "report.py", "rows.py", "settings.py", "shapes.py", "tokens.py")  # decide what is in a store
 
 
+class Packable(Protocol):
+    """A document of any kind."""
+
+    @property
+    def key(self) -> str:
+        """What documents share that stay on one side of the data."""
+
+    def packed(self) -> bytes:
+        """All but the place, as bytes."""
+
+
+D = TypeVar("D", bound=Packable)
+
+
 @dataclass
-class Source:
+class Source(Generic[D]):
     """A file or dataset: its rows, their documents, and their tokens once they are asked for."""
 
     rows: Rows
     documents: Store
+    unpacked: Callable[[bytes, str], D]
     tokens: Store | None = None
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[D]:
         """All documents, one after the other."""
         for number, packed in zip(self.documents.table["number"], self.documents, strict=True):
-            yield Document.unpacked(packed, self.rows.place(number))
+            yield self.unpacked(packed, self.rows.place(number))
 
 
-class Documents(Sequence[Document]):
+class Documents(Sequence[D]):
     """The chosen documents of a source; each is read from the disk when it is asked for."""
 
-    def __init__(self, source: Source, chosen: Table) -> None:
+    def __init__(self, source: Source[D], chosen: Table) -> None:
         self.source, self.chosen = source, chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: int) -> Document:  # type: ignore[override]
-        return Document.unpacked(self.source.documents[int(self.chosen[index])], self.place(index))
+    def __getitem__(self, index: int) -> D:  # type: ignore[override]
+        return self.source.unpacked(self.source.documents[int(self.chosen[index])], self.place(index))
 
     def place(self, index: int) -> str:
         """Where a document is, for messages."""
@@ -83,24 +98,36 @@ class Examples(Sequence[Example]):
         return unpacked(self._tokens[int(self._chosen[index])], int(self.rows[index]))
 
 
-def read(path: str, split: str, settings: LanguageData, reporter: Reporter) -> Documents:
+def read(path: str, split: str, settings: LanguageData, reporter: Reporter) -> Documents[Document]:
     """All documents of a file or dataset. `settings.shape` says afterwards how its rows were read."""
-    found = rows.read_rows(path, split)
+    found = rows.read_rows(path, split, settings.subset)
     shape = settings.shape = shapes.detect_shape(found, settings)
     asked = settings.model_dump(include={"prompt", "completion", "chat"})
-    made_of = {"rows": found.content(), "shape": shape, **asked, "program": _program()}
+    made_of = {"shape": shape, **asked, "program": program(PROGRAM)}
+    return kept(found, made_of, lambda: shapes.documents(found, shape, settings), Document.unpacked, reporter)
+
+
+def kept(
+    found: Rows,
+    made_of: Mapping[str, Any],
+    documents: Callable[[], Iterable[tuple[int, D]]],
+    unpacked: Callable[[bytes, str], D],
+    reporter: Reporter,
+) -> Documents[D]:
+    """All documents of the rows, from their store; `made_of` and the rows decide them."""
+    made_of = {"rows": found.content(), **made_of}
 
     def pieces() -> Pieces:
-        for number, made in shapes.documents(found, shape, settings):
+        for number, made in documents():
             yield made.packed(), (number,)
         if found.content() != made_of["rows"]:
-            raise AdapterError(f"{path} was changed while it was read; nothing is kept of it, start again")
+            raise AdapterError(f"{found.source} was changed while it was read; nothing is kept of it, start again")
 
     store = prepared("documents", made_of, DOCUMENTS, pieces, reporter.say)
-    return Documents(Source(found, store), np.arange(len(store)))
+    return Documents(Source(found, store, unpacked), np.arange(len(store)))
 
 
-def split(found: Documents, share: float, seed: int, reporter: Reporter) -> tuple[Documents, Documents]:
+def split(found: Documents[D], share: float, seed: int, reporter: Reporter) -> tuple[Documents[D], Documents[D]]:
     """(learned from, held out)."""
     if not share:
         return found, Documents(found.source, found.chosen[:0])
@@ -114,13 +141,13 @@ def split(found: Documents, share: float, seed: int, reporter: Reporter) -> tupl
     return Documents(found.source, found.chosen[~held]), Documents(found.source, found.chosen[held])
 
 
-def tokens(source: Source, tokenizer: Any, settings: LanguageData, reporter: Reporter, name: str) -> Store:
+def tokens(source: Source[Document], tokenizer: Any, settings: LanguageData, reporter: Reporter, name: str) -> Store:
     """The tokens of all documents of a source."""
     made_of = {
         "documents": digest_of(source.documents.made_of),
-        "tokenizer": _fingerprint(tokenizer),
+        "tokenizer": fingerprint(tokenizer),
         **settings.model_dump(include={"learn", "max_length", "too_long", "chat"}),
-        "program": _program(),
+        "program": program(PROGRAM),
     }
     if source.tokens is not None and source.tokens.made_of == made_of:
         return source.tokens
@@ -140,7 +167,7 @@ def tokens(source: Source, tokenizer: Any, settings: LanguageData, reporter: Rep
     return store
 
 
-def _fingerprint(tokenizer: Any) -> str:
+def fingerprint(tokenizer: Any) -> str:
     """A hash of all that decides what `encode` makes of a text."""
     import tokenizers
     import transformers
@@ -156,6 +183,6 @@ def _fingerprint(tokenizer: Any) -> str:
 
 
 @cache  # of the modules as they were imported, and not as somebody edits them meanwhile
-def _program() -> str:
+def program(names: tuple[str, ...]) -> str:
     """A hash of our own modules: when one changes, what it made is made anew."""
-    return sha256(b"".join(files(__package__).joinpath(name).read_bytes() for name in PROGRAM)).hexdigest()
+    return sha256(b"".join(files(__package__).joinpath(name).read_bytes() for name in names)).hexdigest()

@@ -1,0 +1,54 @@
+"""`veneer predict`: what an adapted model with a head says of texts."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veneer.core.errors import AdapterError
+from veneer.safe.whole import write_whole
+
+
+def predict(
+    adapter: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or an adapter's.")],
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="A text, or the context of a question; may be repeated.")
+    ] = None,
+    pair: Annotated[
+        str | None, typer.Option("--pair", "--question", help="The second text of a pair, or the question.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Many texts: rows as the training had them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the predictions to this file.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+) -> None:
+    """Say labels, tags or answers, and how probable they are: one JSON a line."""
+    if bool(text) == (file is not None) or (file is not None and pair is not None):
+        raise AdapterError("predict needs --text TEXT (with --pair or --question) or --input FILE, one of the two")
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        raise AdapterError(
+            f"{out} {'exists already' if out.exists() else 'has no folder to be in'}; nothing was written"
+        )
+    from veneer import library
+    from veneer.train.language.predictor import Predictor
+
+    predictor = Predictor.load(library.find(adapter), base, dtype, device)
+    documents = predictor.read(file) if file else [predictor.task.typed(own, pair) for own in text or ()]
+    said = predictor.said_of(documents)
+    lines = [
+        json.dumps({"texts": document.texts, **own}, ensure_ascii=False) + "\n"
+        for document, own in zip(documents, said, strict=True)
+    ]
+    if out is None:
+        sys.stdout.writelines(lines)
+        return
+    try:
+        write_whole({out: lambda path: path.write_text("".join(lines), encoding="utf-8")})
+    except OSError as error:
+        raise AdapterError(f"{out} cannot be written: {error.strerror}") from error
+    print(out)

@@ -1,0 +1,83 @@
+"""A model with a head from its folders: to be asked what it makes of texts, or to be merged."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer import zoo
+from veneer.core.adapter import read_config
+from veneer.core.errors import AdapterError
+from veneer.core.model import PeftModel
+from veneer.train.language.head_task import HeadTask
+from veneer.train.language.labelled import Labelled
+from veneer.train.language.model import choose_device, choose_dtype
+from veneer.train.language.rows import read_rows
+from veneer.train.language.shapes import made_of_rows
+from veneer.train.record import USAGE
+from veneer.train.settings import checked
+from veneer.train.tasks import task_named
+
+
+@dataclass
+class Predictor:
+    """A base with a head, an adapter on it, and how texts are read for it."""
+
+    task: HeadTask
+
+    @classmethod
+    def load(
+        cls, folder: Path, base: str | None = None, dtype: str | None = "auto", device: str = "auto"
+    ) -> "Predictor":
+        """From an adapter's folder; the base is the one that the adapter names, or `base`.
+
+        `dtype` None is the one that the base is stored in.
+        """
+        named = base or read_config(folder).base_model_name_or_path
+        if not named:
+            raise AdapterError(f"{folder} does not say which base it is for: give --base")
+        place, chosen = zoo.resolve(named), choose_device(device)
+        task = base_with_head(folder, place, dtype and choose_dtype(dtype, chosen, place), chosen)
+        if task is None:
+            raise AdapterError(f"{folder} is no adapter of a model with a head: `veneer generate` asks others")
+        task.model = PeftModel.from_pretrained(task.model, folder).eval()
+        return cls(task)
+
+    def read(self, file: Path) -> list[Labelled]:
+        """The rows of a file, with the columns that the training's had; labels may be missing."""
+        rows = read_rows(str(file))
+        self.task.settle_columns(rows, labelled=False)
+        return [made for _, made in made_of_rows(rows, lambda row: self.task.document(row, labelled=False), "texts")]
+
+    def said_of(self, documents: Sequence[Labelled]) -> list[dict[str, Any]]:
+        """What the model says of each: a label, tags, or an answer, and how probable it finds it."""
+        return self.task.said_of(documents)
+
+
+def base_with_head(adapter: Path, place: Path, dtype: str | None, device: torch.device) -> HeadTask | None:
+    """The base in `place` with a head for what the adapter was trained on; None for one that needs no head."""
+    build = head_task(adapter)
+    if build is None:
+        return None
+    schema: Any = build.settings.model_fields["data"].annotation
+    data = checked(schema, {"path": "-", **_usage(adapter).get("data", {})}, str(adapter / USAGE))
+    return build.bare(data, place, dtype, device)
+
+
+def head_task(adapter: Path) -> type[HeadTask] | None:
+    """The task that the adapter was trained on, if it is one of a model with a head."""
+    name = _usage(adapter).get("task")
+    task = task_named(name) if name is not None else None
+    return task if task is not None and issubclass(task, HeadTask) else None
+
+
+def _usage(folder: Path) -> dict[str, Any]:
+    path = folder / USAGE
+    try:
+        usage = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from error
+    return usage if isinstance(usage, dict) else {}
