@@ -1,6 +1,7 @@
 """Matrices of changes, thin or whole: their sums, products and singular values, never forming out × in where thin."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from veneer.core.errors import AdapterError, shown
 _TINY, _SMALL = 128, 1024  # the smaller side up to which a matrix of fp32, of fp64, is decomposed by an SVD
 _FIRST, _FAR = 32, 4  # the rank at which a search begins, and how many times it must fit into the smaller side
 _MOST_TURNS = 16  # power iterations before the search is given up
+_FEW = 2**21  # entries of a matrix that is too small for several threads
 _SLACK = 1e-3  # the share of the squared error by which a search may miss the best approximation
 
 
@@ -125,6 +127,11 @@ def factored(W: Matrix, keep: Keep, dtype: torch.dtype) -> Factored:
     if isinstance(W, Thin) and W.B.shape[1] <= min(len(W.B), W.A.shape[1]):
         return _of_thin(W, keep, dtype)
     D = W.B.double() @ W.A.double() if isinstance(W, Thin) else W
+    with alone() if D.numel() < _FEW else nullcontext():
+        return _of_whole(D, keep, dtype)
+
+
+def _of_whole(D: Tensor, keep: Keep, dtype: torch.dtype) -> Factored:
     square = float(torch.sum(D.double().square()))
     least = max(torch.finfo(dtype).eps, max(D.shape) ** 0.5 * torch.finfo(D.dtype).eps)
     U, S = _leading(D, keep, square, least) or _exact(D)  # (out, some), (some)
@@ -134,6 +141,19 @@ def factored(W: Matrix, keep: Keep, dtype: torch.dtype) -> Factored:
     A = ((U[:, :k].t() @ D.to(U.dtype)) / torch.where(root > 0, root, 1)[:, None]).to(dtype)  # (k, in)
     rest = torch.addmm(D.to(U.dtype), B.to(U.dtype), A.to(U.dtype), alpha=-1)
     return Factored(B, A, float(torch.sum(rest.double().square())), square)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, torch computes in one thread: on small matrices those that wait for each other take longer than one, and
+    on a busy machine twenty times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _of_thin(W: Thin, keep: Keep, dtype: torch.dtype) -> Factored:
