@@ -13,6 +13,8 @@ TASKS = {
     "sequence-classification": "veneer.train.language.sequence_classification:SequenceClassification",
     "token-classification": "veneer.train.language.token_classification:TokenClassification",
     "question-answering": "veneer.train.language.question_answering:QuestionAnswering",
+    "image-classification": "veneer.train.vision.image_classification:ImageClassification",
+    "semantic-segmentation": "veneer.train.vision.semantic_segmentation:SemanticSegmentation",
 }
 
 
