@@ -7,6 +7,7 @@ os.environ.update(
 )
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ _FAMILIES = {
     "vit": ("ImageClassification", {**_SIZES, "image_size": 8, "patch_size": 4}),
 }
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ  # else there is a process for each core
+torch.set_num_threads(min(2, torch.get_num_threads()) if ALONE else 1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -75,6 +77,44 @@ def tiny() -> Callable[..., nn.Module]:
         config = transformers.AutoConfig.for_model(family, **{**sizes, **tokens, **settings})
         name = f"AutoModelFor{head or usual}" if head != "" else "AutoModel"
         return getattr(transformers, name).from_config(config).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny, tmp_path_factory) -> Callable[..., Path]:
+    """`encoder("bert")`: a base without a head, with a tokenizer of letters, as a folder."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'|-"
+    words = [
+        "[PAD]",
+        "[CLS]",
+        "[SEP]",
+        "[UNK]",
+        "good",
+        "bad",
+        "film",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    special = [("[CLS]", 1), ("[SEP]", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special)
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+
+    def build(family: str = "bert", head: str | None = "", **settings: object) -> Path:
+        folder = tmp_path_factory.mktemp("bases") / family
+        typed = {} if family in ("roberta", "llama") else {"type_vocab_size": 2}
+        positions = {"max_position_embeddings": 66, **typed} if family != "llama" else {}
+        torch.manual_seed(0)
+        tiny(family, head, vocab_size=len(words), **{**positions, **settings}).save_pretrained(folder)
+        inputs = ["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"]
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names).save_pretrained(folder)
+        return folder
 
     return build
 

@@ -94,6 +94,11 @@ def test_what_is_refused_leaves_nothing(veneer, adapters, tiny_base, tmp_path):
         said = veneer("merge", *arguments, "--out", out)
         assert said.code == 2, said
         assert words in said.err
+    broken = Adapter.load(two)
+    broken.tensors["model.layers.1.mlp.up_proj"]["B"][0, 0] = torch.nan
+    said = veneer("merge", one, broken.save(tmp_path / "broken"), "--out", out)
+    assert said.code == 2
+    assert "adapter 2: NaN or infinity in: model.layers.1.mlp.up_proj.B" in said.err
     other = Adapter.load(two)
     other.config.base_model_name_or_path = "another/base"
     other.save(two)

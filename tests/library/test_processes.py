@@ -32,6 +32,9 @@ from veneer import AdapterError, library
 torch.set_num_threads(1)
 contents = sys.argv[1:]
 place = library.folder()
+for content in contents:  # what children need is loaded once
+    library.add(content, "first", force=True)
+library.remove("first")
 
 def whole():
     faults = library.verify()

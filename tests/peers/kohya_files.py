@@ -114,7 +114,7 @@ CASES: Builders = {
     "kohya: sd1, alpha as a whole number": partial(
         plain, "sd1", alphas=(2.0, 1.0, 2.0), alpha_dtype=torch.int64, step=_STEP
     ),
-    "kohya: sd1, alpha in none": partial(plain, "sd1", every=True, alphas=(None,)),
+    "kohya: sd1, alpha in none": partial(plain, "sd1", every=True, alphas=(None,), step=_STEP),
     "kohya: sd1, 1×1 as matrices": partial(plain, "sd1", every=True, alphas=(None,), dims=2, step=_STEP),
     "kohya: sd1 in fp16": partial(plain, "sd1", dtype=torch.float16, step=_STEP),
     "kohya: sd1 in bf16": partial(plain, "sd1", alphas=(None,), dtype=torch.bfloat16, step=_STEP),

@@ -107,9 +107,9 @@ def norm(layer: nn.Module, i: int, draw: known.Draw) -> Made:
 def ia3(layer: nn.Module, i: int, draw: known.Draw) -> Made:
     """ΔW = W ⊙ l, along the inputs where `on_input` says so (Liu et al. 2022, arXiv:2205.05638).
 
-    The outputs are scaled of layers without a bias alone: a bias LyCORIS scales when it runs, and not when it merges.
+    The bias stays: LyCORIS scales it where it bypasses the weight, and not where it trains as usual or merges.
     """
-    along = 1 if layer.bias is not None else i % 2
+    along = i % 2
     sizes = [1] * layer.weight.dim()
     sizes[along] = layer.weight.shape[along]
     scale = draw(layer.weight.shape[along])
@@ -173,7 +173,7 @@ CASES: Builders = {
     ),
     "lycoris: whole differences": partial(build, "sd1", (full,)),
     "lycoris: norms": partial(build, "sd1", (norm,), kinds=_NORMS),
-    "lycoris: (IA)³": partial(build, "sd1", (ia3,), "takes 4 positional", kinds=(nn.Linear,)),
+    "lycoris: (IA)³": partial(build, "sd1", (ia3,), "takes 4 positional"),
     "lycoris: many methods": partial(build, "sdxl", (locon, loha, lokr, full, partial(locon, core=True))),
     "lycoris: many methods in sgm's words": partial(build, "sdxl", (locon, loha, lokr, full), sgm=True),
     "lycoris: norms in sgm's words": partial(build, "sdxl", (norm,), kinds=_NORMS, sgm=True),

@@ -4,9 +4,7 @@ The exporters leave a peer nothing to misread: kohya's files have one α, diffus
 """
 
 import pytest
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import veneer.files
 from peers.pipelines import wrong
@@ -17,7 +15,6 @@ from veneer import AdapterError
 
 WRITTEN = [  # what is read, as what it is written, and who reads that
     ("kohya: sd1", "diffusers", "diffusers"),
-    ("kohya: sd1", "kohya", "diffusers"),
     ("kohya: sd1, alpha in some", "kohya", "diffusers"),
     ("kohya: sd1 with convolutions", "kohya", "lycoris"),
     ("kohya: sd1, lora_mid", "diffusers", "diffusers"),
@@ -31,7 +28,6 @@ WRITTEN = [  # what is read, as what it is written, and who reads that
     ("diffusers: sd1, rsLoRA", "kohya", "diffusers"),
     ("diffusers: sd1, rsLoRA", "diffusers", "diffusers"),
     ("diffusers: a transformer with a header", "diffusers", "diffusers"),
-    ("lycoris: LoCon with cores", "diffusers", "diffusers"),
     ("lycoris: LoCon with cores", "kohya", "lycoris"),
     ("lycoris: LoHa", "lycoris", "lycoris"),
     ("lycoris: LoHa with cores", "lycoris", "lycoris"),
@@ -41,7 +37,6 @@ WRITTEN = [  # what is read, as what it is written, and who reads that
     ("lycoris: no alpha", "lycoris", "lycoris"),
     ("lycoris: DoRA on LoHa and LoKr", "lycoris", "lycoris"),
     ("cloneofsimo: sd1, feed-forward before cross-attention", "kohya", "diffusers"),
-    ("cloneofsimo: sd1 with convolutions", "diffusers", "diffusers"),
     ("peft: linear layers", "peft", "peft"),
     ("peft: rsLoRA", "peft", "peft"),
     ("peft: DoRA", "peft", "peft"),
@@ -98,13 +93,3 @@ def test_what_kohyas_file_says_of_itself_is_there_after_the_way_back(tmp_path):
     there_and_back(case, tmp_path)
     with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
         assert file.metadata()["ss_tag_frequency"] == case.metadata["ss_tag_frequency"]
-
-
-def test_ia3_that_scales_outputs_beside_a_bias_is_refused(tmp_path):
-    """LyCORIS leaves the bias as it is when it merges, and PEFT and veneer scale it: the same numbers, two changes."""
-    file = {"lora_te_text_model_encoder_layers_0_self_attn_k_proj.weight": torch.ones(12)}
-    save_file(
-        file | {name.replace("weight", "on_input"): torch.tensor(0.0) for name in file}, tmp_path / "ia3.safetensors"
-    )
-    with pytest.raises(AdapterError, match="bias"):
-        veneer.files.read(tmp_path / "ia3.safetensors")

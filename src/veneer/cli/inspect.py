@@ -47,18 +47,18 @@ def inspect(
     if as_json:
         print(json.dumps({"path": str(path), **found.to_dict()}, indent=2, ensure_ascii=False))
     else:
-        _print(str(path), found, layers, metadata)
+        _print(str(path) if str(path) == adapter else f"{adapter}  {path}", found, layers, metadata)
     if found.faults:
         raise AdapterError("\n".join([f"{path} is unfit for use:", *found.faults]))
 
 
-def _print(path: str, found: "Summary", layers: bool, metadata: bool) -> None:
+def _print(title: str, found: "Summary", layers: bool, metadata: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = _WIDE
-    console.print(path, style="bold", soft_wrap=True)
+    console.print(title, style="bold", soft_wrap=True)
     _print_pairs(console, _outline(found))
     _print_roles(console, found)
     if found.facts and not metadata:

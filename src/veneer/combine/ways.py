@@ -73,6 +73,11 @@ class Layer:
     terms: Sequence[tuple[float, Change, str]]
     is_table: bool = False
 
+    @property
+    def is_thin(self) -> bool:
+        """Whether all changes are products of thin matrices as they stand."""
+        return all(change.config.peft_type == "LORA" and not change.config.use_dora for _, change, _ in self.terms)
+
     def combined(self, way: Way, base: Base | None, dtype: torch.dtype) -> tuple[Change, tuple[float, float]]:
         """The change, and ‖ΔW - BA‖² and ‖ΔW‖². Raises `AdapterError`."""
         if way.how in ("linear", "cat") and (rescaled := self._rescaled(dtype)):

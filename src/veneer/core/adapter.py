@@ -58,10 +58,10 @@ class Adapter:
         """
         if self.parts:
             raise AdapterError(f"an adapter of the parts {listed(self.parts)} is several: save each in its own folder")
-        folder = Path(folder)
+        files = self.files(folder := Path(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.files(folder))
+            write_whole(files)
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
         return folder

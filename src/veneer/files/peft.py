@@ -18,7 +18,7 @@ from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
 from veneer.core.methods.lokr import divided
 from veneer.core.update import flat
 from veneer.files.parts import PARTS, by_part, joined
-from veneer.safe.whole import Write, write_whole
+from veneer.safe.whole import write_whole
 
 NAME = "peft"
 _PREFIX = ("base_model.model.", "base_model.vera_A", "base_model.vera_B")
@@ -78,11 +78,10 @@ def write(adapter: Adapter, path: Path) -> None:
     """
     parts = by_part(adapter) if adapter.parts else {"": adapter}
     folders = {path / part: held(own) for part, own in parts.items()}
-    files: dict[Path, Write] = {}
+    files = {file: writer for folder, own in folders.items() for file, writer in own.files(folder).items()}
     try:
-        for folder, own in folders.items():
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            files |= own.files(folder)
         write_whole(files)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot write the adapter to {path}: {error}") from error
@@ -122,6 +121,8 @@ def _reasons(change: Change) -> list[str]:
     found = []
     if method == "FULL":
         found.append("changes of full size")
+    elif method == "IA3" and not change.config.options["scales_bias"]:
+        found.append("(IA)³ that leaves biases as they are, where PEFT's scales them")
     elif dora and method != "LORA":
         found.append(f"DoRA over {method}, which PEFT has over LoRA alone")
     elif dora and change.tensors["magnitude"].ndim == 2 and len(change.tensors["magnitude"]) == 1:

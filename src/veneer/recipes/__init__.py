@@ -11,8 +11,9 @@ ENDINGS = (".yaml", ".yml")
 
 
 def names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    """The shipped recipes; those whose file begins with `_` are only there to be extended."""
+    paths = (path for path in SHIPPED.rglob("*.yaml") if not path.name.startswith("_"))
+    return sorted((path.relative_to(SHIPPED).with_suffix("").as_posix() for path in paths), key=lambda n: ("/" in n, n))
 
 
 def summary(name: str) -> str:
@@ -26,7 +27,7 @@ def find(name: str, beside: Path | None = None) -> Path:
     for path in (Path(name).expanduser(), *([beside / name] if beside else [])):
         if path.is_file():
             return path
-    if name in names():
+    if (SHIPPED / f"{name}.yaml").is_file():
         return SHIPPED / f"{name}.yaml"
     if name.endswith(ENDINGS) or "/" in name:
         folder = Path(name).parent
@@ -67,12 +68,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterError(f"recipe {path}: expected keys and values, found {type(values).__name__}")
     values = _placed(values, path.parent)
-    parent = values.pop("extend", None)
-    if parent is None:
-        return values
-    if not isinstance(parent, str):
-        raise AdapterError(f"recipe {path}: extend names one recipe, found {parent!r}")
-    return merged(_read(find(parent, path.parent), (*seen, path.resolve())), values)
+    extended = values.pop("extend", None) or []
+    parents = [extended] if isinstance(extended, str) else extended
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise AdapterError(f"recipe {path}: extend names a recipe or a list of them, found {extended!r}")
+    under: dict[str, Any] = {}
+    for parent in parents:
+        under = merged(under, _read(find(parent, path.parent), (*seen, path.resolve())))
+    return merged(under, values)
 
 
 def _placed(values: Any, folder: Path) -> Any:

@@ -25,6 +25,7 @@ from veneer.train.sameness import asked, circumstances
 from veneer.train.settings import Recipe, as_yaml, checked, resolved
 from veneer.train.task import Reporter, Task
 from veneer.train.tasks import task_named
+from veneer.train.trackers import trackers
 from veneer.train.watch import Watch
 
 
@@ -33,7 +34,7 @@ class Result:
     """What a run came to."""
 
     run: Run
-    asking: str  # `Task.asking`
+    recipe: Recipe
     outcome: Outcome
     before: dict[str, float]
     after: dict[str, float]
@@ -143,6 +144,7 @@ def _begun(
             outcome = watch.begin()
             folder.write("recipe.yaml", as_yaml(resolved(recipe)))
             folder.note(asked=wanted)
+        folder.trackers = trackers(recipe.log if folder.writes else (), folder.folder, resolved(recipe))
         folder.note(state="running", made_of=made_of, planned=count_steps(recipe.train, task.size))
         return watch, outcome
     except BaseException:
@@ -161,7 +163,7 @@ def _carried_out(watch: Watch, outcome: Outcome, began: float) -> Result:
             folder.discard()
         raise
     trainable, parameters = task.model.get_nb_trainable_parameters()
-    result = Result(folder, task.asking, outcome, before, {}, trainable, parameters, 0.0)
+    result = Result(folder, recipe, outcome, before, {}, trainable, parameters, 0.0)
     result.judged_by, result.higher_is_better = task.judged_by, task.higher_is_better
     try:
         if not enough:

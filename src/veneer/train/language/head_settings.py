@@ -8,6 +8,8 @@ from veneer.core.errors import AdapterError
 from veneer.train.language.settings import RowsData
 from veneer.train.settings import EvalSettings, Recipe, Settings, TrainSettings
 
+LEAST = 4  # tokens that a question must have room for
+
 
 class LabelledData(RowsData):
     """What texts and words have in common."""
@@ -60,7 +62,7 @@ class QuestionData(RowsData):
         "looked for. None: the context does not say.",
     )
     max_length: int = Field(
-        384, ge=16, description="The most tokens of question and context together; a longer context is read in windows."
+        384, ge=32, description="The most tokens of question and context together; a longer context is read in windows."
     )
     stride: int = Field(128, ge=0, description="Tokens that a window has in common with the one before.")
     longest_answer: int = Field(30, ge=1, description="The most tokens that an answer is looked for with.")
@@ -70,7 +72,7 @@ class QuestionData(RowsData):
 
     @model_validator(mode="after")
     def _has_room(self) -> "QuestionData":
-        if self.room < 4:
+        if self.room < LEAST:
             raise AdapterError(
                 f"data.max_length={self.max_length} and data.stride={self.stride} leave no room for a question: "
                 "expected a stride of at most half of max_length"

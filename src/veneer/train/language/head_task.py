@@ -78,10 +78,7 @@ class HeadTask(Task):
             model.config.pad_token_id = pad_of(self.tokenizer)  # decoders look for the last token before it
         self.model: Any = model
         self.most = most_tokens(model)  # tokens of a pass
-        most = most_positions(model, self.tokenizer)
-        if self.data.max_length > most:
-            self.reporter.say(f"data.max_length is {most}, the most tokens that the base reads")
-            self.data.max_length = most
+        self.fit(most_positions(model, self.tokenizer))
         return heads
 
     def _adapt(self, heads: list[str]) -> None:
@@ -93,6 +90,12 @@ class HeadTask(Task):
         recipe.adapter.task_type = self.task_type
         self.model = get_peft_model(self.model, recipe.adapter)
         self.model.peft_config["default"].base_model_name_or_path = recipe.base
+
+    def fit(self, most: int) -> None:
+        """Let rows have no more tokens than the base reads."""
+        if self.data.max_length > most:
+            self.reporter.say(f"data.max_length is {most}, the most tokens that the base reads")
+            self.data.max_length = most
 
     @classmethod
     def bare(cls, data: Any, folder: Path, dtype: str | None, device: torch.device) -> "HeadTask":

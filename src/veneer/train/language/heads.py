@@ -65,13 +65,13 @@ def load_with_head(
 
 
 def random_modules(model: nn.Module, keys: list[str]) -> list[str]:
-    """The outermost modules all of whose parameters are among `keys`."""
+    """The outermost modules, sorted, all of whose parameters are among `keys`."""
     random, found = set(keys), list[str]()
     for path, module in model.named_modules():
         own = [f"{path}.{name}" for name, _ in module.named_parameters()]
         if path and own and random.issuperset(own) and not any(path.startswith(f"{outer}.") for outer in found):
             found.append(path)
-    return found
+    return sorted(found)
 
 
 def most_positions(model: Any, tokenizer: Any) -> int:

@@ -59,13 +59,19 @@ class Predictor:
 
 def base_with_head(adapter: Path, place: Path, dtype: str | None, device: torch.device) -> HeadTask | None:
     """The base in `place` with a head for what the adapter was trained on; None for one that needs no head."""
-    usage = _usage(adapter)
-    build = task_named(usage["task"]) if "task" in usage else None
-    if build is None or not issubclass(build, HeadTask):
+    build = head_task(adapter)
+    if build is None:
         return None
     schema: Any = build.settings.model_fields["data"].annotation
-    data = checked(schema, {"path": "-", **usage.get("data", {})}, str(adapter / USAGE))
+    data = checked(schema, {"path": "-", **_usage(adapter).get("data", {})}, str(adapter / USAGE))
     return build.bare(data, place, dtype, device)
+
+
+def head_task(adapter: Path) -> type[HeadTask] | None:
+    """The task that the adapter was trained on, if it is one of a model with a head."""
+    name = _usage(adapter).get("task")
+    task = task_named(name) if name is not None else None
+    return task if task is not None and issubclass(task, HeadTask) else None
 
 
 def _usage(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.core.errors import AdapterError
 from veneer.train.language import metrics
-from veneer.train.language.head_settings import QuestionRecipe
+from veneer.train.language.head_settings import LEAST, QuestionRecipe
 from veneer.train.language.head_task import HeadTask
 from veneer.train.language.labelled import Encoded, Labelled, Part, column, columns_of, records, text_of
 from veneer.train.language.rows import Row, Rows
@@ -49,6 +49,12 @@ class QuestionAnswering(HeadTask):
         if other is None:
             raise AdapterError("the adapter answers questions: give --question too")
         return Labelled("the text", (other.strip(), text))
+
+    def fit(self, most: int) -> None:
+        super().fit(most)
+        if self.data.room < LEAST:
+            self.data.stride = self.data.max_length // 3
+            self.reporter.say(f"data.stride is {self.data.stride}, for that")
 
     def settle_rows(self) -> None:
         if self.data.unanswered is None:

@@ -132,8 +132,8 @@ class SequenceClassification(HeadTask):
         return [float("nan") if label is None else known[written(label)] for label in labels]
 
     def inputs(self, tokens: list[Any], table: Any) -> dict[str, Tensor]:
-        labels = torch.from_numpy(np.ascontiguousarray(table["label"]))
-        return {"labels": labels.float() if self.numeric else labels.nan_to_num(0).long()}
+        labels = torch.tensor(table["label"].tolist())
+        return {"labels": labels if self.numeric else labels.nan_to_num(0).long()}
 
     def units(self, inputs: Mapping[str, Tensor]) -> int:
         return len(inputs["labels"])

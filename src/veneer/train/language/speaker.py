@@ -13,10 +13,12 @@ from transformers import TextStreamer
 from veneer import files, library, zoo
 from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError
+from veneer.files.pipeline import merged
 from veneer.safe.whole import write_folder
 from veneer.train.language.answers import answer, pad_of, refuse_empty, stops_of
 from veneer.train.language.chat import Message
 from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer, quiet
+from veneer.train.language.predictor import base_with_head, head_task
 from veneer.train.language.rows import read_rows
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import detect_shape, documents, opening, without_completions
@@ -40,6 +42,8 @@ class Speaker:
         or `base`. `dtype` None is the one that the base is stored in.
         """
         path = library.find(adapter)
+        if head_task(path):
+            raise AdapterError(f"{path} is for a model with a head, which answers nothing: use `veneer predict`")
         held = files.read(path)
         base = base or held.config.base_model_name_or_path
         if not base:
@@ -109,15 +113,11 @@ def write_merged(
     all. `dtype` None is the one that the base is stored in; the `path` of an adapter says whether it has a head.
     Raises `AdapterError`, or `OSError`.
     """
-    from veneer.train.language.predictor import base_with_head
-
     cpu = choose_device("cpu")
     dtype = dtype and choose_dtype(dtype, cpu)
     headed = base_with_head(path, place, dtype, cpu) if path else None
     model = headed.model if headed else load_causal_lm(place, dtype, cpu)
-    for number, (adapter, _) in enumerate(adapters):
-        model = files.attach(model, adapter, str(number))
-    model = model.merge_and_unload({str(number): weight for number, (_, weight) in enumerate(adapters)})
+    model = merged(model, adapters)
     tokenizer = load_tokenizer(place)
 
     def fill(folder: Path) -> None:
