@@ -107,6 +107,11 @@ class PictureTask(Task):
         task._load(folder, dtype, device)
         return task
 
+    @property
+    def processor(self) -> Any:
+        """What prepares pictures for the base."""
+        return self.preparer.processor
+
     @abstractmethod
     def where(self, held_out: bool) -> Said:
         """Where what is said of the pictures is."""
