@@ -7,11 +7,12 @@ whole processes, beside what starting Python with torch takes.
 """
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from torch import nn
 from peers import known, spelling
 from peers.cases import Case
 from peers.pipelines import errors, wrong
-from peers.round_trip import largest_difference
+from peers.round_trip import SOURCES, largest_difference
 from peers.sides import PEERS, through_veneer
 from peers.table import CASES
 
@@ -88,17 +89,25 @@ def large(path: Path, size: float) -> int:
     return r
 
 
+# in a small process, since a process begins with the peak of the one that it was made from
+_WATCHED = """
+import json, os, sys, time
+began = time.perf_counter()
+quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+child = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[1:]], os.environ, file_actions=quiet)
+_, status, used = os.wait4(child, 0)
+unit = 1 if sys.platform == "darwin" else 1024
+print(json.dumps([status, time.perf_counter() - began, used.ru_maxrss * unit / 1e9]))
+"""
+
+
 def process(*words: str) -> tuple[float, float]:
     """Seconds and peak memory in GB of a Python process of its own."""
-    began = time.perf_counter()
-    child = os.posix_spawn(sys.executable, [sys.executable, *words], os.environ, file_actions=_QUIET)
-    _, status, used = os.wait4(child, 0)
+    said = subprocess.run([sys.executable, "-c", _WATCHED, *words], stdout=subprocess.PIPE, check=True).stdout
+    status, seconds, memory = json.loads(said)
     if status:
-        raise SystemExit(f"{words} failed: run it by itself")
-    return time.perf_counter() - began, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-_QUIET = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+        raise SystemExit(f"{words} failed")
+    return seconds, memory
 
 
 def commands(size: float, rounds: int) -> None:
@@ -106,6 +115,7 @@ def commands(size: float, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         file, there, back = (str(Path(place) / f"{name}.safetensors") for name in ("kohya", "diffusers", "back"))
         r = large(Path(file), size)
+        os.sync()  # or the first command would wait for it
         print(f"\nSDXL's attention at rank {r}, fp16, {os.path.getsize(file) / 1e9:.2f} GB (file in the page cache)")
         steps = {
             "python with torch alone": ("-c", "import torch"),
@@ -115,8 +125,9 @@ def commands(size: float, rounds: int) -> None:
         }
         for name, words in steps.items():
             taken = [process(*words) for _ in range(rounds)]
-            seconds, memory = (statistics.median(values) for values in zip(*taken, strict=True))
-            print(f"{name:32} {seconds:6.2f} s  {memory:5.2f} GB", flush=True)
+            seconds, memory = zip(*taken, strict=True)
+            middle, least = statistics.median(seconds), min(seconds)  # what a disk takes varies
+            print(f"{name:32} {middle:6.2f} s (least {least:.2f})  {max(memory):5.2f} GB", flush=True)
 
 
 def main() -> None:
@@ -128,8 +139,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
     table(options.only)
-    for family in ("sd1", "sdxl"):
-        print(f"{family}, kohya → diffusers → kohya: changes differ by {largest_difference(family):.0e} at most")
+    for source in SOURCES if not options.only else ():
+        print(f"{source} → diffusers → kohya: changes differ by {largest_difference(source):.0e} at most")
     if options.size:
         commands(options.size, options.rounds)
 

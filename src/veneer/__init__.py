@@ -13,6 +13,7 @@ _HOMES = {
     "AdapterError": "veneer.core.errors",
     "LoraConfig": "veneer.core.config",
     "PeftModel": "veneer.core.model",
+    "files": "veneer.files",
     "get_peft_model": "veneer.core.model",
     "initialize_lora_eva_weights": "veneer.starts.eva",
     "initialize_lora_ga_weights": "veneer.starts.lora_ga",
@@ -25,6 +26,7 @@ __all__ = [
     "LoraConfig",
     "PeftModel",
     "__version__",
+    "files",
     "get_peft_model",
     "initialize_lora_eva_weights",
     "initialize_lora_ga_weights",
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from veneer import zoo
+    from veneer import files, zoo
     from veneer.core.adapter import Adapter
     from veneer.core.config import LoraConfig
     from veneer.core.errors import AdapterError

@@ -78,6 +78,13 @@ def test_a_text_encoder_by_itself_may_be_a_pipelines():
     assert base_of(shapes, ("text_encoder",), None, {}).family == "SD 1.x"
 
 
+def test_shapes_count_more_than_names_and_a_file_more_than_what_two_bases_share():
+    llama = {"model.layers.0.self_attn.q_proj": (8, 8)}
+    assert base_of(llama, (), "me/flux-writer", {}).family == "Llama-like, width 8, 1 layers"
+    first = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}
+    assert base_of(first, ("text_encoder",), None, {"ss_base_model_version": "sdxl_base_v1-0"}).family == "SDXL"
+
+
 def test_a_unet_of_no_known_width_is_what_the_file_says():
     paths = ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "text_encoder.encoder.layers.0.mlp.fc1")
     sizes, parts = dict.fromkeys(paths, (8, 8)), ("unet", "text_encoder")

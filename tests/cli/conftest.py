@@ -27,8 +27,9 @@ class Said:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """The cache of the test's own, where pulled bases and prepared rows go."""
+    """The cache of the test's own, where pulled bases and prepared rows go; its library is its own too."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "library"))
     return tmp_path / "cache"
 
 

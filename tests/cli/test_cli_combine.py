@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import Adapter, LoraConfig
-from veneer.core.apart import changes
+from veneer.apart.changes import changes
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 
@@ -61,6 +61,31 @@ def test_nothing_is_overwritten_without_force(veneer, tmp_path, pair):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert veneer("resize", tmp_path / "a", "--rank", "1", "--out", tmp_path / "b", "--force").code == 0
     assert Adapter.load(tmp_path / "b").config.r == 1
+
+
+def test_block_weights_of_a_kohya_file(veneer, tmp_path):
+    from veneer import files
+
+    paths = [
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.up_blocks.3.attentions.2.transformer_blocks.0.attn1.to_q",
+    ]
+    tensors = {path: {"A": torch.randn(2, 10), "B": torch.randn(12, 2)} for path in paths}
+    config = LoraConfig(r=2, lora_alpha=1, target_modules=paths)
+    adapter = Adapter(config, tensors, metadata={"ss_tag": "x"}, parts=("unet", "text_encoder"))
+    files.write(adapter, tmp_path / "a.safetensors", "kohya")
+    said = veneer(
+        "combine", f"{tmp_path / 'a.safetensors'}:2", "--blocks", "IN04=0.5,OUT11=-1",
+        "--out", tmp_path / "b.safetensors",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    found = files.read(tmp_path / "b.safetensors")
+    assert files.detect(tmp_path / "b.safetensors") == "kohya"
+    assert found.metadata["ss_tag"] == "x"
+    wanted, before = deltas(found), deltas(adapter)
+    for path, weight in zip(paths, (2.0, 1.0, -2.0), strict=True):
+        torch.testing.assert_close(wanted[path], weight * before[path])
 
 
 def test_resize(veneer, tmp_path, pair):

@@ -94,6 +94,17 @@ def test_layers_and_metadata_are_listed_when_asked_for(veneer, kohya):
     assert "ss_tag_frequency" in veneer("inspect", path, "--metadata").out
 
 
+def test_names_of_strangers_are_shown_without_what_a_terminal_obeys(veneer, tmp_path):
+    path = "model.layers.0.\x1b]0;mine\x07q_proj"
+    config = LoraConfig(r=2, target_modules=[".*q_proj"])
+    folder = Adapter(config, {path: {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}}).save(tmp_path / "folder")
+    said = veneer("inspect", folder, "--layers", "--metadata")
+    assert said.code == 0, said.err
+    assert "q_proj" in said.out
+    assert "\x1b" not in said.out
+    assert "\x07" not in said.out
+
+
 def test_values_of_large_files_are_read_when_asked_for(veneer, kohya, monkeypatch):
     monkeypatch.setattr("veneer.cli.inspect.READ_UP_TO", 0)
     said = veneer("inspect", kohya())

@@ -118,3 +118,7 @@ def test_a_run_is_added_and_answers_by_its_name(veneer, recipe, tmp_path):
     assert row["origin"] == {"run": str(run)}
     assert row["sample"].startswith("name: Inn")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "veneer.json"} <= row["files"].keys()
+    asked = ("--prompt", "name: Inn 1", "--max-new-tokens", 4)
+    by_name, by_path = veneer("generate", "inns", *asked), veneer("generate", run, *asked)
+    assert (by_name.code, by_name.out) == (0, by_path.out)
+    assert by_name.out

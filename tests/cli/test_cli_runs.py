@@ -1,6 +1,7 @@
 """Runs listed, shown and compared; an adapter measured again; a sweep; samples between steps."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,28 @@ def test_what_is_not_there_is_said(veneer, arguments, words):
     said = veneer(*arguments)
     assert said.code == 2
     assert words in said.err
+
+
+def test_tensorboard_is_told_what_metrics_say(veneer, recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert veneer("train", recipe, "log=[tensorboard]", "eval.answers=0").code == 0
+    run = tmp_path / "runs/small-1"
+    told = EventAccumulator(str(run / "tensorboard")).Reload()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "lr", "eval_loss"):
+        wanted = [(record["step"], record[name]) for record in records if name in record]
+        assert [(one.step, one.value) for one in told.Scalars(name)] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in wanted
+        ]
+
+
+def test_a_tracker_that_is_not_there_is_named_before_the_run(veneer, recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    said = veneer("train", recipe, "log=[wandb]")
+    assert said.code == 2
+    assert "pip install wandb" in said.err
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_lists_are_one_value():

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from veneer import Adapter, AdapterError, LoraConfig, get_peft_model
+from veneer.apart.changes import changes
 from veneer.combine import combine, lora_of, measured, negate, resize
-from veneer.core.apart import changes
 
 
 def test_layers_of_one_adapter_alone(make, deltas):
@@ -110,8 +110,12 @@ def test_rescaling_is_combined_without_a_base_and_is_right_with_it(make, weights
     wanted = 0.5 * (one.tensors["q"]["l"] - 1) + 2 * (other.tensors["q"]["l"] - 1) + 1
     torch.testing.assert_close(found.tensors["q"]["l"], wanted)
     lora = make(q="LORA")
-    with pytest.raises(AdapterError, match="q: the change that IA3 makes depends"):
-        combine([one, lora], [1, 1])
+    columns = make(q=("IA3", 2, {"options": {"feedforward_modules": ["q"]}}))
+    for unlike in (lora, columns):
+        with pytest.raises(AdapterError, match="q: the change that IA3 makes depends"):
+            combine([one, unlike], [1, 1])
+    both = combine([one, columns], [1, 1], base=weights).tensors["q"]["D"]
+    torch.testing.assert_close(both, weights["q.weight"] * (one.tensors["q"]["l"] + columns.tensors["q"]["l"] - 2))
     mixed = combine([one, lora], [1, 1], base=weights).tensors["q"]["D"]
     A, B = lora.tensors["q"]["A"], lora.tensors["q"]["B"]
     torch.testing.assert_close(mixed, (one.tensors["q"]["l"] - 1) * weights["q.weight"] + 1.5 * B @ A)
@@ -214,3 +218,18 @@ def test_everything_that_is_wrong_is_told_at_once(make):
     other.tensors["v"]["A"] = torch.randn(2, 7)
     with pytest.raises(AdapterError, match=r"(?s)^q: .*DoRA.*\nv: "):
         measured([one, other], [1, 1])
+
+
+def test_what_would_not_be_finite_is_refused(make):
+    one, other = make(q="LORA", v="FULL"), make(q="LORA", v="FULL")
+    one.tensors["q"]["A"][0, 0] = torch.nan
+    other.tensors["v"]["D"].mul_(1e6)
+    with pytest.raises(AdapterError, match=r"(?s)q: .*NaN or infinity.*v: the result would hold NaN or infinity"):
+        combine([one, other], [1, 1], dtype=torch.float16)
+
+
+def test_parameters_adapted_by_their_names_are_refused():
+    config = LoraConfig(r=2, target_parameters=["experts.up"])
+    one = Adapter(config, {"experts": {"A": torch.randn(6, 5), "B": torch.randn(4, 6)}})
+    with pytest.raises(AdapterError, match=r"target_parameters.* are not combined: experts"):
+        combine([one, one], [1, 1])

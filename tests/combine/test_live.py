@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.core.apart import changes
+from veneer.apart.changes import changes
 
 
 def adapted(model: nn.Module, **configs: LoraConfig) -> nn.Module:
@@ -84,6 +84,20 @@ def test_on_convolutions(unet, others):
         model.add_weighted_adapter(["a", "b"], [0.5, -1.0], "ab")
         with model.using("ab"):
             torch.testing.assert_close(model(x, 3, states).sample, wanted)
+
+
+def test_parts_of_one_layer_have_one_rank():
+    base = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0)
+    numbers = {"target_modules": ["self_attn"], "init_lora_weights": False}
+    model = adapted(base, a=LoraConfig(r=5, **numbers), b=LoraConfig(r=5, **numbers))
+    x = torch.randn(2, 3, 8).double()
+    with torch.no_grad():
+        with model.using({"a": 0.5, "b": -1.0}):
+            wanted = model(x)
+        model.add_weighted_adapter(["a", "b"], [0.5, -1.0], "ab")
+        model.add_weighted_adapter(["a", "b"], [0.5, -1.0], "some", "svd", svd_energy=0.7)
+        with model.using("ab"):
+            torch.testing.assert_close(model(x), wanted)
 
 
 @pytest.mark.parametrize("how", ["svd", "ties", "ties_svd", "dare_linear_svd", "dare_ties", "magnitude_prune_svd"])

@@ -72,13 +72,28 @@ def test_a_flat_spectrum_is_found_too():
     assert factored(W, Keep(rank=10), torch.float64).lost == pytest.approx(best, rel=2e-3)
 
 
-def test_large_matrices_are_decomposed_by_their_gram_matrix(monkeypatch):
-    monkeypatch.setattr("veneer.combine.matrix._SMALL", 4)
-    for shape in ((30, 20), (20, 30)):
-        W = torch.randn(shape, dtype=torch.float64)
-        S = torch.linalg.svdvals(W)
-        found = factored(W, Keep(rank=12), torch.float64)
-        assert found.lost == pytest.approx(float(S[12:].square().sum()))
+@pytest.mark.parametrize("told", [{"energy": 0.9}, {"ratio": 0.05}, {"energy": 0.99, "rank": 30}])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+def test_a_search_finds_how_many_are_kept(shape, told):
+    left, right = (torch.linalg.qr(torch.randn(side, 200, dtype=torch.float64)).Q for side in shape)
+    S = 0.8 ** torch.arange(200, dtype=torch.float64)
+    W = (left * S) @ right.T
+    found = factored(W, Keep(**told), torch.float64)
+    exact = Keep(**told).count(S, float(S.square().sum()), 1e-12)
+    assert len(found.A) == exact
+    assert found.lost == pytest.approx(float(S[exact:].square().sum()), rel=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(300, 160), (160, 300)])
+def test_large_matrices_are_decomposed_by_their_gram_matrix(shape):
+    W = torch.randn(shape)
+    S = torch.linalg.svdvals(W.double())
+    found = factored(W, Keep(cumulative=0.7), torch.float32)
+    wanted = int((S.cumsum(0) < 0.7 * S.sum()).sum()) + 1
+    assert len(found.A) == wanted
+    assert found.lost == pytest.approx(float(S[wanted:].square().sum()), rel=1e-5)
+    low = whole(thin(shape[0], 5, shape[1])).float()
+    assert len(factored(low, ALL, torch.float32).A) == 5
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import Adapter, AdapterError, LoraConfig, PeftModel
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.model import _first_adapter
 
 KINDS = {
@@ -171,3 +171,31 @@ def test_the_gradient_of_dora_on_columns_is_right():
     found = torch.autograd.grad(model(x).square().sum(), own)
     wanted = torch.autograd.grad(formula(*own).square().sum(), own)
     torch.testing.assert_close(found, wanted)
+
+
+STRANGE = {
+    "factors of two ranks": ("LOKR", {"C": (2, 2), "D_B": (2, 3), "D_A": (2, 3)}),
+    "twice": ("LOKR", {"C": (2, 2), "C_B": (2, 1), "C_A": (1, 2), "D": (2, 3)}),
+    "half": ("LOKR", {"C": (2, 2), "D_B": (2, 3)}),
+    "empty": ("LOKR", {"C": (0, 2), "D": (2, 3)}),
+    "no matrix": ("LOKR", {"C": (2,), "D": (2, 3)}),
+    "none of LoHa": ("LOHA", {"A1": (8, 6)}),
+    "none of LoRA": ("LORA", {"A": ()}),
+    "a magnitude of a part": ("LORA", {"A": (8, 6), "B": (4, 8), "magnitude": (1, 5)}),
+    "a magnitude of nothing": ("LORA", {"A": (8, 6), "B": (4, 8), "magnitude": (1, 0)}),
+    "a change turned": ("FULL", {"D": (6, 4)}),
+    "a change of nothing": ("FULL", {"D": ()}),
+    "a bias of another size": ("FULL", {"D": (4, 6), "b": (3,)}),
+}
+
+
+@pytest.mark.parametrize(("method", "shapes"), STRANGE.values(), ids=STRANGE)
+def test_strange_shapes_are_refused(method, shapes):
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    config = LoraConfig(peft_type=method, use_dora="magnitude" in shapes)
+    with pytest.raises(AdapterError):
+        _put("linear", config, tensors)
+    change = Change(config, tensors)
+    assert change.shape is None or len(change.shape) == 2
+    with pytest.raises(AdapterError):
+        change.update(torch.zeros(4, 6))

@@ -116,6 +116,7 @@ def test_an_optimizer_goes_on_with_the_tensors(tmp_path):
 
 
 FAULTS = [
+    ({"r": 2, "method_pattern": {"head": {"peft_type": "LOHA"}}}, r"one LORA is hot-swapped with another"),
     ({"r": 3}, r"cannot be hot-swapped: of another form or a larger rank than the live one: table.A, table.B, conv.A"),
     (
         {"target_modules": TARGETS[:3]},

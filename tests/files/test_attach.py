@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, PeftModel, files, get_peft_model
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.files.parts import by_part
 
 
@@ -35,6 +35,22 @@ def test_a_pipeline_carries_it_until_it_is_taken_off(pipeline, adapter, bits, be
     _same(bits, pipeline, before)
     with pytest.raises(AdapterError, match="no adapter is on it"):
         files.detach(pipeline)
+
+
+def test_what_a_pipeline_carries_is_one_adapter_for_a_file(pipeline, adapter, wanted, weights, expect_change, tmp_path):
+    with pytest.raises(AdapterError, match="no adapter is on it"):
+        files.adapter_on(pipeline)
+    files.attach(pipeline, adapter, "mine")
+    own = files.adapter_on(pipeline, "mine")
+    assert own.tensors.keys() == adapter.tensors.keys()
+    assert files.adapter_on(pipeline.unet).parts == ()
+    path = files.write(own, tmp_path / "own.safetensors", "diffusers")
+    files.detach(pipeline)
+    before = weights(pipeline)
+    pipeline.load_lora_weights(path)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    expect_change(before, weights(pipeline), wanted)
 
 
 def test_one_part_that_does_not_fit_leaves_all_as_they_were(pipeline, adapter, bits, before):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from veneer import AdapterError, files
-from veneer.core.apart import adapter_of, changes
+from veneer.apart.changes import adapter_of, changes
 
 CLASSES = {"unet": ["CrossAttention", "Attention", "GEGLU"], "text_encoder": ["CLIPAttention"]}
 EXTENDED = [*CLASSES["unet"], "ResnetBlock2D"]
@@ -73,6 +73,8 @@ def test_the_old_list_is_of_one_part(pipeline, factors, tmp_path, part):
     for path, own in adapter.tensors.items():
         assert torch.equal(own["A"], factors[path][0].half())
         assert torch.equal(own["B"], factors[path][1].half())
+    model = getattr(pipeline, part)
+    assert files.read(tmp_path / "lora.pt", model=model).tensors.keys() == adapter.tensors.keys()
     with pytest.raises(AdapterError, match="pickle is opened when you name the file itself"):
         files.read(tmp_path)
 
@@ -128,6 +130,6 @@ def test_layers_that_are_not_those_of_the_model_are_refused(pipeline, factors, t
 
 
 def test_what_the_format_cannot_hold_is_refused(adapter, tmp_path):
-    with pytest.raises(AdapterError, match=r"unet: conv_in \(4, 4\) is no layer that they count"):
+    with pytest.raises(AdapterError, match=r"unet: no layers that they count: conv_in \(4, 4\), "):
         files.write(adapter, tmp_path / "one", "cloneofsimo")
     assert not list(tmp_path.iterdir())

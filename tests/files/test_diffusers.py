@@ -3,12 +3,14 @@
 import copy
 import json
 
+import peft
 import pytest
 import torch
+from diffusers.training_utils import _collate_lora_metadata
 from safetensors.torch import load_file, save_file
 
 from veneer import AdapterError, files
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.config import LoraConfig
 
 ABOUT = "lora_adapter_metadata"
@@ -155,6 +157,36 @@ def test_biases_and_magnitudes_are_right_in_diffusers(pipeline, factors, tmp_pat
         torch.testing.assert_close(found.bias.detach().double(), bias, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["pipeline", "pipeline without metadata", "unet alone"])
+def test_what_diffusers_writes_is_what_it_computes(pipeline, weights, expect_change, tmp_path, how):
+    fresh, before, told = copy.deepcopy(pipeline), weights(pipeline), how == "pipeline"
+    own = {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"attn2.to_k": 7}, "use_rslora": True} if told else {}
+    targets = ["to_q", "to_k", "to_out.0", "conv1", "proj_in"]
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=5 if told else 2, target_modules=targets, **own))
+    if how != "unet alone":
+        pipeline.text_encoder.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["fc1", "q_proj"]))
+    for model in (pipeline.unet, pipeline.text_encoder):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter)
+    if how == "unet alone":
+        pipeline.unet.save_lora_adapter(tmp_path, adapter_name="default")
+    else:
+        parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        states = {f"{part}_lora_layers": peft.get_peft_model_state_dict(model) for part, model in parts.items()}
+        metadata = _collate_lora_metadata(parts) if told else {}
+        pipeline.save_lora_weights(tmp_path, **states, **metadata)
+    adapter = files.read(tmp_path)
+    for model in (pipeline.unet, pipeline.text_encoder):
+        for module in model.modules():
+            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+                module.merge()
+    pipeline.unload_lora_weights()
+    after = weights(pipeline)
+    _merged(fresh, adapter)
+    expect_change(before, weights(fresh), {path: after[path] - before[path] for path in before})
+
+
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     flat = {
         "unet.conv_in.lora_A.weight": torch.randn(2, 4, 3, 3),
@@ -174,9 +206,9 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
 def test_metadata_that_contradicts_the_tensors_is_refused(tmp_path):
     flat = dict(zip(_now("unet.conv_in"), (torch.randn(2, 4), torch.randn(4, 2)), strict=True))
     for said, what in (
-        ({"unet.r": 4, "unet.target_modules": ["conv_in"]}, "rank 2"),
+        ({"unet.r": 4, "unet.target_modules": ["conv_in"]}, "of another rank"),
         ({"text_encoder.r": 4}, "says nothing of unet"),
-        ({"unet.r": 2, "unet.use_dora": True, "unet.target_modules": ["conv_in"]}, "no lora_magnitude_vector"),
+        ({"unet.r": 2, "unet.use_dora": True, "unet.target_modules": ["conv_in"]}, "no lora_magnitude_vector, as"),
         ({"unet.r": 2, "unet.alpha_pattern": {"conv_out": 3}, "unet.target_modules": ["conv_in"]}, "conv_out"),
     ):
         save_file(flat, tmp_path / "one", metadata={ABOUT: json.dumps(said)})
@@ -193,6 +225,13 @@ def test_what_diffusers_files_cannot_hold_is_refused_with_every_reason(tmp_path)
     with pytest.raises(AdapterError, match=r"LOHA .*unet.conv_in"):
         files.write(adapter, tmp_path / "one.safetensors", "diffusers")
     assert not list(tmp_path.iterdir())
+
+
+def test_values_that_no_scale_fits_are_named(tmp_path):
+    tensors = {"A": torch.randn(2, 4).half(), "B": torch.full((4, 2), torch.nan).half()}
+    change = Change(LoraConfig(r=2, lora_alpha=1), tensors)
+    with pytest.raises(AdapterError, match=r"NaN or infinity.*: unet\.fc"):
+        files.write(adapter_of({"unet.fc": change}, parts=["unet"]), tmp_path / "one.safetensors", "diffusers")
 
 
 def test_a_small_scale_loses_nothing_in_fp16(tmp_path):

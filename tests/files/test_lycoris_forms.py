@@ -1,11 +1,13 @@
 """Each form of a layer's tensors, held to its formula from known factors; and written, read and held to it again."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from veneer.core.apart import changes
-from veneer.files import kohya, lycoris
+from veneer.apart.changes import changes
+from veneer.files import attach, kohya, lycoris
 
 OUT, IN, R = 6, 8, 3
 LINEAR, CONV, POINT = "unet.mid_block.attentions.0.proj_in", "unet.conv_in", "unet.conv_out"
@@ -211,6 +213,28 @@ def test_ia3_by_rows_and_by_columns(tmp_path, dtype):
             expected = W * (1 + scales.double()) - W
             tolerance = 1e-10 if dtype == torch.float64 else 1e-6  # 1 + w is in fp32, w in fp16
             assert torch.allclose(delta(one, path, W), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("on_input", [0, 1])
+@pytest.mark.parametrize("kernel", [None, 1, 3])
+def test_ia3_on_layers_with_a_bias_leaves_it_as_it_is(tmp_path, on_input, kernel):
+    layer = nn.Linear(IN, OUT) if kernel is None else nn.Conv2d(IN, OUT, kernel)
+    model = nn.Sequential(OrderedDict(own=layer)).double()
+    W, b = layer.weight.detach().clone(), layer.bias.detach().clone()
+    number = IN if on_input else OUT
+    points = [1] * (W.ndim - 2)
+    w = rand(number).reshape(1, -1, *points) if W.ndim > 2 else rand(number)
+    adapter = lycoris.read({"lycoris_own.weight": w, "lycoris_own.on_input": torch.tensor(on_input)}, {}, "")
+    shape = (1, -1, *points) if on_input else (-1, 1, *points)
+    x = rand(2, IN) if kernel is None else rand(2, IN, 5, 5)
+    for one in (adapter, stored(lycoris, adapter, tmp_path / "again.safetensors")):
+        attach(model, one)
+        live = model(x)
+        model.merge_adapter()
+        assert torch.allclose(layer.weight, W * (1 + w.reshape(shape)), rtol=1e-6)  # 1 + w is kept in fp32
+        assert torch.equal(layer.bias, b)
+        assert torch.allclose(live, model(x), rtol=1e-6, atol=1e-6)
+        model.unload()
 
 
 def test_a_file_of_many_methods(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import veneer.files
 from veneer import Adapter, AdapterError, LoraConfig, get_peft_model
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -64,6 +64,27 @@ def test_there_and_back_through_peft(config, tmp_path):
     again = peft.PeftModel.from_pretrained(Model(), tmp_path / "ours")
     torch.testing.assert_close(again(X), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(veneer.files.read(tmp_path / "ours").tensors, adapter.tensors, rtol=0, atol=0)
+
+
+OTHERS = {
+    "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=["q", "v", "conv"], rank_pattern={"v": 3}),
+    "lokr": peft.LoKrConfig(r=1, alpha=3, target_modules=["q", "v", "conv"], decompose_both=True),
+    "lokr, whole": peft.LoKrConfig(r=8, alpha=3, target_modules=["q", "conv"], decompose_factor=2),
+    "vera": peft.VeraConfig(r=2, target_modules=["q", "v"]),
+    "ia3": peft.IA3Config(target_modules=["q", "k", "conv"], feedforward_modules=["k"]),
+}
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_other_methods_of_peft_are_read_and_written_again(config, tmp_path):
+    theirs = _peft(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = veneer.files.read(tmp_path / "theirs")
+    wanted = theirs(X)
+    torch.testing.assert_close(veneer.files.attach(Model(), adapter)(X), wanted, rtol=1e-5, atol=1e-5)
+    veneer.files.write(adapter, tmp_path / "ours", "peft")
+    again = peft.PeftModel.from_pretrained(Model(), tmp_path / "ours")
+    torch.testing.assert_close(again(X), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pickle_is_read_when_it_is_named(tmp_path):

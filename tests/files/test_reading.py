@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from veneer import AdapterError, files
-from veneer.core.apart import Change, adapter_of
+from veneer.apart.changes import Change, adapter_of
 from veneer.core.config import LoraConfig
 
 PAIR = {"A": (2, 4), "B": (3, 2)}
@@ -98,8 +98,8 @@ def test_a_pickle_is_opened_for_tensors_alone(tmp_path, legacy):
     save({**_flat(NAMES["loralib"]), "fc.bomb": _Bomb()})
     with pytest.raises(AdapterError, match="cannot be opened safely"):
         files.read(tmp_path / "lora.pt", alpha=2)
-    save({**_flat(NAMES["loralib"]), "epoch": 3})
-    with pytest.raises(AdapterError, match="no tensors: epoch"):
+    save({**_flat(NAMES["loralib"]), "epoch": 3, "odd.bias": torch.ones(2, dtype=torch.int64)})
+    with pytest.raises(AdapterError, match=r"no tensors: epoch\n.*of floats: odd.bias"):
         files.read(tmp_path / "lora.pt", alpha=2)
     save(3)
     with pytest.raises(AdapterError, match="expected tensors by name or in a list"):
@@ -118,6 +118,17 @@ def test_a_header_as_long_as_a_pickle_begins_is_one(tmp_path):
             break
     else:
         pytest.fail("no header of such a length")
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path):
+    save_file(
+        {**_flat(NAMES["diffusers"]), "unet.mid_block.attentions.0.proj_in.alpha": torch.tensor(6)}, tmp_path / "a"
+    )
+    adapter = files.read(tmp_path / "a")
+    assert (adapter.config.r, adapter.config.lora_alpha) == (2, 6)
+    save_file({name: tensor.int() for name, tensor in _flat(NAMES["diffusers"]).items()}, tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"expected tensors of BF16.*'I32'"):
+        files.read(tmp_path / "a")
 
 
 def test_values_are_not_read(tmp_path, adapter):

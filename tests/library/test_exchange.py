@@ -61,8 +61,12 @@ def test_nothing_is_replaced_unasked_and_nothing_of_anybody_elses_ever(peft, tmp
     library.push("a", str(tmp_path / "stick"), force=True)
     assert Adapter.load(there).tensors["0"]["A"][0, 0] == 2
     assert os.listdir(tmp_path / "stick") == ["a"]
+    (there / "mine.txt").touch()
+    with pytest.raises(AdapterError, match=r"stick/a holds what no library sent, and is not replaced: mine.txt"):
+        library.push("a", str(tmp_path / "stick"), force=True)
+    (there / "mine.txt").unlink()
     (there / "veneer-library.json").unlink()
-    with pytest.raises(AdapterError, match="was not put there by a library, and is not replaced"):
+    with pytest.raises(AdapterError, match=r"is not replaced: README.md, adapter_config.json, adapter_model.saf"):
         library.push("a", str(tmp_path / "stick"), force=True)
 
 
@@ -112,6 +116,7 @@ def test_where_to_must_be_plain(peft, tmp_path, monkeypatch):
     (tmp_path / "stick").mkdir()
     library.push("a", "stick")
     assert (tmp_path / "stick" / "a").is_dir()
+    assert library.push("a", "stick/new") == "stick/new/a"  # no repository, as stick is a folder
     (tmp_path / "file").touch()
     with pytest.raises(AdapterError, match=r"file/a cannot be written: .*File exists"):
         library.push("a", str(tmp_path / "file"))

@@ -10,6 +10,21 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(autouse=True)
+def place(place, monkeypatch):
+    """In memory where there is such a folder: processes die there as anywhere, and no disk is waited for."""
+    if not os.access(MEMORY, os.W_OK):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        os.chmod(folder, 0o755)  # for the test in which somebody else looks
+        monkeypatch.setenv("VENEER_LIBRARY", f"{folder}/library")
+        yield Path(folder) / "library"
+
+
 BEGIN = """
 import os, random, signal, sys, time
 import torch
@@ -17,6 +32,9 @@ from veneer import AdapterError, library
 torch.set_num_threads(1)
 contents = sys.argv[1:]
 place = library.folder()
+for content in contents:  # what children need is loaded once
+    library.add(content, "first", force=True)
+library.remove("first")
 
 def whole():
     faults = library.verify()
@@ -62,28 +80,27 @@ def both(i):
     library.add(contents[0], f"d{i}")
     library.remove(f"d{i}")
 
-at_once(*(adding(i, f"a{i}") for i in range(8)))  # other names, other contents
+at_once(*(adding(i, f"a{i}") for i in range(8)))  # other names; a content for two of them each
 assert len(whole()) == 8
-at_once(*(adding(0, f"b{i}") for i in range(8)))  # other names, one content
-assert len(whole()) == 16
 at_once(*(adding(i, "c") for i in range(8)))  # one name: one has it
-assert len(whole()) == 17
+assert len(whole()) == 9
 at_once(*(adding(i, "c", force=True) for i in range(8)))  # and the last has it
 at_once(*(lambda i=i: both(i) for i in range(8)))  # a content that is taken away while others add it
-assert len(whole()) == 17
+assert len(whole()) == 9
 at_once(*(lambda i=i: library.remove(f"a{i}") for i in range(8)))
-assert sorted(whole()) == [*(f"b{i}" for i in range(8)), "c"]
+assert list(whole()) == ["c"]
 """
-    contents = [peft(i) for i in range(4)] + [kohya(f"k{i}", i) for i in range(4)]
+    contents = [peft(1), peft(2), kohya("k1", 1), kohya("k2", 2)]
     said = run(program, *contents)
-    assert said.split() == ["0" * 8, "0" * 8, "0" + "3" * 7, "0" * 8, "0" * 8, "0" * 8]
+    assert said.split() == ["0" * 8, "0" + "3" * 7, "0" * 8, "0" * 8, "0" * 8]
 
 
 def test_killed_at_random_moments_it_is_whole_and_what_was_told_is_true(peft, kohya):
     program = """
 rng, told, total = random.Random(0), {}, 0
-began = time.monotonic()
 library.add(contents[0], "n0")
+began = time.monotonic()
+library.add(contents[0], "n0", force=True)
 usual = time.monotonic() - began  # on this disk, as busy as it is
 for kill in range(24):
     reader, writer = os.pipe()
@@ -105,7 +122,7 @@ for kill in range(24):
             os.write(writer, f"done {name} {key}\\n".encode())
 
     process = child(work)
-    time.sleep(rng.random() * 3 * usual)
+    time.sleep(rng.random() * 6 * usual)
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -9
     os.close(writer)
@@ -204,7 +221,7 @@ for limit in (0, 100, 300, 500):
     run(program, peft(1), peft(2))
 
 
-def test_a_library_that_may_only_be_read_is_read(peft, monkeypatch):
+def test_a_library_that_may_only_be_read_is_read(peft, place, tmp_path):
     program = """
 import filelock, platformdirs
 assert library.verify() == []  # all that is needed is loaded while it may be
@@ -232,7 +249,6 @@ os.seteuid(os.getuid())
 for path in paths:
     path.chmod(0o755 if path.is_dir() else 0o644)
 """
-    with tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)  # pytest's own folders are for nobody else
-        monkeypatch.setenv("VENEER_LIBRARY", f"{place}/library")
-        run(program, peft())
+    if os.getuid() == 0 and place.is_relative_to(tmp_path):
+        pytest.skip("root's own folders, in which nobody else may look")
+    run(program, peft())

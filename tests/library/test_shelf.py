@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 
 from veneer import Adapter, AdapterError, library
 from veneer.library.content import SUMS
@@ -85,7 +86,7 @@ def test_what_is_said_goes_before_what_the_files_say(kohya, peft):
     )
     entry = library.add(made)
     assert (entry.licence, entry.base, entry.triggers, entry.tags) == ("mit", "a/b", ["sks"], [])
-    entry = library.add(made, "b", tags=["t", "t", " "], triggers=["y"], licence="own", note="of mine")
+    entry = library.add(made, "b", tags=["t", "t", " ", "t\n"], triggers=["y"], licence="own", note="of mine")
     assert (entry.licence, entry.triggers, entry.tags, entry.note) == ("own", ["y"], ["t"], "of mine")
 
 
@@ -205,6 +206,14 @@ def test_a_preview_is_a_picture(kohya, tmp_path):
     library.remove("c")
     assert not library.preview_of(entry)
     assert library.verify() == []
+
+
+def test_a_pickle_is_refused_whatever_its_name(kohya, place):
+    made = kohya()
+    torch.save({"x.lora_A": torch.ones(2, 2), "x.lora_B": torch.ones(2, 2)}, made)
+    with pytest.raises(AdapterError, match=r"hat.safetensors is not a whole safetensors file"):
+        library.add(made)
+    assert everything(place) == {}
 
 
 def test_what_a_strangers_file_says_steers_no_terminal(kohya):

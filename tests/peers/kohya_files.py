@@ -38,6 +38,7 @@ def plain(
     short: bool = False,
     dims: int = 0,
     dtype: torch.dtype = torch.float32,
+    alpha_dtype: torch.dtype | None = None,
     suffix: str = ".safetensors",
     step: int = 1,
 ) -> Case:
@@ -54,7 +55,7 @@ def plain(
         built.tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
         if alpha is not None:
             # a number, which some tools make a list of one
-            built.tensors[f"{key}.alpha"] = torch.full((1,) * (i % 5 == 0), alpha, dtype=dtype)
+            built.tensors[f"{key}.alpha"] = torch.full((1,) * (i % 5 == 0), alpha, dtype=alpha_dtype or dtype)
         built.wanted[f"{name}.weight"] = known.lora(layer, up, down, (r if alpha is None else alpha) / r)
     built.mistakes(_misread(stated))
     if every and family == "sdxl" and not sgm:  # it takes the two layers for one, which the model has not
@@ -110,9 +111,12 @@ CASES: Builders = {
     "kohya: sd1, one rank and alpha": partial(plain, "sd1", ranks=(4,), alphas=(2.0,)),
     "kohya: sd1 with convolutions": partial(plain, "sd1", every=True),
     "kohya: sd1, alpha in some": partial(plain, "sd1", alphas=_SOME, step=_STEP),
-    "kohya: sd1, alpha in none": partial(plain, "sd1", every=True, alphas=(None,)),
+    "kohya: sd1, alpha as a whole number": partial(
+        plain, "sd1", alphas=(2.0, 1.0, 2.0), alpha_dtype=torch.int64, step=_STEP
+    ),
+    "kohya: sd1, alpha in none": partial(plain, "sd1", every=True, alphas=(None,), step=_STEP),
     "kohya: sd1, 1×1 as matrices": partial(plain, "sd1", every=True, alphas=(None,), dims=2, step=_STEP),
-    "kohya: sd1 in fp16": partial(plain, "sd1", alphas=(None,), dtype=torch.float16, step=_STEP),
+    "kohya: sd1 in fp16": partial(plain, "sd1", dtype=torch.float16, step=_STEP),
     "kohya: sd1 in bf16": partial(plain, "sd1", alphas=(None,), dtype=torch.bfloat16, step=_STEP),
     "kohya: sd1, without text_model": partial(plain, "sd1", alphas=(None,), short=True, step=_STEP),
     "kohya: sd1, lora_mid": partial(tucker, "sd1"),

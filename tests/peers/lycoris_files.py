@@ -107,9 +107,9 @@ def norm(layer: nn.Module, i: int, draw: known.Draw) -> Made:
 def ia3(layer: nn.Module, i: int, draw: known.Draw) -> Made:
     """ΔW = W ⊙ l, along the inputs where `on_input` says so (Liu et al. 2022, arXiv:2205.05638).
 
-    The outputs are scaled of layers without a bias alone: a bias LyCORIS scales when it runs, and not when it merges.
+    The bias stays: LyCORIS scales it where it bypasses the weight, and not where it trains as usual or merges.
     """
-    along = 1 if layer.bias is not None else i % 2
+    along = i % 2
     sizes = [1] * layer.weight.dim()
     sizes[along] = layer.weight.shape[along]
     scale = draw(layer.weight.shape[along])
@@ -122,7 +122,7 @@ def build(
     family: str,
     makes: tuple[Callable[[nn.Module, int, known.Draw], Made], ...],
     refused: str = "",
-    norms: bool = False,
+    kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d),
     dora: int | None = None,
     sgm: bool = False,
 ) -> Case:
@@ -131,7 +131,6 @@ def build(
     In sgm's words LyCORIS itself finds no layer of diffusers' UNet.
     """
     built = Case(family, "" if sgm else "lycoris", metadata={"ss_network_module": "lycoris.kohya"}, refused=refused)
-    kinds = (nn.GroupNorm, nn.LayerNorm) if norms else (nn.Linear, nn.Conv2d)
     for i, (name, layer) in enumerate(islice(layers(family, kinds).items(), 0, None, 3)):
         tensors, delta, again = makes[i % len(makes)](layer, i, known.normal(i))
         if dora is not None:
@@ -158,6 +157,7 @@ def _decomposed(
 
 
 _KRONECKER = (lokr, partial(lokr, factor=2), partial(lokr, both=True), partial(lokr, factor=4, both=True))
+_NORMS = nn.GroupNorm, nn.LayerNorm
 _UNSTATED = tuple(partial(make, stated=False) for make in (locon, loha, lokr))
 CASES: Builders = {
     "lycoris: LoCon": partial(build, "sd1", (locon,)),
@@ -172,11 +172,11 @@ CASES: Builders = {
         build, "sd1", (partial(lokr, both=True, core=True),), "lokr_w2_a"
     ),
     "lycoris: whole differences": partial(build, "sd1", (full,)),
-    "lycoris: norms": partial(build, "sd1", (norm,), norms=True),
+    "lycoris: norms": partial(build, "sd1", (norm,), kinds=_NORMS),
     "lycoris: (IA)³": partial(build, "sd1", (ia3,), "takes 4 positional"),
     "lycoris: many methods": partial(build, "sdxl", (locon, loha, lokr, full, partial(locon, core=True))),
     "lycoris: many methods in sgm's words": partial(build, "sdxl", (locon, loha, lokr, full), sgm=True),
-    "lycoris: norms in sgm's words": partial(build, "sdxl", (norm,), norms=True, sgm=True),
+    "lycoris: norms in sgm's words": partial(build, "sdxl", (norm,), kinds=_NORMS, sgm=True),
     "lycoris: no alpha": partial(build, "sd1", _UNSTATED, "not .NoneType"),
     "lycoris: DoRA on LoCon": partial(build, "sd1", (locon,), dora=0),
     "lycoris: DoRA on LoHa and LoKr": partial(build, "sd1", (loha, lokr), dora=0),

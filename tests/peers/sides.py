@@ -59,12 +59,14 @@ def through_lycoris(case: Case, path: Path) -> Deltas:
 
     def load(pipeline: object, models: dict[str, nn.Module]) -> None:
         usual = LycorisNetwork.LORA_PREFIX
-        for part, model in models.items():
-            LycorisNetwork.LORA_PREFIX = prefixes.get(part, "lora_te2")
-            # files call a text encoder's layers so; transformers 5 does for one of its two classes
-            named = nn.ModuleDict({"text_model": model}) if part == "text_encoder" else model
-            create_lycoris_from_weights(1.0, str(path), named)[0].merge_to(1.0)
-        LycorisNetwork.LORA_PREFIX = usual
+        try:
+            for part, model in models.items():
+                LycorisNetwork.LORA_PREFIX = prefixes.get(part, "lora_te2")
+                # files call a text encoder's layers so; transformers 5 does for one of its two classes
+                named = nn.ModuleDict({"text_model": model}) if part == "text_encoder" else model
+                create_lycoris_from_weights(1.0, str(path), named)[0].merge_to(1.0)
+        finally:
+            LycorisNetwork.LORA_PREFIX = usual
 
     return _changed(case, load)
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-SIZES = Mapping[str, tuple[int, ...] | None]  # a layer's path → (out, in), or None where its tensors do not say
+Sizes = Mapping[str, tuple[int, ...] | None]  # a layer's path → (out, in), or None where its tensors do not say
 
 # what image models' cross-attention reads: the width of their text encoders
 _CROSS_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL refiner"}
@@ -53,17 +53,20 @@ class Base:
     said: str | None  # the family that the file claims
 
 
-def base_of(sizes: SIZES, parts: Iterable[str], name: str | None, metadata: Mapping[str, str]) -> Base:
+def base_of(sizes: Sizes, parts: Iterable[str], name: str | None, metadata: Mapping[str, str]) -> Base:
     """The family by names and shapes where they show it, else as the file claims; `name` is the config's."""
+    parts = set(parts)
     claims = [str(metadata[key]) for key in _SAYS if metadata.get(key)]
-    said = next(filter(None, map(_spelt, [*claims, *([name] if name else [])])), None)
+    is_unet = _has(sizes, _UNET)
+    names = [name] if name and (parts or is_unet) else []  # of a language model a name says less than its layers
+    said = next(filter(None, map(_spelt, [*claims, *names])), None)
     claimed = (said, "as the file says") if said else None
-    unet = ("a UNet", "its layers' names") if _has(sizes, _UNET) else None
-    family, because = _image(sizes, set(parts)) or claimed or unet or _language(sizes) or (None, "")
+    unet = ("a UNet", "its layers' names") if is_unet else None
+    family, because = _image(sizes, parts) or claimed or _text(sizes) or unet or _language(sizes) or (None, "")
     return Base(family, because, name or next(iter(claims), None), said)
 
 
-def _image(sizes: SIZES, parts: set[str]) -> tuple[str, str] | None:
+def _image(sizes: Sizes, parts: set[str]) -> tuple[str, str] | None:
     widths = {size[1] for path, size in sizes.items() if _ATTENDED.fullmatch(path) and size}
     if len(widths) == 1 and (width := widths.pop()) in _CROSS_WIDTHS and _has(sizes, _UNET):
         return _CROSS_WIDTHS[width], f"its cross-attention reads width {width}"
@@ -75,13 +78,18 @@ def _image(sizes: SIZES, parts: set[str]) -> tuple[str, str] | None:
         return "SD 3", "its layers' names"
     if "text_encoder_2" in parts or _has(sizes, r"attentions\.\d+\.transformer_blocks\.[2-9]\."):
         return "SDXL", "its text encoders" if "text_encoder_2" in parts else "the depth of its transformers"
+    return None
+
+
+def _text(sizes: Sizes) -> tuple[str, str] | None:
+    """By the only text encoder; SDXL's first one is SD 1's, so that what a file says counts more."""
     text = {size[1] for path, size in sizes.items() if size and re.fullmatch(r"text_encoder\..*self_attn\.\w+", path)}
     if len(text) == 1 and (width := text.pop()) in _TEXT_WIDTHS:
         return _TEXT_WIDTHS[width], f"its text encoder has width {width}"
     return None
 
 
-def _language(sizes: SIZES) -> tuple[str, str] | None:
+def _language(sizes: Sizes) -> tuple[str, str] | None:
     families = Counter(
         family for path in sizes for family, begin in _BEGINNINGS if re.match(rf"(?:\w+\.)??(?:{begin})", path)
     )
@@ -95,7 +103,7 @@ def _language(sizes: SIZES) -> tuple[str, str] | None:
     return f"{family}{width}{depth}", "its layers' names"
 
 
-def _has(sizes: SIZES, text: str) -> bool:
+def _has(sizes: Sizes, text: str) -> bool:
     pattern = re.compile(rf"(^|\.)({text})")
     return any(map(pattern.search, sizes))
 

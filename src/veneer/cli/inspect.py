@@ -47,18 +47,18 @@ def inspect(
     if as_json:
         print(json.dumps({"path": str(path), **found.to_dict()}, indent=2, ensure_ascii=False))
     else:
-        _print(str(path), found, layers, metadata)
+        _print(str(path) if str(path) == adapter else f"{adapter}  {path}", found, layers, metadata)
     if found.faults:
         raise AdapterError("\n".join([f"{path} is unfit for use:", *found.faults]))
 
 
-def _print(path: str, found: "Summary", layers: bool, metadata: bool) -> None:
+def _print(title: str, found: "Summary", layers: bool, metadata: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = _WIDE
-    console.print(path, style="bold", soft_wrap=True)
+    console.print(title, style="bold", soft_wrap=True)
     _print_pairs(console, _outline(found))
     _print_roles(console, found)
     if found.facts and not metadata:
@@ -98,13 +98,12 @@ def _outline(found: "Summary") -> dict[str, str]:
 
 
 def _print_pairs(console: "Console", pairs: Mapping[str, str]) -> None:
-    """Lines of `label  text`; long values of strangers are cut, and what a terminal would obey is left out."""
+    """Lines of `label  text`; long values of strangers are cut."""
     width = max(map(len, pairs), default=0)
     for label, text in pairs.items():
         shown = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
         for number, line in enumerate(shown.split("\n")):
-            plain = "".join(letter if letter.isprintable() else " " for letter in line)
-            console.print(f"{'' if number else label:{width}}  {plain}", soft_wrap=True)
+            console.print(f"{'' if number else _plain(label):{width}}  {_plain(line)}", soft_wrap=True)
     console.print()
 
 
@@ -140,9 +139,14 @@ def _print_table(console: "Console", headings: list[str], rows: Iterable[list[st
         justify: Any = "left" if heading in ("role", "layer", "method") else "right"
         table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading == "role")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_plain, row))
     console.print(table)
     console.print()
+
+
+def _plain(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _counted(counts: Mapping[Any, int]) -> str:

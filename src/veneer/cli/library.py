@@ -155,6 +155,8 @@ def _show(entries: "list[Entry]", as_json: bool) -> None:
         print(json.dumps([_row(entry) for entry in entries], indent=2))
     elif entries:
         _print_table(entries)
+    else:
+        _say(f"no such adapter in {library.folder()}" if library.listed() else f"{library.folder()} is empty")
 
 
 def _print_table(entries: "list[Entry]") -> None:

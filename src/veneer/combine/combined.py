@@ -14,21 +14,23 @@ out, of LoKr, of a LoHa of large rank, of DoRA.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.combine.base import Base, Source
 from veneer.combine.beside import combined_beside
-from veneer.combine.layers import Errors
-from veneer.combine.matrix import Keep
+from veneer.combine.layers import Errors, levelled
+from veneer.combine.matrix import Keep, alone
 from veneer.combine.shares import Weight, shares
 from veneer.combine.together import agreed, precision, refuse_apart, told
-from veneer.combine.ways import Layer, Way
+from veneer.combine.ways import SUMS, Layer, Way
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, changes
 from veneer.core.errors import AdapterError
+from veneer.safe.stored import is_finite
 
 Progress = Callable[[int, int], None]  # layers done, of how many
 
@@ -76,7 +78,9 @@ def measured(
     dtype = dtype or precision(adapters)
     tables = frozenset(path for adapter in adapters for path in adapter.embeddings)
     layers = _layers(own, share, tables, seed)
-    found, errors, faults = each_layer(layers, lambda layer: layer.combined(way, model, dtype), progress)
+    found, errors, faults = each_layer(
+        layers, lambda layer: layer.combined(way, model, dtype), progress, way.how in SUMS
+    )
     rest = combined_beside(adapters, share, names, way, model, dtype, faults)
     if faults:
         raise AdapterError(told(faults))
@@ -96,15 +100,24 @@ def _layers(
 
 
 def each_layer(
-    layers: Sequence[Layer], work: Callable[[Layer], tuple[Change, tuple[float, float]]], progress: Progress
+    layers: Sequence[Layer],
+    work: Callable[[Layer], tuple[Change, tuple[float, float]]],
+    progress: Progress,
+    thin: bool = True,
 ) -> tuple[dict[str, Change], Errors, list[str]]:
-    """The work done layer by layer, its errors, and what stands against it in some."""
+    """The work done layer by layer, its errors, and what stands against it in some; `thin` work forms no out × in."""
     found, errors, faults = dict[str, Change](), Errors(), list[str]()
     for done, layer in enumerate(layers):
         progress(done, len(layers))
         try:
-            found[layer.path], errors.squares[layer.path] = work(layer)
+            with alone() if thin and layer.is_thin else nullcontext():
+                change, errors.squares[layer.path] = work(layer)
+                if not all(map(is_finite, change.tensors.values())):
+                    raise AdapterError("the result would hold NaN or infinity")
+            found[layer.path] = change
         except AdapterError as error:
             faults.append(f"{layer.path}: {str(error).removeprefix(f'{layer.path}: ')}")
+        except torch.linalg.LinAlgError:
+            faults.append(f"{layer.path}: has no singular values: look for NaN or infinity in the adapters")
     progress(len(layers), len(layers))
-    return found, errors, faults
+    return levelled(found), errors, faults

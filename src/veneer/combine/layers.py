@@ -1,14 +1,14 @@
 """A layer's change as matrices, and matrices as a layer's change."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from veneer.apart.changes import WRAPPED, Change
 from veneer.combine.matrix import Factored, Matrix, Thin
-from veneer.core.apart import Change
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError
 
@@ -109,6 +109,25 @@ def _lora(B: Tensor, A: Tensor, row: Sequence[int], b: Tensor | None, dtype: tor
     tensors = {"A": A.to(dtype).reshape(r, *row), "B": B.to(dtype).reshape(len(B), r, *point)}
     config = LoraConfig(r=r, lora_alpha=r, options={"lora_bias": b is not None})
     return Change(config, tensors if b is None else {**tensors, "b": b.to(dtype)})
+
+
+def levelled(found: Mapping[str, Change]) -> dict[str, Change]:
+    """The same changes, where those of the parts of one layer have one rank: smaller ones are filled up with zeros."""
+    ranks: dict[str, int] = {}
+    for path, change in found.items():
+        layer = path.partition(WRAPPED)[0]
+        ranks[layer] = max(change.config.r, ranks.get(layer, 0))
+    return {path: _of_rank(change, ranks[path.partition(WRAPPED)[0]]) for path, change in found.items()}
+
+
+def _of_rank(change: Change, r: int) -> Change:
+    own = change.tensors
+    if change.config.r == r or "A" not in own:
+        return change
+    more = r - change.config.r
+    A = torch.cat([own["A"], own["A"].new_zeros(more, *own["A"].shape[1:])])
+    B = torch.cat([own["B"], own["B"].new_zeros(len(own["B"]), more, *own["B"].shape[2:])], 1)
+    return Change(replace(change.config, r=r, lora_alpha=r), {**own, "A": A, "B": B})
 
 
 def shifted(b: Tensor, dtype: torch.dtype) -> Change:

@@ -1,6 +1,7 @@
 """Matrices of changes, thin or whole: their sums, products and singular values, never forming out × in where thin."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from veneer.core.errors import AdapterError, shown
 
-_SMALL = 1024  # the side up to which a whole matrix is decomposed by an SVD; beyond, by its Gram matrix
-_FAR = 4  # how many times a rank must fit into the smaller side for a random search to be worth its while
+_TINY, _SMALL = 128, 1024  # the smaller side up to which a matrix of fp32, of fp64, is decomposed by an SVD
+_FIRST, _FAR = 32, 4  # the rank at which a search begins, and how many times it must fit into the smaller side
 _MOST_TURNS = 16  # power iterations before the search is given up
+_FEW = 2**21  # entries of a matrix that is too small for several threads
 _SLACK = 1e-3  # the share of the squared error by which a search may miss the best approximation
 
 
@@ -68,9 +70,9 @@ class Keep:
         return self == Keep()
 
     @property
-    def bounded(self) -> bool:
-        """Whether the largest `rank` singular values and ‖W‖ say all that is to be known."""
-        return self.rank is not None and self.cumulative is None
+    def partly(self) -> bool:
+        """Whether the largest singular values and ‖W‖ say all that is to be known."""
+        return not self.everything and self.cumulative is None
 
     def count(self, S: Tensor, square: float, smallest: float) -> int:
         """How many of S `(k)`, in falling order, of a matrix with ‖W‖² = `square`; none below `smallest` · σ₁."""
@@ -125,19 +127,33 @@ def factored(W: Matrix, keep: Keep, dtype: torch.dtype) -> Factored:
     if isinstance(W, Thin) and W.B.shape[1] <= min(len(W.B), W.A.shape[1]):
         return _of_thin(W, keep, dtype)
     D = W.B.double() @ W.A.double() if isinstance(W, Thin) else W
+    with alone() if D.numel() < _FEW else nullcontext():
+        return _of_whole(D, keep, dtype)
+
+
+def _of_whole(D: Tensor, keep: Keep, dtype: torch.dtype) -> Factored:
     square = float(torch.sum(D.double().square()))
-    smallest = min(D.shape)
-    found = None
-    if keep.bounded and keep.rank is not None and keep.rank * _FAR <= smallest and smallest > 2 * _FAR * _FAR:
-        found = _searched(D, keep.rank, square)
-    U, S = _exact(D) if found is None else found  # (out, k), (k)
-    rounding = max(torch.finfo(dtype).eps, max(D.shape) * torch.finfo(D.dtype).eps)
-    k = keep.count(S, square, rounding)
+    least = max(torch.finfo(dtype).eps, max(D.shape) ** 0.5 * torch.finfo(D.dtype).eps)
+    U, S = _leading(D, keep, square, least) or _exact(D)  # (out, some), (some)
+    k = keep.count(S, square, least)
     root = S[:k].sqrt()
     B = (U[:, :k] * root).to(dtype)  # (out, k)
     A = ((U[:, :k].t() @ D.to(U.dtype)) / torch.where(root > 0, root, 1)[:, None]).to(dtype)  # (k, in)
     rest = torch.addmm(D.to(U.dtype), B.to(U.dtype), A.to(U.dtype), alpha=-1)
     return Factored(B, A, float(torch.sum(rest.double().square())), square)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, torch computes in one thread: on small matrices those that wait for each other take longer than one, and
+    on a busy machine twenty times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _of_thin(W: Thin, keep: Keep, dtype: torch.dtype) -> Factored:
@@ -150,16 +166,31 @@ def _of_thin(W: Thin, keep: Keep, dtype: torch.dtype) -> Factored:
     return Factored(B.to(dtype), A.to(dtype), float(S[k:].square().sum()), square)
 
 
+def _leading(D: Tensor, keep: Keep, square: float, least: float) -> tuple[Tensor, Tensor] | None:
+    """The singular vectors and values that are kept, by a search for more and more of them; None where it is no use."""
+    r = keep.rank or _FIRST
+    while keep.partly and r * _FAR <= min(D.shape) and min(D.shape) > _TINY:
+        if (found := _searched(D, r, square)) is None:
+            return None
+        if keep.rank is not None or keep.count(found[1][:r], square, least) < r:
+            return found[0][:, :r], found[1][:r]
+        r *= _FAR
+    return None
+
+
 def _exact(D: Tensor) -> tuple[Tensor, Tensor]:
-    """All left singular vectors and values. Of large matrices from D Dᵀ or Dᵀ D in fp64: to 10⁻⁸ σ₁."""
-    D = D.double()
-    if min(D.shape) <= _SMALL:
-        U, S, _ = torch.linalg.svd(D, full_matrices=False)
+    """All left singular vectors and values: of large matrices by the eigenvalues of D Dᵀ or Dᵀ D in fp64.
+
+    By these, σ is known to the root of their rounding, 10⁻⁷ σ₁ and less, which is beyond an fp32 D; below it is 0.
+    """
+    wide, X = D.shape[0] <= D.shape[1], D.double()
+    if min(D.shape) <= (_SMALL if D.dtype == torch.float64 else _TINY):
+        U, S, _ = torch.linalg.svd(X, full_matrices=False)
         return U, S
-    wide = D.shape[0] <= D.shape[1]
-    values, vectors = torch.linalg.eigh(D @ D.t() if wide else D.t() @ D)
-    S, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-    return (vectors, S) if wide else (D @ vectors / torch.where(S > 0, S, 1), S)
+    values, vectors = torch.linalg.eigh(X @ X.t() if wide else X.t() @ X)
+    values, vectors = values.flip(0), vectors.flip(1)
+    S = torch.where(values > len(values) * torch.finfo(torch.float64).eps * values[0], values, 0).sqrt()
+    return (vectors, S) if wide else (X @ vectors / torch.where(S > 0, S, 1), S)
 
 
 def _searched(D: Tensor, r: int, square: float) -> tuple[Tensor, Tensor] | None:

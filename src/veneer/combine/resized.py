@@ -1,15 +1,17 @@
 """An adapter alone: as a plain LoRA, of other ranks, turned around; and two, one without the other."""
 
+from dataclasses import replace
+
 import torch
 
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.combine.base import Base, Source
 from veneer.combine.combined import Progress, combine, each_layer, measured
 from veneer.combine.layers import Errors
 from veneer.combine.matrix import Keep
-from veneer.combine.together import precision, refuse_apart, told
+from veneer.combine.together import agreed, precision, refuse_apart, told
 from veneer.combine.ways import Layer, size, stored
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, changes
 from veneer.core.errors import AdapterError
 
 
@@ -59,7 +61,7 @@ def resize(
     found, errors, faults = each_layer(layers, work, progress)
     if faults:
         raise AdapterError(told(faults))
-    return adapter_of(found, like=adapter), errors
+    return replace(adapter_of(found, like=adapter), metadata=agreed([adapter])["metadata"]), errors
 
 
 def subtract(adapter: Adapter, other: Adapter, how: str = "linear") -> Adapter:

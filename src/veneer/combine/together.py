@@ -10,6 +10,8 @@ import torch
 from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError, listed, named
 
+# what a file says of the ranks and bytes that it had
+_STALE = ("ss_network_dim", "ss_network_alpha", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _MOST = 20  # faults that are told one by one
 
 
@@ -39,9 +41,10 @@ def refuse_apart(adapters: Sequence[Adapter], weights: Sequence[object], names: 
 def agreed(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What `adapter_of` is told beside the changes: what all say, or, of the base, the first that says something."""
     first = adapters[0]
-    metadata = {
+    alike = {
         key: text for key, text in first.metadata.items() if all(own.metadata.get(key) == text for own in adapters)
     }
+    metadata = {key: text for key, text in alike.items() if key not in _STALE}
     parts = tuple(dict.fromkeys(part for adapter in adapters for part in adapter.parts))
     base = next((own.config.base_model_name_or_path for own in adapters if own.config.base_model_name_or_path), None)
     tasks = {own.config.task_type for own in adapters}

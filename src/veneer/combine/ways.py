@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.apart.changes import Change
 from veneer.combine import sparse
 from veneer.combine.base import Base
 from veneer.combine.layers import Seen, concatenated, full, lora, seen, shifted
 from veneer.combine.matrix import Keep, Matrix, Thin, factored, inner, weighted, whole
-from veneer.core.apart import Change
 from veneer.core.errors import AdapterError, listed, nearest, shown
 
 SUMS = ("linear", "cat", "svd", "slerp")
@@ -73,11 +73,15 @@ class Layer:
     terms: Sequence[tuple[float, Change, str]]
     is_table: bool = False
 
+    @property
+    def is_thin(self) -> bool:
+        """Whether all changes are products of thin matrices as they stand."""
+        return all(change.config.peft_type == "LORA" and not change.config.use_dora for _, change, _ in self.terms)
+
     def combined(self, way: Way, base: Base | None, dtype: torch.dtype) -> tuple[Change, tuple[float, float]]:
         """The change, and ‖ΔW - BA‖² and ‖ΔW‖². Raises `AdapterError`."""
-        kinds = {(change.config.peft_type, change.config.use_dora) for _, change, _ in self.terms}
-        if kinds == {("IA3", False)} and way.how in ("linear", "cat"):
-            return self._rescaled(dtype), (0.0, 0.0)
+        if way.how in ("linear", "cat") and (rescaled := self._rescaled(dtype)):
+            return rescaled, (0.0, 0.0)
         views = [self.seen(change, base) for _, change, _ in self.terms]
         weights = [weight for weight, *_ in self.terms]
         matrices = [view.W for view in views if view.W is not None]
@@ -99,15 +103,14 @@ class Layer:
             return seen(change)
         return seen(change, base.matrix(self.path, change.shape, self.is_table), base.value(f"{self.path}.bias"))
 
-    def _rescaled(self, dtype: torch.dtype) -> Change:
-        """(IA)³ for all: l = 1 + Σ w (l - 1), which needs no weight of the base."""
-        first = self.terms[0][1]
-        if any(change.config.options != first.config.options for _, change, _ in self.terms):
-            raise AdapterError("(IA)³ that rescales inputs and (IA)³ that rescales outputs are not one: give the base")
-        scales = (
-            torch.stack([weight * (change.tensors["l"].double() - 1) for weight, change, _ in self.terms]).sum(0) + 1
-        )
-        return Change(first.config, {"l": scales.to(dtype)})
+    def _rescaled(self, dtype: torch.dtype) -> Change | None:
+        """l = 1 + Σ w (l - 1) where all are (IA)³ of the same side, which needs no weight of the base."""
+        first = self.terms[0][1].config
+        alike = [(own.config.peft_type, own.config.use_dora, own.config.options) for _, own, _ in self.terms]
+        if alike != [("IA3", False, first.options)] * len(alike):
+            return None
+        scales = [weight * (change.tensors["l"].double() - 1) for weight, change, _ in self.terms]
+        return Change(first, {"l": (1 + torch.stack(scales).sum(0)).to(dtype)})
 
 
 def stored(

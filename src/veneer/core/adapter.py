@@ -48,8 +48,9 @@ class Adapter:
     faults: list[str] = field(default_factory=list, repr=False)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, both whole or not at all. PEFT reads them where it
-        can say the same: it has no FULL, one method for all layers, and DoRA on rows.
+        """Write `adapter_config.json` and `adapter_model.safetensors`, both whole or not at all.
+
+        PEFT reads them where it can say the same: it has no FULL, one method for all layers, and DoRA on rows.
 
         Killed at any moment, it leaves the old adapter or the new one, and never one's config with the other's tensors.
 
@@ -57,10 +58,10 @@ class Adapter:
         """
         if self.parts:
             raise AdapterError(f"an adapter of the parts {listed(self.parts)} is several: save each in its own folder")
-        folder = Path(folder)
+        files = self.files(folder := Path(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.files(folder))
+            write_whole(files)
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
         return folder

@@ -245,7 +245,7 @@ def _fits(wanted: torch.Size, found: torch.Size) -> bool:
     matrices as kernels), or flattens to the matrix that is wanted.
     """
     bare = [shape[: max((i + 1 for i, size in enumerate(shape) if size != 1), default=0)] for shape in (wanted, found)]
-    return bare[0] == bare[1] or (len(wanted) == 2 and wanted == (*found[:1], found[1:].numel()))
+    return bare[0] == bare[1] or wanted == (found[:1].numel(), found[1:].numel())
 
 
 def said(key: tuple[str, str]) -> str:

@@ -92,8 +92,8 @@ class Update(nn.Module):
     @classmethod
     def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
         """The size `(out, in)` of ΔW, where a file's tensors say it."""
-        named = {form: tensors[name] for name, form in cls.forms.items() if name in tensors}
-        return (len(named["B"]), named["A"][0].numel()) if {"A", "B"} <= named.keys() else None
+        named = {form: flat(tensors[name]) for name, form in cls.forms.items() if name in tensors}
+        return (named["B"][0], named["A"][1]) if {"A", "B"} <= named.keys() else None
 
     def fit(self, tensors: Mapping[str, Tensor], biased: bool) -> None:
         """Before it is filled: take the form that a file's tensors have, where the method has several; `biased` is
@@ -257,6 +257,11 @@ def _summed_thin(weight: Tensor, changes: Sequence[tuple[Any, float]]) -> Tensor
                 total.addmm_(update.B[rows].to(total.dtype), update.A.to(total.dtype), alpha=share * update.scale)
             result[rows] = total
     return result
+
+
+def flat(tensor: Tensor) -> tuple[int, int]:
+    """The shape of what a file holds as a matrix: a kernel's dimensions but the first one are its columns."""
+    return tensor.shape[:1].numel(), tensor.shape[1:].numel()
 
 
 def own_precision(weight: Tensor) -> torch.dtype:

@@ -15,11 +15,11 @@ from typing import Any
 
 from veneer.core.adapter import CONFIG, Adapter
 from veneer.core.errors import AdapterError, listed, named, nearest
-from veneer.files.attach import attach, detach
+from veneer.files.attach import adapter_on, attach, detach
 from veneer.files.stored import Stored, adapter_file, mapped
 from veneer.safe.whole import write_whole
 
-__all__ = ["FORMATS", "attach", "detach", "detect", "read", "write"]
+__all__ = ["FORMATS", "adapter_on", "attach", "detach", "detect", "read", "write"]
 
 FORMATS = ("cloneofsimo", "diffusers", "kohya", "loralib", "lycoris", "peft")
 FOLDERS = ("peft",)  # whose adapter is a folder

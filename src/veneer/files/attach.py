@@ -5,13 +5,13 @@ from typing import Any, overload
 
 from torch import nn
 
+from veneer.apart.changes import adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.model import PeftModel, get_peft_model
 from veneer.core.targets import base_modules
-from veneer.files.parts import LEVEL, by_part
+from veneer.files.parts import LEVEL, by_part, joined
 
 Models = dict[str, PeftModel]
 
@@ -68,6 +68,23 @@ def detach(target: Any, name: str | None = None) -> None:
         raise AdapterError(f"no adapter {'' if name is None else repr(name) + ' '}is on it; it carries {listed(known)}")
     for model in meant:
         _take_off(model, name)
+
+
+def adapter_on(target: Any, name: str | None = None) -> Adapter:
+    """The adapter called `name`, or the one that acts, as plain data: of a pipeline's parts in one, for a file.
+
+    Its tensors are the live ones. Raises `AdapterError` where none carries it, or something else is trained whole.
+    """
+    held = models_of(target).items()
+    carriers = {part: model for part, model in held if isinstance(model, PeftModel)}
+    own = {part: model for part, model in carriers.items() if name is None or name in model.peft_config}
+    if not own:
+        raise AdapterError(
+            f"no adapter {'' if name is None else repr(name) + ' '}is on it; {listed(carriers)} carry any"
+        )
+    if isinstance(target, nn.Module):
+        return own[""].get_adapter(name)
+    return joined({part: model.get_adapter(name) for part, model in own.items()})
 
 
 def matched(model: nn.Module, adapter: Adapter) -> Adapter:

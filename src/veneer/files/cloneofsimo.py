@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from veneer.apart.changes import Change, adapter_of
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.files.attach import models_of
@@ -29,7 +29,7 @@ from veneer.files.stored import save
 from veneer.safe.stored import parsed
 
 NAME = "cloneofsimo"
-_NAME = re.compile(r"(\w+):(\d+):(up|down)")
+_NAME = re.compile(r"(\w+):(\d{1,6}):(up|down)")
 _TOKEN = "<embed>"
 _TEXT_LAYERS = {768: 12, 1024: 23}  # of the text encoders of Stable Diffusion 1 and 2, by their width
 Ends = tuple[Tensor, Tensor]  # up (out, r, …), down (r, in, …)
@@ -38,7 +38,11 @@ Ends = tuple[Tensor, Tensor]  # up (out, r, …), down (r, in, …)
 def detects(names: Collection[str], about: Mapping[str, str]) -> bool:
     """Whether they are numbered ups and downs, or a list of these."""
     numbered = any(map(_NAME.fullmatch, names))
-    return numbered or (len(names) >= 2 and set(names) == {str(place) for place in range(len(names))})
+    return numbered or _is_list(names)
+
+
+def _is_list(names: Collection[str]) -> bool:
+    return len(names) >= 2 and set(names) == {str(place) for place in range(len(names))}
 
 
 def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str, *, model: Any = None) -> Adapter:
@@ -88,7 +92,8 @@ def write(adapter: Adapter, path: Path) -> None:
         shapes = {name: _shape((pair.B, pair.A)) for name, pair in own.items()}
         sizes, odd = widths(shapes)
         classes, paths = _layout(part, own, sizes)
-        faults += [f"{part}: {name} {shapes[name]} is no layer that they count" for name in own if name not in paths]
+        strange = [f"{name} {shapes[name]}" for name in own if name not in paths]
+        faults += [f"{part}: no layers that they count: {collapsed(strange)}"] if strange else []
         faults += [f"{part}: not of the size that Stable Diffusion 1 or 2 has there: {collapsed(odd)}"] if odd else []
         missing = [name for name in paths if name not in own and _none(name, sizes) is None]
         faults += [f"{part}: the size of other layers is not known: {collapsed(missing)}"] if missing else []
@@ -106,7 +111,7 @@ def _ends(
     tensors: Mapping[str, Tensor], about: Mapping[str, str]
 ) -> tuple[dict[str, list[Ends]], list[str], list[str]]:
     """Ups and downs by part, in their order; the names of tokens; and what is wrong."""
-    if all(map(str.isdecimal, tensors)):
+    if _is_list(tensors):
         own_list = [tensors[str(place)] for place in range(len(tensors))]
         own = list(zip(own_list[::2], own_list[1::2], strict=False))
         odd = ["a list of an odd number of tensors is not ups and downs"] if len(tensors) % 2 else []
@@ -163,11 +168,12 @@ def _paths(part: str, own: Sequence[Ends], classes: list[set[str]], model: Any, 
     """The paths of the layers that have these shapes in this order."""
     if given and model is None:
         raise AdapterError(f"{part}: the model that was given has no such part")
-    every = [order for some in classes for order in layouts(some, len(own) // 4, model)]
+    orders = [order for some in classes for order in layouts(some, len(own) // 4, model)]
+    every = list(dict.fromkeys(map(tuple, orders)))
     counts = sorted({len(order) for order in every})
     fitting = [order for order in every if len(order) == len(own) and _fits(order, own, model)]
     if len(fitting) == 1:
-        return fitting[0]
+        return list(fitting[0])
     what = "the model that was given" if given else "Stable Diffusion 1 or 2"
     if len(fitting) > 1:
         raise AdapterError(f"{part}: its layers could be those of {what} in several orders")

@@ -19,14 +19,14 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, own_configs
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, own_configs
 from veneer.core.config import LoraConfig, judged
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files.factors import Pair, of_one_rank, pairs
 from veneer.files.parts import LEVEL, PARTS, canonical, is_text, levelled, part_of
 from veneer.files.stored import save
-from veneer.safe.stored import parsed
+from veneer.safe.stored import is_finite, parsed
 
 NAME = "diffusers"
 ABOUT = "lora_adapter_metadata"
@@ -59,12 +59,10 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
     if faults:
         raise AdapterError("\n".join([f"{where}:", *faults]))
     configs, faults = _configs(layers, about, where)
-    for path, own in layers.items():
-        r, said = len(own["A"]), configs[path].r if path in configs else len(own["A"])
-        if r != said:
-            faults.append(f"{path} has rank {r}, and {ABOUT} says {said}")
-        if path in configs and configs[path].use_dora and "magnitude" not in own:
-            faults.append(f"{path} has no lora_magnitude_vector, and {ABOUT} says use_dora")
+    ranks = [path for path, config in configs.items() if len(layers[path]["A"]) != config.r]
+    plain = [path for path, config in configs.items() if config.use_dora and "magnitude" not in layers[path]]
+    told = ((f"of another rank than {ABOUT} says", ranks), (f"no lora_magnitude_vector, as {ABOUT} says", plain))
+    faults += [f"{what}: {collapsed(paths)}" for what, paths in told if paths]
     if faults:
         raise AdapterError("\n".join([f"{where}:", *faults]))
     every = {path: _change(own, configs.get(path)) for path, own in layers.items()}
@@ -134,7 +132,11 @@ def _unfinished(layers: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
         for path, own in layers.items()
         if {"A", "B"} <= own.keys() and not _fit(own["A"], own["B"])
     ]
-    alphas = [path for path, own in layers.items() if "alpha" in own and own["alpha"].numel() != 1]
+    alphas = [
+        path
+        for path, own in layers.items()
+        if "alpha" in own and not (own["alpha"].numel() == 1 and is_finite(own["alpha"]))
+    ]
     told = (("missing", missing), ("factors that do not fit", unfit), ("alphas that are not one number", alphas))
     return [f"{what}: {collapsed(names)}" for what, names in told if names]
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.apart.changes import Change, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, beside, changes
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed
+from veneer.safe.stored import is_finite
 
 _ROUNDING = 2.0**-10  # of ‖B‖, half of which a single rounding to fp16 may take
 _WAY_OUT = "make it a plain LoRA first (veneer resize --rank R says the error)"
@@ -55,14 +56,19 @@ def _reasons(change: Change, holds: str) -> list[str]:
         found.append("DoRA magnitudes (no place there: merge it into its base, or extract a LoRA from the result)")
     elif change.config.use_dora and change.tensors["magnitude"].ndim == 2:
         found.append("DoRA magnitudes of the inputs (only those of the outputs have a place there)")
-    if "b" in change.tensors and "b" not in holds.split():
+    elif "b" in change.tensors and "b" not in holds.split():
         found.append("changes of biases (no place there)")
+    if not found and _scale(change) != 1 and not all(map(is_finite, change.tensors.values())):
+        found.append("NaN or infinity, which no scale can be multiplied with")
     return found
 
 
+def _scale(change: Change) -> float:
+    return scaling(change.config.r, change.config.lora_alpha, change.config.use_rslora)
+
+
 def _pair(change: Change) -> Pair:
-    own, config = change.tensors, change.config
-    scale = scaling(config.r, config.lora_alpha, config.use_rslora)
+    own, scale = change.tensors, _scale(change)
     A, B = folded(own["A"], own["B"], scale)
     b = own.get("b")
     return Pair(A, B, b if b is None or scale == 1 else (scale * b.float()).to(b.dtype), own.get("magnitude"))

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files import names as spelling
 from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of, scaled
@@ -78,7 +78,6 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
         own = next(iter(spelt.values()))
         try:
             found[whole] = change_of(own)
-            _judge(found[whole], whole)
         except AdapterError as error:
             wrong.setdefault(str(error), []).append(whole)
     faults += [f"{what}: {collapsed(paths)}" for what, paths in wrong.items()]
@@ -174,9 +173,10 @@ def store(
 
 def _judge(change: Change, path: str) -> None:
     """Raises `AdapterError` where the same numbers are another change to LyCORIS's programs than to veneer's method."""
-    scales_rows = change.config.peft_type == "IA3" and not change.config.options["feedforward_modules"]
-    if scales_rows and not spelling.is_unbiased(path):
-        raise AdapterError("(IA)³ on outputs scales the layer's bias too in veneer and PEFT, and not in LyCORIS")
+    options = change.config.options
+    scales_rows = change.config.peft_type == "IA3" and not options["feedforward_modules"]
+    if scales_rows and options["scales_bias"] and not spelling.is_unbiased(path):
+        raise AdapterError("(IA)³ on outputs that scales the layer's bias too, as PEFT's does and LyCORIS's does not")
 
 
 def _placed(adapter: Adapter, every: Mapping[str, Change], format: str) -> tuple[tuple[str, ...], dict[str, Change]]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.core.apart import Change
+from veneer.apart.changes import Change
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, listed, named
 
@@ -167,7 +167,7 @@ def _ia3(own: Own) -> _Read:
     inner = bool(on_input.item())
     kernel = w.ndim > 2  # a convolution's, which PEFT's files hold as `(1, out, 1, 1)` too
     shape = (1, -1, *w.shape[2:]) if inner or kernel else (-1, 1)
-    return {"l": (_wide(w) + 1).reshape(shape)}, None, {"feedforward_modules": inner}
+    return {"l": (_wide(w) + 1).reshape(shape)}, None, {"feedforward_modules": inner, "scales_bias": False}
 
 
 def _decomposed(change: Change, m: Tensor) -> Change:

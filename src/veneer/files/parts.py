@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed
 
 PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "transformer", "transformer_2")
@@ -51,13 +51,13 @@ def by_part(adapter: Adapter) -> dict[str, Adapter]:
 
 
 def joined(adapters: Mapping[str, Adapter]) -> Adapter:
-    """The one adapter of a pipeline's parts, by their names. Raises as `by_part` does."""
+    """The one adapter of a pipeline's parts, by their names, under `canonical` paths. Raises as `by_part` does."""
     every, metadata = dict[str, Change](), dict[str, str]()
     tables, bases = [], set()
     for part, adapter in adapters.items():
         _refuse_beside(adapter)
-        every |= {f"{part}.{path}": change for path, change in changes(adapter).items()}
-        tables += [f"{part}.{path}" for path in adapter.embeddings]
+        every |= {canonical(f"{part}.{path}"): change for path, change in changes(adapter).items()}
+        tables += [canonical(f"{part}.{path}") for path in adapter.embeddings]
         metadata |= adapter.metadata
         bases.add(adapter.config.base_model_name_or_path)
     base = bases.pop() if len(bases) == 1 else None

@@ -11,17 +11,19 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import CONFIG, Adapter, by_layer, examine, read_config
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
 from veneer.core.methods.lokr import divided
+from veneer.core.update import flat
 from veneer.files.parts import PARTS, by_part, joined
-from veneer.safe.whole import Write, write_whole
+from veneer.safe.whole import write_whole
 
 NAME = "peft"
 _PREFIX = ("base_model.model.", "base_model.vera_A", "base_model.vera_B")
 _OF_LORA = ("bias", "target_parameters", "trainable_token_indices")  # fields that PEFT's other methods have not
+_KERNELS = (1, 9, 3, 4, 25, 16, 49)  # points of the kernels that there are; a decomposed D does not say it
 _AS_LORA = "make it a plain LoRA first (veneer resize), or save it as veneer's own folder"
 
 
@@ -76,11 +78,10 @@ def write(adapter: Adapter, path: Path) -> None:
     """
     parts = by_part(adapter) if adapter.parts else {"": adapter}
     folders = {path / part: held(own) for part, own in parts.items()}
-    files: dict[Path, Write] = {}
+    files = {file: writer for folder, own in folders.items() for file, writer in own.files(folder).items()}
     try:
-        for folder, own in folders.items():
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            files |= own.files(folder)
         write_whole(files)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot write the adapter to {path}: {error}") from error
@@ -120,6 +121,8 @@ def _reasons(change: Change) -> list[str]:
     found = []
     if method == "FULL":
         found.append("changes of full size")
+    elif method == "IA3" and not change.config.options["scales_bias"]:
+        found.append("(IA)³ that leaves biases as they are, where PEFT's scales them")
     elif dora and method != "LORA":
         found.append(f"DoRA over {method}, which PEFT has over LoRA alone")
     elif dora and change.tensors["magnitude"].ndim == 2 and len(change.tensors["magnitude"]) == 1:
@@ -151,23 +154,26 @@ def _lokr(every: Mapping[str, Change]) -> dict[str, Any] | None:
     if not own:
         return {}
     both = any("C_A" in change.tensors for change in own)
-    sides = [side for change in own for side in _sides(change)]
-    for factor in dict.fromkeys([own[0].config.options["decompose_factor"], -1, *(outer for outer, _ in sides)]):
-        divides = all(divided(outer * inner, factor) == (outer, inner) for outer, inner in sides)
-        if divides and all(_decomposes(change, both) for change in own):
+    factors = [own[0].config.options["decompose_factor"], -1]
+    factors += [size for change in own for size in flat(change.tensors[_whole(change, "C", "B")])]
+    for factor in dict.fromkeys(factors):
+        if factor and all(any(_divides(change, factor, both, points) for points in _KERNELS) for change in own):
             return {"decompose_factor": factor, "decompose_both": both}
     return None
 
 
-def _sides(change: Change) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(l, k) and (m, n); of a kernel that is not decomposed, n is its input channels."""
-    own = change.tensors
-    rows = [len(own[name if name in own else f"{name}_B"]) for name in "CD"]
-    columns = [own[name if name in own else f"{name}_A"].shape[1] for name in "CD"]
-    return (rows[0], rows[1]), (columns[0], columns[1])
+def _whole(change: Change, name: str, factor: str) -> str:
+    return name if name in change.tensors else f"{name}_{factor}"
 
 
-def _decomposes(change: Change, both: bool) -> bool:
-    outer, inner = map(max, zip(*_sides(change), strict=True))
-    r, own = change.config.r, change.tensors
-    return ("C" in own, "D" in own) == (not both or 2 * r >= outer, 2 * r >= inner)
+def _divides(change: Change, factor: int, both: bool, points: int) -> bool:
+    """Whether PEFT divides so, by the channels of a kernel of so many points, and decomposes the same of C and D."""
+    own, r = change.tensors, change.config.r
+    rows = [len(own[_whole(change, name, "B")]) for name in "CD"]
+    columns = [flat(own[_whole(change, name, "A")])[1] for name in "CD"]
+    if columns[1] % points:
+        return False
+    outer, inner = (rows[0], columns[0]), (rows[1], columns[1] // points)
+    sides = [divided(rows[0] * rows[1], factor), divided(columns[0] * inner[1], factor)]
+    decomposed = ("C" in own, "D" in own) == (not both or 2 * r >= max(outer), 2 * r >= max(inner))
+    return sides == [*zip(outer, inner, strict=True)] and decomposed

@@ -73,12 +73,22 @@ def _merge_part(
     place: Path, kind: tuple[str, str], part: str, adapters: Weighted, out: Path, dtype: str | None
 ) -> None:
     model, variant = _loaded(place, kind, dtype)
+    merged(model, adapters, part).save_pretrained(out, variant=variant)
+
+
+def merged(model: Any, adapters: Weighted, part: str = "") -> Any:
+    """The plain model with W + Σ weight · ΔW; with `part`, of that part of the adapters, where they have it."""
     terms = {}
-    for number, (adapter, weight) in enumerate(adapters):
-        if part in adapter.parts:
-            terms[str(number)] = weight
-            model = attach({part: model}, adapter, str(number), parts=[part])[part]
-    model.merge_and_unload(terms).save_pretrained(out, variant=variant)
+    for number, (adapter, weight) in enumerate(adapters, 1):
+        if part and part not in adapter.parts:
+            continue
+        name = f"adapter {number}"
+        terms[name] = weight
+        try:
+            model = attach({part: model}, adapter, name, parts=[part])[part] if part else attach(model, adapter, name)
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from error
+    return model.merge_and_unload(terms)
 
 
 def _loaded(place: Path, kind: tuple[str, str], dtype: str | None) -> tuple[Any, str | None]:

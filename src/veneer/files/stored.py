@@ -18,6 +18,7 @@ from veneer.safe.stored import read_header, read_tensors
 _ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, now and before torch 1.6
 _HEADER = b"{"  # what a safetensors file has after its header's length, which may begin like a pickle
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_WHOLE = ("I64", "I32", "I16", "I8", "U8")
 _RUN = "adapter"  # where a run's folder has its adapter
 _WRAPPERS = ("state_dict", "model_state_dict")  # what trainers put around the tensors
 
@@ -81,10 +82,17 @@ def mapped(path: Path) -> Stored:
     if archive or (start.startswith(_PICKLE) and start[8:] != _HEADER):
         return Stored(path, *_unpickled(path, archive))
     header, about = read_header(path)
-    tensors, faults = read_tensors(path, header)
+    whole = {name for name, entry in header.items() if _is_whole_number(entry)}
+    # an α may be a whole number, which says no less
+    tensors, faults = read_tensors(path, {k: {**v, "dtype": "F32"} if k in whole else v for k, v in header.items()})
+    tensors |= {name: tensors[name].float() for name in whole & tensors.keys()}
     strange = [key for key, value in about.items() if not isinstance(value, str)]
     faults += [f"the file's own words should be strings, which {listed(strange)} are not"] if strange else []
     return Stored(path, tensors, about, faults)
+
+
+def _is_whole_number(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("dtype") in _WHOLE and entry.get("shape") in ([], [1])
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
@@ -118,7 +126,9 @@ def _unpickled(path: Path, archive: bool) -> tuple[dict[str, Tensor], dict[str, 
     if not isinstance(found, Mapping) or not found:
         raise AdapterError(f"{path}: expected tensors by name or in a list, found {shown(found)}")
     tensors = {str(key): value.detach() for key, value in found.items() if isinstance(value, Tensor)}
+    strange = [key for key, value in tensors.items() if not value.is_floating_point() or value.layout != torch.strided]
     others: list[Any] = [key for key, value in found.items() if not isinstance(value, Tensor)]
     about = {str(key): value for key in others if isinstance(value := found[key], str)}
     wrong = [str(key) for key in others if str(key) not in about]
-    return tensors, about, [f"no tensors: {collapsed(wrong)}"] if wrong else []
+    told = (("no tensors", wrong), ("no plain tensors of floats", strange))
+    return tensors, about, [f"{what}: {collapsed(names)}" for what, names in told if names]

@@ -72,7 +72,9 @@ class Entry:
         ]
         if faults:
             raise AdapterError(f"{where} is not an entry of a library: {'; '.join(faults)}")
-        return cls(**{name: _printable(value) for name, value in values.items()})
+        return cls(
+            **{name: _printable(value, "\n" if name in ("note", "sample") else "") for name, value in values.items()}
+        )
 
 
 def checked_name(name: str) -> str:
@@ -138,10 +140,12 @@ _RULES = {
 }
 
 
-def _printable(value: Any) -> Any:
-    """The value with no character that would steer a terminal, or that no file can hold."""
+def _printable(value: Any, also: str) -> Any:
+    """The value with no character that would steer a terminal, or that no file can hold; `also` are let through."""
     if isinstance(value, str):
-        return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in value)
+        return "".join(sign if sign.isprintable() or sign in also else "\ufffd" for sign in value)
     if isinstance(value, list):
-        return list(map(_printable, value))
-    return {_printable(key): _printable(one) for key, one in value.items()} if isinstance(value, dict) else value
+        return [_printable(one, also) for one in value]
+    if isinstance(value, dict):
+        return {_printable(key, also): _printable(one, also) for key, one in value.items()}
+    return value

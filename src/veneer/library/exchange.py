@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, listed, named
 from veneer.library import content, hub
 from veneer.library.adding import keep
 from veneer.library.entry import Entry, checked_name, name_of
 from veneer.library.facts import card
 from veneer.library.place import Report, no_such, silent
 from veneer.library.shelf import get, path_of, preview_of
-from veneer.library.source import ALONE, CARD, SHEET, called, source
+from veneer.library.source import ALONE, CARD, PICTURES, SHEET, called, sheet, source
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INSIDE = re.compile(rf"({_REPOSITORY.pattern})(?:/(.+))?")
@@ -35,10 +35,10 @@ def push(name: str, to: str, force: bool = False, report: Report = silent) -> st
     entry = get(name)
     if faults := content.faults(path_of(replace(entry, file=""))):
         raise AdapterError(f"{entry.name!r} is damaged: {'; '.join(faults)}; see `veneer library verify`")
-    if not _is_path(to) and _REPOSITORY.fullmatch(to):
+    if not _is_path(to) and _REPOSITORY.fullmatch(to) and not Path(to).parent.is_dir():
         return hub.upload(to, _parcel(entry, to), f"Add {entry.name}", force, report)
     folder = Path(os.path.expanduser(to))
-    if not _is_path(to):
+    if not _is_path(to) and "/" not in to:
         raise AdapterError(f"{to!r} is neither a folder nor a repository (owner/name); a new folder would be ./{to}")
     try:
         return str(_to_folder(_parcel(entry, "THIS_FOLDER"), folder / entry.name, force))
@@ -97,8 +97,8 @@ def _to_folder(files: Mapping[str, Path | bytes], target: Path, force: bool) -> 
     """Write the files to a folder of their own, whole or not at all."""
     if os.path.lexists(target) and not force:
         raise AdapterError(f"{target} exists already; nothing was written (--force replaces it)")
-    if os.path.lexists(target) and not (target / SHEET).is_file():
-        raise AdapterError(f"{target} was not put there by a library, and is not replaced; nothing was written")
+    if strange := _strange(target):
+        raise AdapterError(f"{target} holds what no library sent, and is not replaced: {listed(strange, say=named)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid4().hex
     workspace, old = (target.with_name(f".{target.name}.{mark}.{what}") for what in ("part", "old"))
@@ -120,6 +120,17 @@ def _to_folder(files: Mapping[str, Path | bytes], target: Path, force: bool) -> 
         for rest in (workspace, old):
             shutil.rmtree(rest, ignore_errors=True)
     return target
+
+
+def _strange(target: Path) -> list[str]:
+    """What is in a folder and is no part of what a library sent there."""
+    if not os.path.lexists(target):
+        return []
+    there = {path.name for path in target.iterdir()}
+    sent = (
+        {SHEET, CARD, *sheet(target).files, *(f"preview{ending}" for ending in PICTURES)} if SHEET in there else set()
+    )
+    return sorted(there - sent)
 
 
 def _card(entry: Entry, to: str, preview: Path | None) -> str:

@@ -8,9 +8,9 @@ from veneer import files
 from veneer.analyse.summary import Summary, summary
 from veneer.core.adapter import examine
 from veneer.core.errors import AdapterError
-from veneer.safe.stored import read_bytes
+from veneer.safe.stored import read_bytes, read_header
 
-_MOST, _LONGEST = 100, 500  # trigger words that a stranger's file is believed, and characters of each
+_MOST = 100  # trigger words that a stranger's file is believed
 
 
 def facts(adapter: Path) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def facts(adapter: Path) -> dict[str, Any]:
         if held.faults:
             raise AdapterError("\n".join(held.faults))
     else:
+        read_header(adapter)  # a pickle is refused, whatever its name
         format, held = files.detect(adapter), files.read(adapter)
     told = summary(held, format, values=False)
     return {
@@ -30,7 +31,7 @@ def facts(adapter: Path) -> dict[str, Any]:
         "method": _method(told),
         "base": told.base.name or "",
         "family": told.base.family or "",
-        "triggers": words(word for word, count in told.trigger_words.items() if count is None),
+        "triggers": words(word for word, count in told.trigger_words.items() if count is None)[:_MOST],
         "licence": told.facts.get("licence", ""),
     }
 
@@ -72,7 +73,6 @@ def loaded(text: str) -> dict[Any, Any]:
 
 
 def words(texts: Iterable[object]) -> list[str]:
-    """The texts, each once, without blanks around them."""
-    return list(dict.fromkeys(text.strip()[:_LONGEST] for text in texts if isinstance(text, str) and text.strip()))[
-        :_MOST
-    ]
+    """The texts, each once and on one line."""
+    lines = (" ".join(text.split()) for text in texts if isinstance(text, str))
+    return list(dict.fromkeys(filter(None, lines)))

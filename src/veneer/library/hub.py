@@ -29,7 +29,7 @@ def download(repository: str, inside: str, report: Report) -> tuple[Path, list[P
         raise
     except Exception as error:  # the hub's, the network's and the disk's errors have no common ancestor
         raise _failed(f"{repository} cannot be pulled", error) from error
-    return places[0] if names[0] == inside else places[0].parent, places, about.sha
+    return places[0] if names[0] == inside else places[0].parent, places, about.sha or ""
 
 
 def upload(repository: str, files: Mapping[str, Path | bytes], message: str, force: bool, report: Report) -> str:

@@ -18,7 +18,7 @@ from veneer.core.errors import AdapterError
 from veneer.library.entry import Entry
 from veneer.library.place import ENTRIES, visible
 
-INDEX = "index-1.sqlite"  # the number is raised when the table is another
+INDEX = "index-1.sqlite"  # the number is raised when the table or what an entry says is another
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS entries (file TEXT PRIMARY KEY, stamp TEXT, content TEXT, preview TEXT, words TEXT, "
     "facts TEXT)"

@@ -44,21 +44,29 @@ class Source:
 
 def source(path: Path) -> Source:
     """What `path` leads to. Raises `AdapterError` for what is none of an adapter's file, its folder, or a run."""
-    if not path.is_file() and not path.is_dir():
-        raise AdapterError(f"{path} is neither a file nor a folder")
-    if (path / SHEET).is_file():
-        return _sent(path)
-    place = adapter_file(path)
-    if place.name == WEIGHTS and (place.parent / CONFIG).is_file():
-        place = place.parent
-    if not place.is_dir():
-        return _alone(place, path / CARD if place != path else None)
-    return _run(path, place) if place == path / RUN_ADAPTER else _folder(place)
+    try:
+        if not path.is_file() and not path.is_dir():
+            raise AdapterError(f"{path} is neither a file nor a folder")
+        if (path / SHEET).is_file():
+            return _sent(path)
+        place = adapter_file(path)
+        if place.name == WEIGHTS and (place.parent / CONFIG).is_file():
+            place = place.parent
+        if not place.is_dir():
+            return _alone(place, path / CARD if place != path else None)
+        return _run(path, place) if place == path / RUN_ADAPTER else _folder(place)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
 
 
 def adapter_in(path: Path) -> Path:
     """The adapter's own file or folder: of a run, its adapter/."""
     return path / RUN_ADAPTER if (path / RUN_ADAPTER / CONFIG).is_file() else path
+
+
+def sheet(folder: Path) -> Entry:
+    """The entry that a library sent with an adapter. Raises `AdapterError`."""
+    return Entry.of(parsed(read_bytes(folder / SHEET), str(folder / SHEET)), str(folder / SHEET))
 
 
 def called(path: PurePath) -> str:
@@ -91,22 +99,22 @@ def _alone(path: Path, about: Path | None) -> Source:
         raise AdapterError(f"{path} is no adapter: expected a .safetensors file, an adapter's folder, or a run's")
     beside = [path.with_name(f"{path.stem}{more}{ending}") for more in ("", ".preview") for ending in PICTURES]
     facts = (card(about) if about else {}) | {"origin": {"path": _said(path)}}
-    return Source(path, called(path.absolute()), {ALONE: path}, ALONE, facts, _first_picture(beside))
+    return Source(path, called(_whole(path)), {ALONE: path}, ALONE, facts, _first_picture(beside))
 
 
 def _folder(path: Path) -> Source:
     """A PEFT folder: its plain files, without what a trainer left of its own."""
     existing(path, WEIGHTS)
-    files = {file.name: file for file in _there(path) if file.is_file() and is_plain(file.name)}
+    files = {file.name: file for file in visible(path) if file.is_file() and is_plain(file.name)}
     files = {name: file for name, file in files.items() if file.suffix not in _PICKLES and name.upper() != SUMS}
-    left = [named(file.name) for file in _there(path) if file.name not in files]
+    left = [named(file.name) for file in visible(path) if file.name not in files]
     facts = card(path / CARD) | {"origin": {"path": _said(path)}}
-    return Source(path, called(path.absolute()), files, "", facts, left=left)
+    return Source(path, called(_whole(path)), files, "", facts, left=left)
 
 
 def _sent(path: Path) -> Source:
     """What another library sent: the files of its entry, to be held to their sha256."""
-    entry = Entry.of(parsed(read_bytes(path / SHEET), str(path / SHEET)), str(path / SHEET))
+    entry = sheet(path)
     names = {name: ALONE if name == entry.file else name for name in entry.files}
     if missing := [name for name in names if not (path / name).is_file()]:
         raise AdapterError(f"{path} is not whole: missing {listed(missing, say=str)}")
@@ -125,7 +133,7 @@ def _run(path: Path, adapter: Path) -> Source:
         recipe = loaded(read_bytes(path / RECIPE).decode("utf-8", "replace"))
         if isinstance(base := recipe.get("base"), str):
             run.facts["base"] = base
-    run.preview = _first_picture(reversed(_there(path / "samples")))
+    run.preview = _first_picture(reversed(visible(path / "samples")))
     with suppress(AdapterError, ValueError, KeyError, TypeError, RecursionError):
         first = json.loads(read_bytes(path / "samples" / "answers.jsonl").splitlines()[0])
         run.facts["sample"] = f"{first['prompt']}\n\n{first['adapted']}".strip()[:_LONGEST]
@@ -141,14 +149,11 @@ def _first_picture(paths: Iterable[Path]) -> dict[str, Path]:
     return {}
 
 
-def _there(folder: Path) -> list[Path]:
-    """What a folder holds and does not hide, by name."""
-    try:
-        return visible(folder)
-    except OSError as error:
-        raise AdapterError(f"{folder} cannot be read: {error}") from error
+def _whole(path: Path) -> Path:
+    """The path from the root, with no `..` in it."""
+    return Path(os.path.abspath(path))
 
 
 def _said(path: Path) -> str:
     """The whole path, as text that every file can hold."""
-    return os.fsencode(path.absolute()).decode("utf-8", "replace")
+    return os.fsencode(_whole(path)).decode("utf-8", "replace")

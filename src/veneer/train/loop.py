@@ -110,6 +110,7 @@ def _step(
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
     shares = [world.share(rows) for rows in rows_of(step, settings, task.size)]
+    task.step = step
     batches = [batch for rows in shares if rows for batch in task.batches(rows)]
     torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)

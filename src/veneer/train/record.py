@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from veneer.core.errors import AdapterError
 from veneer.safe.whole import to_disk, write_whole
+from veneer.train.trackers import Tracker
 
 USAGE = "veneer.json"  # beside an adapter: how it is used
 METRICS, FACTS, LOCK = "metrics.jsonl", "run.json", ".lock"
@@ -23,6 +25,7 @@ class Run:
     """`<output>/<name>-<number>/`, held by one process at a time."""
 
     writes = True
+    trackers: Sequence[Tracker] = ()
 
     def __init__(self, folder: Path) -> None:
         """Take hold of a run's folder. Raises `AdapterError` when another process has it."""
@@ -47,6 +50,9 @@ class Run:
 
     def release(self) -> None:
         """Let other processes have it."""
+        for tracker in self.trackers:
+            tracker.end()
+        self.trackers = ()
         self._lock.release()
 
     def discard(self) -> None:
@@ -79,7 +85,9 @@ class Run:
         return path
 
     def measure(self, record: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+        """Add a line to metrics.jsonl, and tell the trackers."""
+        for tracker in self.trackers:
+            tracker.tell({key: value for key, value in record.items() if key != "step"}, record["step"])
         try:
             with (self.folder / METRICS).open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")

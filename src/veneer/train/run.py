@@ -25,6 +25,7 @@ from veneer.train.sameness import asked, circumstances
 from veneer.train.settings import Recipe, as_yaml, checked, resolved
 from veneer.train.task import Reporter, Task
 from veneer.train.tasks import task_named
+from veneer.train.trackers import trackers
 from veneer.train.watch import Watch
 
 
@@ -143,6 +144,7 @@ def _begun(
             outcome = watch.begin()
             folder.write("recipe.yaml", as_yaml(resolved(recipe)))
             folder.note(asked=wanted)
+        folder.trackers = trackers(recipe.log if folder.writes else (), folder.folder, resolved(recipe))
         folder.note(state="running", made_of=made_of, planned=count_steps(recipe.train, task.size))
         return watch, outcome
     except BaseException:

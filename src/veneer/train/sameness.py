@@ -17,7 +17,7 @@ from veneer.train.settings import Recipe
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes")
 _BLOCK, _BLOCKS = 1 << 20, 64  # of a large file, so many blocks of so many bytes are read
-FREE = ("output", "name", "resume", "checkpoint")  # keys of a recipe that do not touch the numbers
+FREE = ("output", "name", "resume", "checkpoint", "log")  # keys of a recipe that do not touch the numbers
 
 
 def circumstances(device: torch.device) -> dict[str, str]:

@@ -107,6 +107,9 @@ class Recipe(Settings):
         "never",
         description="auto: go on with the newest run of this recipe that was cut short, if any, as --resume does.",
     )
+    log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="Who else is told what is measured; each needs its own package."
+    )
     output: str = Field("runs", description="The folder that gets <name>-<number>/.")
     name: str | None = Field(None, pattern=r"^[\w.+-]+$", description="The run's name; the recipe's, if not said.")
 

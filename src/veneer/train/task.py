@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -47,6 +48,7 @@ class Task(ABC):
     higher_is_better: bool = False
     model: PeftModel
     size: int  # rows to learn from
+    step: int = 0  # that `batches` makes rows for, which decides with the seed and the row what is drawn of it
 
     @abstractmethod
     def __init__(self, recipe: Any, reporter: Reporter) -> None: ...
@@ -66,6 +68,10 @@ class Task(ABC):
     @abstractmethod
     def sample(self) -> list[dict[str, str]]:
         """What the base and the adapted model make of a few held-out inputs."""
+
+    def draw(self, path: Path) -> bool:
+        """Write what `sample` has found last as a PNG file, where there is something to look at."""
+        return False
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:

@@ -134,6 +134,8 @@ class Watch(Watcher):
         found = self.task.sample() if self.run.writes or self.spread else []
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found]
         self.run.write(f"samples/{name}.jsonl", "".join(lines))
+        if self.run.writes:
+            self.task.draw(self.run.samples / f"{name}.png")
         self.world.first(lambda: None)  # the others wait
         return found
 

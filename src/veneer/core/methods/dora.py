@@ -26,14 +26,15 @@ class Dora(Update):
         super().__init__()
         self.inner = inner
         self.forms = {**inner.forms, **Dora.forms}  # type: ignore[misc]
-        self.dropout, self.scale = inner.dropout, inner.scale
+        self.dropout, self.scale, self.columns = inner.dropout, inner.scale, weight.shape[1]
         unknown = weight.new_empty(len(weight), dtype=own_precision(weight))
         self.magnitude = nn.Parameter(unknown if weight.is_meta else row_norms(weight, inner))
 
     def fit(self, tensors: Mapping[str, Tensor], biased: bool) -> None:
         self.inner.fit(tensors, biased)
         m = tensors.get("magnitude")
-        if m is not None and m.ndim == 2 and m.shape[0] == 1 and len(self.magnitude) > 1:
+        along = m is not None and m.ndim == 2 and len(m) == 1 and m.numel() > 0 and len(self.magnitude) > 1
+        if m is not None and along and self.columns % m.numel() == 0:
             self.forms = self.inner.forms  # type: ignore[misc]
             self.magnitude = nn.Parameter(self.magnitude.new_empty(m.shape))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.update import Update, own_precision
+from veneer.core.update import Update, flat, own_precision
 
 
 class Full(Update):
@@ -30,7 +30,7 @@ class Full(Update):
 
     @classmethod
     def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
-        return (len(tensors["D"]), tensors["D"][:1].numel()) if "D" in tensors else None
+        return flat(tensors["D"]) if "D" in tensors else None
 
     def fit(self, tensors: Mapping[str, Tensor], biased: bool) -> None:
         D = self.D

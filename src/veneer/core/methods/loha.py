@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.start import start
-from veneer.core.update import LYCORIS_NAMES, Factors, Update, own_precision
+from veneer.core.update import LYCORIS_NAMES, Factors, Update, flat, own_precision
 
 
 class Loha(Update):
@@ -32,8 +32,8 @@ class Loha(Update):
         start(self.A2, self.B2, config.init_lora_weights)
 
     @classmethod
-    def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        return len(tensors["B1"]), tensors["A1"][0].numel()
+    def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        return (flat(tensors["B1"])[0], flat(tensors["A1"])[1]) if {"A1", "B1"} <= tensors.keys() else None
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale * ((self.B1 @ self.A1) * (self.B2 @ self.A2))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.start import start
-from veneer.core.update import LYCORIS_NAMES, Option, Update, own_precision, switch
+from veneer.core.update import LYCORIS_NAMES, Option, Update, flat, own_precision, switch
 
 
 class Lokr(Update):
@@ -53,26 +53,30 @@ class Lokr(Update):
         for key, value in own.items():
             self.register_parameter(key, nn.Parameter(value))
 
+    @classmethod
+    def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """(l·k, m·n), where both C and D are there, each whole or as a product."""
+        own = {name: flat(tensor) for name, tensor in tensors.items()}
+        made = []
+        for name in "CD":
+            B, A = own.get(f"{name}_B"), own.get(f"{name}_A")
+            if A and B and A[0] == B[1] and name not in own:
+                made.append((B[0], A[1]))
+            elif name in own and not A and not B:
+                made.append(own[name])
+        return (made[0][0] * made[1][0], made[0][1] * made[1][1]) if len(made) == 2 else None
+
     def fit(self, tensors: Mapping[str, Tensor], biased: bool) -> None:
-        whole = [name for name in "CD" if name in tensors]
-        names = {*whole, *(f"{name}_{factor}" for name in "CD" if name not in whole for factor in "AB")}
-        if tensors.keys() - {"magnitude"} == names and self.sides(tensors) == self.size:
+        if self.sides(tensors) == self.size:
             self._parameters.clear()
-            for name in sorted(names):
-                shape = tensors[name].flatten(1).shape
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta")))
+            for name in filter(tensors.__contains__, self.file_names):
+                value = torch.empty(flat(tensors[name]), dtype=self.dtype, device="meta")
+                self.register_parameter(name, nn.Parameter(value))
 
     def _product(self, name: str) -> Tensor:
         if name in self._parameters:
             return getattr(self, name)
         return getattr(self, f"{name}_B") @ getattr(self, f"{name}_A")
-
-    @classmethod
-    def sides(cls, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """(l·k, m·n)."""
-        rows = [len(tensors[name if name in tensors else f"{name}_B"]) for name in "CD"]
-        columns = [tensors[name if name in tensors else f"{name}_A"][0].numel() for name in "CD"]
-        return math.prod(rows), math.prod(columns)
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale * torch.kron(self._product("C"), self._product("D"))

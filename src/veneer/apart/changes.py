@@ -15,7 +15,7 @@ from veneer.core.errors import AdapterError
 from veneer.core.methods import maker
 from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.search import WRAPPED, among, own_configs
-from veneer.core.update import Update
+from veneer.core.update import Update, flat
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Change:
         sketch = torch.empty(shape, device="meta", dtype=torch.float64 if wide else torch.float32)
         update = maker(self.config, [(sketch, self.config)])(sketch, self.config, lambda *_: None)
         update.fit(self.tensors, biased=shape == (self.shape or shape))
-        wanted = {name: own.numel() for name, own in update.tensors().items()}
-        if wanted != {name: own.numel() for name, own in self.tensors.items()}:
+        own = update.tensors()
+        if own.keys() != self.tensors.keys() or not all(_is(own[name], it) for name, it in self.tensors.items()):
             expected, found = (
-                ", ".join(f"{name} {tuple(own.shape)}" for name, own in tensors.items())
-                for tensors in (update.tensors(), self.tensors)
+                ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+                for tensors in (own, self.tensors)
             )
             raise AdapterError(
                 f"a {self.config.peft_type} of rank {self.config.r} for a weight {tuple(shape)} has {expected}, "
@@ -73,10 +73,10 @@ class Change:
             )
         update.requires_grad_(False).materialise(first.device)
         with torch.no_grad():
-            for name, own in update.tensors().items():
-                own.copy_(self.tensors[name].reshape(own.shape))
-            for name, own in update.shared_tensors().items():  # of the widest layers'
-                own.copy_(self.shared[name][tuple(map(slice, own.shape))])
+            for name, value in update.tensors().items():
+                value.copy_(self.tensors[name].reshape(value.shape))
+            for name, value in update.shared_tensors().items():  # of the widest layers'
+                value.copy_(self.shared[name][tuple(map(slice, value.shape))])
         return update
 
 
@@ -189,6 +189,12 @@ def _method(layers: Mapping[str, LoraConfig], most: Mapping[str, Any]) -> dict[s
     usual |= most["options"] if most and most["peft_type"] == own.peft_type else {}
     said = {name: value for name, value in {**own.options, **named}.items() if value != usual[name]}
     return {**fields, "options": said}
+
+
+def _is(wanted: Tensor, found: Tensor) -> bool:
+    """Whether what a file holds has the shape, but for ones, or flattens to it."""
+    bare = [[size for size in tensor.shape if size != 1] for tensor in (wanted, found)]
+    return bare[0] == bare[1] or wanted.shape == flat(found)
 
 
 def _exact(path: str) -> str:
