@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,19 +89,9 @@ def veneer_side(job: Job) -> dict[str, float]:
 
 
 def peer_side(job: Job) -> dict[str, float]:
-    """transformers' Trainer; with PEFT but for full fine-tuning."""
-    import peft
+    """transformers' Trainer; with PEFT where LoRA is trained."""
     import torch
-    from transformers import AutoModelForSequenceClassification as Model
-    from transformers import (
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        PrinterCallback,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, set_seed
     from transformers.utils import logging
 
     from veneer import zoo
@@ -119,15 +110,36 @@ def peer_side(job: Job) -> dict[str, float]:
 
     set_seed(job.seed)
     place = zoo.resolve("minilm-l6")
-    tokenizer, model = AutoTokenizer.from_pretrained(place), Model.from_pretrained(place, num_labels=2)
-    if job.way == "lora":
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **LORA))
-    elif job.way == "head":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith("classifier"))
-    collate = DataCollatorWithPadding(tokenizer)
+    model, tokenizer = _peer_model(job, place), AutoTokenizer.from_pretrained(place)
     rows, held_out = ([_tokens(row, tokenizer) for row in job.rows(name)] for name in (f"steps-{job.seed}", "dev"))
-    arguments = TrainingArguments(
+    collate = DataCollatorWithPadding(tokenizer)
+    trainer = Trainer(model, _arguments(job), train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    peak = peak_memory()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    said = torch.from_numpy(trainer.predict(held_out).predictions).argmax(1).tolist()
+    right = sum(a == row["labels"] for a, row in zip(said, held_out, strict=True))
+    return {**figures(times, trained, peak), "accuracy": right / len(held_out)}
+
+
+def _peer_model(job: Job, place: Path) -> Any:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers for a name of old
+    model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=2)
+    if job.way == "lora":
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **LORA))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(job.way == "full" or name.startswith("classifier"))
+    return model
+
+
+def _arguments(job: Job) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
         output_dir=str(job.folder / "peer"),
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
@@ -146,14 +158,6 @@ def peer_side(job: Job) -> dict[str, float]:
         seed=job.seed,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    peak = peak_memory()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    said = torch.from_numpy(trainer.predict(held_out).predictions).argmax(1).tolist()
-    right = sum(a == row["labels"] for a, row in zip(said, held_out, strict=True))
-    return {**figures(times, trained, peak), "accuracy": right / len(held_out)}
 
 
 def _tokens(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -40,12 +40,15 @@ def made(tmp_path, monkeypatch):
 def own_loss():
     """`own_loss(task, rows)`: the loss that transformers' own model gives."""
 
-    def of(task: Any, rows: list[int]) -> float:
-        (batch,) = task.batches(rows)
-        inputs = dict(batch.inputs)
+    def one(task: Any, inputs: dict[str, Any]) -> float:
         labels = inputs.pop("labels")
         if task.task_type == "QUESTION_ANS":
             return task.model(**inputs, start_positions=labels[:, 0], end_positions=labels[:, 1]).loss.item()
         return task.model(**inputs, labels=labels).loss.item()
+
+    def of(task: Any, rows: list[int]) -> float:
+        batches = task.batches(rows)
+        whole = sum(batch.units * one(task, dict(batch.inputs)) for batch in batches)
+        return whole / sum(batch.units for batch in batches)
 
     return of

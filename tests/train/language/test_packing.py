@@ -1,12 +1,14 @@
 """The law of packing: in a packed row, each document gives what it gives alone, and gets the same gradient."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from veneer import LoraConfig, get_peft_model
 from veneer.train.language import attention, packing
-from veneer.train.language.packing import find_packing, packed, padded, passes
+from veneer.train.language.packing import find_packing, level_passes, packed, padded, passes
 
 LENGTHS = (9, 1, 17, 5, 9, 30, 2)
 PACKED = ["llama", "mistral", "qwen3", "gpt2", "gpt_neox", "opt", "bert", "roberta", "distilbert"]
@@ -178,3 +180,20 @@ def test_passes_hold_every_row_once_and_no_more_than_they_may(most, pads):
 
 def test_equal_rows_are_shared_out_evenly():
     assert sorted(len(own) for own in passes([10] * 16, 60, pads=False)) == [5, 5, 6]
+
+
+@pytest.mark.parametrize(("most", "extra"), [(10**6, 8), (60, 8), (31, 0), (10**6, 10**6), (3, 5)])
+def test_level_passes_have_the_fewest_tokens(most, extra):
+    def cost(borders):
+        own = [ordered[a:b] for a, b in pairwise((0, *borders, len(ordered)))]
+        fits = all(len(rows) == 1 or len(rows) * max(rows) <= most for rows in own)
+        return sum(len(rows) * max(rows) + extra for rows in own) if fits else float("inf")
+
+    ordered = sorted(LENGTHS)
+    inside = range(1, len(ordered))
+    least = min(cost(borders) for count in range(len(ordered)) for borders in combinations(inside, count))
+    found = level_passes(LENGTHS, most, extra)
+    assert sorted(i for own in found for i in own) == list(range(len(LENGTHS)))
+    assert all(len(own) == 1 or len(own) * max(LENGTHS[i] for i in own) <= most for own in found)
+    assert sum(len(own) * max(LENGTHS[i] for i in own) + extra for own in found) == least
+    assert (len(found) == 1) == (extra == 10**6)

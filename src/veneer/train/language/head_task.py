@@ -23,7 +23,7 @@ from veneer.train.language.labelled import (
     tokenised,
 )
 from veneer.train.language.model import choose_device, choose_dtype, load_tokenizer
-from veneer.train.language.packing import filled, most_tokens, on_device, padded, passes
+from veneer.train.language.packing import extra_tokens, filled, level_passes, most_tokens, on_device, padded
 from veneer.train.language.parts import evenly, read_sides
 from veneer.train.language.rows import Row, Rows, read_rows
 from veneer.train.language.settings import RowsData
@@ -201,7 +201,7 @@ class HeadTask(Task):
     def _passes(self, part: Part, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
         """The examples in passes of like length, each with the numbers of its examples."""
         lengths = [int(part.examples.lengths[row]) for row in rows]
-        for own in passes(lengths, self.most, pads=True):
+        for own in level_passes(lengths, self.most, extra_tokens(self.model)):
             chosen = [rows[i] for i in own]
             yield chosen, self._batch(part, chosen)
 

@@ -7,6 +7,7 @@ gives has no gradient in the other's tokens, or they are not.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -16,6 +17,7 @@ from veneer.train.language.model import quiet
 
 TRIAL = (7, 12)  # tokens of the two documents
 PASS_BYTES = {True: 6144, False: 32768}  # tokens × bytes a number, on a CPU and elsewhere
+PASS_EXTRA = {True: 32, False: 2048}  # tokens, on a CPU and elsewhere
 NOISE = {
     torch.float64: 1e-9,
     torch.float32: 1e-3,
@@ -67,6 +69,29 @@ def passes(lengths: Sequence[int], most: int, pads: bool) -> list[list[int]]:
         if all(len(own) == 1 or size <= most for own, size in zip(found, sizes, strict=True)):
             return found
         count += 1
+
+
+def level_passes(lengths: Sequence[int], most: int, extra: int) -> list[list[int]]:
+    """The rows, by number, in passes of like length, padded to the longest: the passes with the fewest tokens in all,
+    padding included, where each pass counts `extra` tokens more, and has at most `most` unless it is one row.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    least, begins = np.zeros(len(order) + 1), [0]  # of the first rows: the fewest tokens, where their last pass begins
+    for end in range(1, len(order) + 1):
+        tokens = lengths[order[end - 1]] * np.arange(end, 0, -1)  # of a pass that begins at each row before
+        costs = np.where((tokens <= most) | (np.arange(end) == end - 1), least[:end] + tokens + extra, np.inf)
+        begins.append(int(costs.argmin()))
+        least[end] = costs[begins[-1]]
+    found, end = [], len(order)
+    while end:
+        found.append(order[begins[end] : end])
+        end = begins[end]
+    return found[::-1]
+
+
+def extra_tokens(model: Any) -> int:
+    """What a pass takes beside its tokens, in tokens: measured with small models, on a CPU; elsewhere kernels wait."""
+    return PASS_EXTRA[model.device.type == "cpu"]
 
 
 def most_tokens(model: Any) -> int:
