@@ -62,7 +62,8 @@ QWEN_2 = (
         {{- message['content'] }}
         {%- for own in message.tool_calls or [] %}
             {{- ('\\n' if message['content'] or not loop.first else '') + '<tool_call>\\n' }}
-            {{- '{"name": "' + own.function.name + '", "arguments": ' + (own.function.arguments | tojson) + '}\\n</tool_call>' }}
+            {{- '{"name": "' + own.function.name + '", "arguments": ' + (own.function.arguments | tojson) }}
+            {{- '}\\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>' }}
         {%- endgeneration %}
