@@ -7,7 +7,7 @@ quickstart: .venv/.train  ## adapt a real language model on this machine, and sh
 	.venv/bin/veneer train quickstart
 
 test: lint types  ## lint, types, tests
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 lint: .venv/.dev
 	.venv/bin/ruff check

@@ -38,7 +38,8 @@ _FAMILIES = {
     "vit": ("ImageClassification", {**_SIZES, "image_size": 8, "patch_size": 4}),
 }
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ  # else there is a process for each core
+torch.set_num_threads(min(2, torch.get_num_threads()) if ALONE else 1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

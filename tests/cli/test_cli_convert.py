@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import files
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.config import LoraConfig
 
 PATHS = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_{name}" for name in ("q", "k")]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from veneer import AdapterError
+from veneer.apart.changes import changes
 from veneer.combine import combine, measured, negate, subtract
 from veneer.combine.sparse import dropped, elected, pruned
-from veneer.core.apart import changes
 
 METHODS = {
     "LORA": ("LORA", 3),

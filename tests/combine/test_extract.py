@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, PeftModel, get_peft_model
+from veneer.apart.changes import changes
 from veneer.combine import extract
-from veneer.core.apart import changes
 
 TOKENS = torch.arange(5, 17)[None]
 

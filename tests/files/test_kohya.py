@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from veneer import AdapterError, LoraConfig
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, changes
 from veneer.files import kohya, lycoris
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"

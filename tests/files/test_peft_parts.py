@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import Adapter, AdapterError, LoraConfig, get_peft_model
-from veneer.core.apart import changes
+from veneer.apart.changes import changes
 from veneer.files.parts import by_part, joined
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import veneer.files
 from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.files import vllm
 
 

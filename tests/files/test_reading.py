@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from veneer import AdapterError, files
-from veneer.core.apart import Change, adapter_of
+from veneer.apart.changes import Change, adapter_of
 from veneer.core.config import LoraConfig
 
 PAIR = {"A": (2, 4), "B": (3, 2)}

@@ -80,7 +80,7 @@ def _of_type(adapter: "Adapter", dtype: "Dtype | None") -> "Adapter":
 
 def _said(adapter: "Adapter") -> str:
     """Methods, layers by part, ranks."""
-    from veneer.core.apart import beside, changes
+    from veneer.apart.changes import beside, changes
 
     every = changes(adapter)
     methods = Counter(f"{own.config.peft_type}{' with DoRA' * own.config.use_dora}" for own in every.values())
@@ -95,7 +95,7 @@ def _said(adapter: "Adapter") -> str:
 
 def _differences(adapter: "Adapter", written: "Adapter") -> list[str]:
     """What is said in other numbers in the file, of the same ΔW."""
-    from veneer.core.apart import changes
+    from veneer.apart.changes import changes
 
     old, new = changes(adapter), changes(written)
     kept = [path for path in old if path in new and old[path].config.peft_type == new[path].config.peft_type]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from veneer.apart.changes import Change, adapter_of
 from veneer.combine.base import Source
 from veneer.combine.combined import Progress
 from veneer.combine.layers import Errors
@@ -15,7 +16,6 @@ from veneer.combine.stored import StoredWeights, weights_of
 from veneer.combine.together import told
 from veneer.combine.ways import stored
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, named
 from veneer.safe.stored import is_finite

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.combine.base import Base, Source
 from veneer.combine.combined import Progress, combine, each_layer, measured
 from veneer.combine.layers import Errors
@@ -11,7 +12,6 @@ from veneer.combine.matrix import Keep
 from veneer.combine.together import agreed, precision, refuse_apart, told
 from veneer.combine.ways import Layer, size, stored
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, changes
 from veneer.core.errors import AdapterError
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.apart.changes import Change, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, beside, changes
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed
 from veneer.safe.stored import is_finite

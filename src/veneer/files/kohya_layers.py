@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.core.apart import Change
+from veneer.apart.changes import Change
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, listed, named
 

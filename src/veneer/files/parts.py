@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed
 
 PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "transformer", "transformer_2")

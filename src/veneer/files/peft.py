@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import CONFIG, Adapter, by_layer, examine, read_config
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
 from veneer.core.methods.lokr import divided

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.files.factors import folded

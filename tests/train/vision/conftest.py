@@ -62,9 +62,8 @@ def base(tmp_path_factory):
             config = t.ViTConfig(image_size=SIDE, patch_size=8, **sizes)
             return t.ViTModel(config, add_pooling_layer=False), t.ViTImageProcessorPil(size=square)
         if name == "convnext":
-            return t.ConvNextModel(
-                t.ConvNextConfig(patch_size=2, layer_scale_init_value=1.0, **stages)
-            ), t.ConvNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_pct=1.0)
+            config = t.ConvNextConfig(patch_size=2, layer_scale_init_value=1.0, **stages)
+            return t.ConvNextModel(config), t.ConvNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_pct=1.0)
         if name == "resnet":
             config = t.ResNetConfig(embedding_size=8, layer_type="basic", **stages)
             return t.ResNetModel(config), t.ConvNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_pct=1.0)

@@ -41,8 +41,9 @@ class Predictor:
             raise AdapterError(f"{folder} does not say which base it is for: give --base")
         place, chosen = zoo.resolve(named), choose_device(device)
         task = base_with_head(folder, place, dtype and choose_dtype(dtype, chosen, place), chosen)
-        if task is None:
-            raise AdapterError(f"{folder} is no adapter of a model with a head: `veneer generate` asks others")
+        if not isinstance(task, HeadTask):
+            asking = "predict --picture" if task else "generate"
+            raise AdapterError(f"{folder} is no adapter of a model with a head for texts: ask it by `veneer {asking}`")
         task.model = PeftModel.from_pretrained(task.model, folder).eval()
         return cls(task)
 
@@ -57,8 +58,10 @@ class Predictor:
         return self.task.said_of(documents)
 
 
-def base_with_head(adapter: Path, place: Path, dtype: str | None, device: torch.device) -> HeadTask | None:
-    """The base in `place` with a head for what the adapter was trained on; None for one that needs no head."""
+def base_with_head(adapter: Path, place: Path, dtype: str | None, device: torch.device) -> Any:
+    """The base in `place` with a head for what the adapter was trained on, as the task's `bare` makes it; None for one
+    that needs no head.
+    """
     build = head_task(adapter)
     if build is None:
         return None
@@ -67,11 +70,11 @@ def base_with_head(adapter: Path, place: Path, dtype: str | None, device: torch.
     return build.bare(data, place, dtype, device)
 
 
-def head_task(adapter: Path) -> type[HeadTask] | None:
-    """The task that the adapter was trained on, if it is one of a model with a head."""
+def head_task(adapter: Path) -> type[Any] | None:
+    """The task that the adapter was trained on, if it is one of a model with a head, for texts or for pictures."""
     name = _usage(adapter).get("task")
     task = task_named(name) if name is not None else None
-    return task if task is not None and issubclass(task, HeadTask) else None
+    return task if hasattr(task, "bare") else None
 
 
 def _usage(folder: Path) -> dict[str, Any]:

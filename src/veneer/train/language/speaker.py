@@ -118,21 +118,21 @@ def write_merged(
     dtype: str | None = None,
     path: Path | None = None,
 ) -> None:
-    """The base in `place` as W + Σ weight · ΔW: an ordinary transformers folder, tokenizer included, whole or not at
-    all. `dtype` None is the one that the base is stored in; the `path` of an adapter says whether it has a head.
-    Raises `AdapterError`, or `OSError`.
+    """The base in `place` as W + Σ weight · ΔW: an ordinary transformers folder, with its tokenizer or image processor,
+    whole or not at all. `dtype` None is the one that the base is stored in; the `path` of an adapter says whether it
+    has a head. Raises `AdapterError`, or `OSError`.
     """
     cpu = choose_device("cpu")
     dtype = dtype and choose_dtype(dtype, cpu)
     headed = base_with_head(path, place, dtype, cpu) if path else None
     model = headed.model if headed else load_language_model(place, dtype, cpu)
     model = merged(model, adapters)
-    tokenizer = load_tokenizer(place)
+    reader = getattr(headed, "processor", None) or load_tokenizer(place)
 
     def fill(folder: Path) -> None:
         with quiet():
             model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        reader.save_pretrained(folder)
 
     write_folder(out, fill)
 

@@ -17,9 +17,9 @@ Normalising = nn.modules.batchnorm._BatchNorm
 
 def load_seeing(
     folder: Path, kind: str, dtype: str | None, device: torch.device, quantization: str, labels: list[str]
-) -> tuple[Any, list[str]]:
-    """The model that transformers' class `kind` makes of `folder`, for these labels, and the paths of the modules that
-    start at random and can be saved.
+) -> tuple[Any, list[str], list[str]]:
+    """The model that transformers' class `kind` makes of `folder`, for these labels; the paths of the modules that
+    start at random and can be saved; and those of the batch normalisations among what starts at random.
     """
     config: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {own: i for i, own in enumerate(labels)}}
     if hasattr(load_config(folder), "use_auxiliary_head"):  # which helps a training of all weights, and is then left
@@ -27,7 +27,9 @@ def load_seeing(
     model, heads = load_with_head(folder, kind, dtype, device, quantization, **config)
     if body := [path for path in heads if path.partition(".")[0] in ("backbone", model.base_model_prefix)]:
         raise AdapterError(f"base {folder} is not whole: {listed(body)} have no weights there; choose another base")
-    return model, [own for path in heads for own in savable(model, path)]
+    modules = [f"{path}.{name}".rstrip(".") for path in heads for name, _ in model.get_submodule(path).named_modules()]
+    new = [path for path in modules if isinstance(model.get_submodule(path), Normalising)]
+    return model, [own for path in heads for own in savable(model, path)], new
 
 
 def savable(model: nn.Module, path: str) -> list[str]:
@@ -54,14 +56,12 @@ def still(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def scaling(model: nn.Module, heads: list[str]) -> Iterator[None]:
+def scaling(model: nn.Module, heads: list[str], new: list[str]) -> Iterator[None]:
     """Inside, one pass makes w[i] ← w[i] / √Var(y[i]) for each output y[i] of a new layer before a new normalisation,
     which is kept still and would leave the layers behind it next to nothing (after Mishkin & Matas 2016,
     arXiv:1511.06422).
     """
     called: list[nn.Module] = []
-    parents = {path.rpartition(".")[0] for path in heads}
-    new = [own for path, own in model.named_modules() if isinstance(own, Normalising) and _beside(path, parents)]
 
     def scale(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         y, layer = inputs[0], called[-1]
@@ -73,17 +73,13 @@ def scaling(model: nn.Module, heads: list[str]) -> Iterator[None]:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         called.append(module)
 
-    hooks = [model.get_submodule(path).register_forward_hook(note) for path in heads] if new else []
-    hooks += [own.register_forward_pre_hook(scale) for own in new]
+    hooks = [model.get_submodule(path).register_forward_hook(note) for path in heads]
+    hooks += [model.get_submodule(path).register_forward_pre_hook(scale) for path in new]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _beside(path: str, parents: set[str]) -> bool:
-    return path.rpartition(".")[0] in parents
 
 
 def options_for(model: Any, size: tuple[int, int]) -> dict[str, Any]:

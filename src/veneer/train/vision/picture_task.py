@@ -74,7 +74,8 @@ class PictureTask(Task):
         self.size = len(self.part)
         for name, part in (("pictures", self.part), ("held-out pictures", held_out)):
             self._try(name, part)
-        self._scale_heads(heads)
+        if self.new:
+            self._scale(heads)
         self.judged_by = "eval_loss" if recipe.eval.judge == "loss" else recipe.eval.judge
         self.higher_is_better = recipe.eval.judge != "loss"
         self._adapt(heads)
@@ -83,7 +84,7 @@ class PictureTask(Task):
         """Load processor and model; the modules that start at random."""
         channels = getattr(load_config(folder), "num_channels", 3)
         self.preparer = Preparer(folder, self.data.size, channels, self.whole)
-        model, heads = load_seeing(folder, self.kind, dtype, device, quantization, self.data.labels)
+        model, heads, self.new = load_seeing(folder, self.kind, dtype, device, quantization, self.data.labels)
         self.model: Any = model
         self.still = still(model)
         self.options = options_for(model, self.preparer.size)
@@ -105,6 +106,11 @@ class PictureTask(Task):
         task.data, task.reporter, task.folder = data, Reporter(), folder
         task._load(folder, dtype, device)
         return task
+
+    @property
+    def processor(self) -> Any:
+        """What prepares pictures for the base."""
+        return self.preparer.processor
 
     @abstractmethod
     def where(self, held_out: bool) -> Said:
@@ -164,12 +170,12 @@ class PictureTask(Task):
             return str(error)
         return None
 
-    def _scale_heads(self, heads: list[str]) -> None:
+    def _scale(self, heads: list[str]) -> None:
         """Let what starts at random have outputs of the size that its normalisations would give them."""
         chosen = evenly(range(len(self.part)), AT_ONCE)
         pixels = torch.stack([self.seen(self.part, index).pixels for index in chosen])
         self.model.eval()
-        with torch.no_grad(), scaling(self.model, heads):
+        with torch.no_grad(), scaling(self.model, heads, self.new):
             self.logits(pixels.to(self.model.device))
 
     def batches(self, rows: Sequence[int]) -> list[Batch]:

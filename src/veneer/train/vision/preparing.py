@@ -24,34 +24,34 @@ class Preparer:
 
     def __init__(self, folder: Path, side: int | None, channels: int = 3, whole: bool = False) -> None:
         """With `side` the pictures become squares of that side. `whole`: they are resized, and never cropped."""
+        self.folder, self.mode = folder, "L" if channels == 1 else "RGB"
+        self.processor: Any = self._read()
+        more = {"do_center_crop": False} if whole and getattr(self.processor, "do_center_crop", None) else {}
+        if side or more:
+            self.processor = self._read(**more, **(self._side(side) if side else {}))
+        if (size := self._size(96, 64)) != self._size(64, 96):  # shapes of pictures, which cannot be put together
+            square = {"height": min(size), "width": min(size)}
+            self.processor = self._read(**more, size=square)
+            size = self._size(96, 64)
+        self.size = size  # height, width
+
+    def _read(self, **changed: Any) -> Any:
         from transformers import AutoImageProcessor
 
         try:
             with quiet():
-                self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil", **LOCAL)
+                return AutoImageProcessor.from_pretrained(self.folder, backend="pil", **LOCAL, **changed)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise AdapterError(
-                f"base {folder} does not say how pictures are prepared (preprocessor_config.json): {first_line(error)}"
+                f"base {self.folder} does not say how pictures are prepared (preprocessor_config.json): "
+                f"{first_line(error)}"
             ) from error
-        self.mode = "L" if channels == 1 else "RGB"
-        self.folder, self.options = folder, dict[str, Any](return_tensors="pt")
-        if whole and getattr(self.processor, "do_center_crop", None):
-            self.options["do_center_crop"] = False
-        if side:
-            self._resize_to(side)
-        wide, high = self._size(96, 64), self._size(64, 96)
-        if wide != high:  # it keeps the shapes of pictures, which cannot be put together
-            square = min(wide)
-            self.options["size"] = {"height": square, "width": square}
-            wide = self._size(96, 64)
-        self.size = wide  # height, width
 
-    def _resize_to(self, side: int) -> None:
-        own = getattr(self.processor, "size", None)
+    def _side(self, side: int) -> dict[str, Any]:
+        own, square = self.processor.size, {"height": side, "width": side}
         shortest = getattr(own, "shortest_edge", None) and not getattr(own, "height", None)
-        self.options["size"] = {"shortest_edge": side} if shortest else {"height": side, "width": side}
-        if getattr(self.processor, "crop_size", None):
-            self.options["crop_size"] = {"height": side, "width": side}
+        cropped = {"crop_size": square} if getattr(self.processor, "crop_size", None) else {}
+        return {"size": {"shortest_edge": side} if shortest else square, **cropped}
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         pixels = self.picture(Image.new(self.mode, (width, height)))
@@ -60,7 +60,7 @@ class Preparer:
     def picture(self, picture: Image.Image) -> Tensor:
         """As the base is measured with it, `(channels, height, width)`."""
         try:
-            return self._tensor(self.processor([picture], **self.options))
+            return self._tensor(self.processor([picture], return_tensors="pt"))
         except (ValueError, AttributeError, TypeError) as error:
             raise AdapterError(f"base {self.folder}: its image processor fails: {first_line(error)}") from error
 
@@ -69,7 +69,7 @@ class Preparer:
         method = getattr(self.processor, "resample", None)
         own = picture.resize(self.size[::-1], Image.Resampling.BILINEAR if method is None else method, box)
         own = own.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else own
-        options = self.options | {"do_resize": False, "do_center_crop": False}
+        options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
         return self._tensor(self.processor([own], **options))
 
     def mask(self, mask: Mask, box: Box | None = None, flip: bool = False) -> Tensor:

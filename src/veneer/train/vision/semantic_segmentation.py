@@ -30,7 +30,7 @@ class SemanticSegmentation(PictureTask):
     kind = "AutoModelForSemanticSegmentation"
     whole = True
     pipeline = "image-segmentation"
-    asking = "predict {adapter} --picture {picture} --out mask.png"
+    asking = "predict {adapter} --picture {picture} --out masks"
 
     def where(self, held_out: bool) -> Said:
         data = self.data

@@ -76,6 +76,9 @@ def colour_of(number: int) -> tuple[int, int, int]:
 
 
 def painted(numbers: "np.ndarray[Any, Any]", classes: int) -> Image.Image:
-    """A mask in colours; white where there is no class."""
-    table = np.array([*map(colour_of, range(classes)), (255, 255, 255)], np.uint8)
-    return Image.fromarray(table[np.where((numbers >= 0) & (numbers < classes), numbers, classes)])
+    """A mask as a picture whose palette has the colours of the classes; 255, white, where there is no class."""
+    if classes > 255:
+        return Image.fromarray(np.where(numbers >= 0, numbers, 2**16 - 1).astype(np.uint16))
+    found = Image.fromarray(np.where((numbers >= 0) & (numbers < classes), numbers, 255).astype(np.uint8))
+    found.putpalette([part for number in range(255) for part in colour_of(number)] + [255, 255, 255])
+    return found

@@ -105,7 +105,7 @@ def _of_split(folder: Path, split: str) -> Path:
 def _folder(folder: Path, data: Any, said: Said) -> Pictures:
     if own := next((folder / name for name in LISTS if (folder / name).is_file()), None):
         return _table(str(own), "train", data, said) if own.suffix == ".parquet" else _list(own, data, said)
-    names = sorted(_inside(folder))
+    names = sorted(inside(folder))
     if not names:
         raise AdapterError(f"{folder}: expected pictures, or {listed(LISTS, say=str)} that names them; found none")
     if said.masks:
@@ -121,7 +121,7 @@ def _folder(folder: Path, data: Any, said: Said) -> Pictures:
     return _files(folder, names, [name.partition("/")[0] for name in names])
 
 
-def _inside(folder: Path) -> Iterable[str]:
+def inside(folder: Path) -> Iterable[str]:
     """The pictures in a folder and its folders, by their endings; hidden files are none."""
     endings = Image.registered_extensions()
     for path, folders, files in os.walk(folder, followlinks=True):
@@ -136,7 +136,7 @@ def _masks(folder: Path, names: Sequence[str], masks: Path) -> dict[str, str]:
     """The mask of each picture: that of the same name, whatever its ending."""
     if not masks.is_dir():
         raise AdapterError(f"data.masks={masks}: there is no such folder")
-    there = {str(Path(name).with_suffix("")): name for name in _inside(masks)}
+    there = {str(Path(name).with_suffix("")): name for name in inside(masks)}
     found = {name: there.get(str(Path(name).with_suffix("")), "") for name in names}
     if lone := [name for name, mask in found.items() if not mask]:
         raise AdapterError(
