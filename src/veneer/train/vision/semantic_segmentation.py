@@ -18,7 +18,7 @@ from veneer.train.vision.settings import SegmentationRecipe
 from veneer.train.vision.sheet import Shown, colour_of, painted
 from veneer.train.vision.sources import Pictures, Said
 
-MASKS = ("mask", "masks", "annotation", "label", "labels", "segmentation", "mask_name", "mask_file")
+MASKS = ("mask", "masks", "annotation", "label", "labels", "segmentation", "mask_file_name", "mask_file")
 NONE = -1  # stands for pixels that have no class
 NUMBERS = 2**24  # of logits in the size of a picture that are held at once
 
@@ -123,7 +123,9 @@ class SemanticSegmentation(PictureTask):
         pictures = [picture, painted(mask, classes), painted(said, classes)]
         raw = part.raw(index)
         words = {"picture": part.place(index) if isinstance(raw, bytes) else str(raw), "predicted": told}
-        return words, Shown(pictures, [f"{part.place(index)}: {told}"], colours=colours)
+        return words, Shown(
+            pictures, [part.place(index), f"the picture, its mask, what is said: {told}"], None, colours
+        )
 
     def look(self, index: int) -> list[tuple[str, bool]]:
         used = [n for n in np.unique(self.mask(self.part, index)).tolist() if n != NONE]
