@@ -165,3 +165,5 @@ def test_random_parts_are_inside_and_of_their_size():
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         assert (right - left) * (bottom - top) >= 0.2 * width * height - 300
+    wide = [random_part(400, 100, 0.25, random.Random(number), 4.0) for number in range(50)]
+    assert all(9 / 4 - 0.1 < (right - left) / (bottom - top) < 16 / 3 + 0.1 for left, top, right, bottom in wide)

@@ -148,3 +148,21 @@ def test_a_painted_mask_holds_its_numbers():
     assert np.asarray(picture).tolist() == [[0, 1, 255], [20, 2, 1]]
     assert picture.convert("RGB").getpixel((1, 0)) == (128, 0, 0)
     assert isinstance(picture, Image.Image)
+
+
+@pytest.mark.parametrize("family", ["resnet", "segformer"])
+def test_peft_reads_the_adapter_with_its_head(built, base, tmp_path, family):
+    import peft
+    import transformers
+
+    task = built(family, ["convolution"] if family == "resnet" else "all-linear")
+    for name, parameter in task.model.named_parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    task.model.save_pretrained(tmp_path / "adapter")
+    build = getattr(transformers, task.kind)
+    model = build.from_pretrained(base(family), num_labels=len(task.data.labels))
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(task.model.eval()(pixel_values=pixels).logits, theirs(pixel_values=pixels).logits)
