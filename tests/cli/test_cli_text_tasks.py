@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,71 @@ def test_preference(veneer, preferences, tmp_path):
     assert veneer("generate", run, "--prompt", "name: Inn 3\n", "--max-new-tokens", 2).code == 0
     assert veneer("merge", run, "--out", tmp_path / "merged").code == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("task", ["preference", "text-to-text"])
+def test_a_run_that_was_cut_short_ends_with_the_same_bits(
+    veneer, request, recipe, tmp_path, monkeypatch, two_parts, task
+):
+    from veneer.train.language.text_task import TextTask
+
+    if task == "preference":
+        request.getfixturevalue("preferences")
+        usual = ()
+    else:
+        usual = ("task=text-to-text", f"base={two_parts('t5')}")  # whose own dropout acts too
+    usual += (
+        *("adapter.lora_dropout=0.1", "adapter.use_dora=true", "train.accumulation=2", "train.steps=6"),
+        *("train.pass_tokens=100", "sample.count=0", "checkpoint.every_steps=2"),
+    )
+    usual += () if task == "preference" else ("eval.answers=0",)
+    assert veneer("train", recipe, *usual, "name=whole").code == 0
+    losses, calls = TextTask.losses, []
+
+    def cutting(self, batch, *more):
+        calls.extend([1] * self.model.training)
+        if len(calls) == 7 and self.model.training:
+            signal.raise_signal(signal.SIGTERM)
+        return losses(self, batch, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextTask, "losses", cutting)
+        assert veneer("train", recipe, *usual).code == 128 + signal.SIGTERM
+    cut, whole = (tmp_path / f"runs/{name}-1" for name in ("small", "whole"))
+    assert 0 < len(steps(cut)) < 6
+    said = veneer("train", recipe, *usual, "--resume")
+    assert said.code == 0, said.err
+    assert steps(cut) == steps(whole)
+    one, two = ((run / "adapter/adapter_model.safetensors").read_bytes() for run in (cut, whole))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("task", "base", "message"),
+    [
+        ("causal-lm", "t5", "a t5 is an encoder and a decoder; say task=text-to-text"),
+        ("text-to-text", "", "a llama is a decoder; say task=causal-lm"),
+    ],
+)
+def test_a_base_of_another_kind_is_refused(veneer, recipe, two_parts, task, base, message):
+    own = (f"base={two_parts(base)}",) if base else ()
+    said = veneer("train", recipe, f"task={task}", *own)
+    assert said.code == 2
+    assert message in said.err
+
+
+@pytest.mark.parametrize("name", ["causal-lm", "text-to-text", "preference"])
+def test_a_copied_recipe_is_whole(veneer, tmp_path, name):
+    """With its commented lines, too."""
+    from veneer.train.run import read_recipe
+
+    assert veneer("recipes", "copy", name, tmp_path / "my.yaml").code == 0
+    text = (tmp_path / "my.yaml").read_text()
+    (tmp_path / "train.jsonl").write_text("{}")
+    asked = [line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in text.splitlines()[1:]]
+    (tmp_path / "all.yaml").write_text("\n".join(asked))
+    for path in ("my.yaml", "all.yaml"):
+        recipe, task = read_recipe(str(tmp_path / path))
+        assert recipe.task == name
+        assert isinstance(recipe, task.settings)
+    assert recipe.data.prompt is not None

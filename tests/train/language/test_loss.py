@@ -1,4 +1,4 @@
-"""The loss in chunks equals the plain one, and so does its gradient, whatever the head."""
+"""The losses in chunks equal the plain ones, and so do their gradients, whatever the head."""
 
 import pytest
 import torch
@@ -33,6 +33,17 @@ def test_it_equals_the_plain_loss(kind, smoothing, dtype, near):
     pairs = zip(torch.autograd.grad(found / 7, trained), torch.autograd.grad(wanted / 7, trained), strict=True)
     for got, own in pairs:
         torch.testing.assert_close(got, own, rtol=10 * near, atol=near)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "frozen, bias", "adapted"])
+def test_each_token_has_a_loss_and_a_gradient_of_its_own(kind):
+    head, hidden = head_of(kind, torch.float64), torch.randn(TOKENS, SIZE, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(VOCABULARY, (TOKENS,)), torch.randn(TOKENS, dtype=torch.float64)
+    found = learned_losses(hidden, head, targets)
+    wanted = F.cross_entropy(head(hidden), targets, reduction="none")
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad((weights * own.square()).sum(), hidden)[0] for own in (found, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "adapted"])
