@@ -70,6 +70,15 @@ def test_it_is_linear_in_the_weights(pair, deltas):
     torch.testing.assert_close(first + second, both)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["LORA", "LOHA", "LOKR", "FULL"])
+def test_negate_rounds_nothing(make, deltas, method, dtype):
+    own = make(q=method)
+    own.tensors = {path: {name: (1e-5 * t).to(dtype) for name, t in ts.items()} for path, ts in own.tensors.items()}
+    assert torch.equal(deltas(negate(own))["q"], -deltas(own)["q"])
+    assert negate(own).config == own.config
+
+
 def test_negate_and_subtract(pair, deltas):
     one, other = map(deltas, pair)
     torch.testing.assert_close(deltas(negate(pair[0])), {path: -delta for path, delta in one.items()})

@@ -21,6 +21,8 @@ NAMES = {
     "pearson": "Pearson",
     "spearman": "Spearman",
     "exact_match": "exact match",
+    "mean_iou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
 }
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 

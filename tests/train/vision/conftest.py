@@ -1,120 +1,20 @@
-"""Pictures drawn here, the same ones every time, and tiny genuine bases that see."""
+"""Drawn pictures and tiny bases, made once."""
 
-import random
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
-from PIL import Image, ImageDraw
 
-SHAPES = ("circle", "cross", "square")
-SIDE = 32
-
-
-def drawn(number: int) -> tuple[Image.Image, Image.Image, int]:
-    """A picture of one shape on a noisy ground, its mask (0 ground, then shapes), and the number of the shape."""
-    chance = random.Random(number)
-    shape = number % len(SHAPES)
-    picture = Image.frombytes("RGB", (SIDE, SIDE), bytes(chance.randrange(0, 90) for _ in range(3 * SIDE * SIDE)))
-    mask = Image.new("L", (SIDE, SIDE), 0)
-    size, colour = chance.randrange(14, 22), tuple(chance.randrange(140, 256) for _ in range(3))
-    left, top = chance.randrange(0, SIDE - size), chance.randrange(0, SIDE - size)
-    box, third = (left, top, left + size, top + size), size // 3
-    for image, ink in ((picture, colour), (mask, shape + 1)):
-        pen = ImageDraw.Draw(image)
-        if shape == 0:
-            pen.ellipse(box, ink)
-        elif shape == 1:
-            pen.rectangle((left + third, top, left + 2 * third, top + size), ink)
-            pen.rectangle((left, top + third, left + size, top + 2 * third), ink)
-        else:
-            pen.rectangle(box, ink)
-    return picture, mask, shape
+from train.vision.drawing import draw_all, tiny
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
-    """classes/<shape>/<number>.png, pictures/<number>.png and masks/<number>.png, 150 of them."""
-    folder = tmp_path_factory.mktemp("shapes")
-    for name in ("pictures", "masks", *(f"classes/{shape}" for shape in SHAPES)):
-        (folder / name).mkdir(parents=True)
-    for number in range(150):
-        picture, mask, shape = drawn(number)
-        picture.save(folder / f"classes/{SHAPES[shape]}/{number:03}.png")
-        picture.save(folder / f"pictures/{number:03}.png")
-        mask.save(folder / f"masks/{number:03}.png")
-    return folder
+    """The folder of 60 pictures."""
+    return draw_all(tmp_path_factory.mktemp("shapes"), 60)
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """`base("vit")` → the folder of a tiny one, without a head for a task."""
-    import transformers as t
-
+    """`base("vit")` → the folder of a tiny one."""
     folder = tmp_path_factory.mktemp("seeing")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    stages = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
-    square = {"height": SIDE, "width": SIDE}
-
-    def made(name: str) -> tuple[object, object]:
-        if name == "vit":
-            config = t.ViTConfig(image_size=SIDE, patch_size=8, **sizes)
-            return t.ViTModel(config, add_pooling_layer=False), t.ViTImageProcessorPil(size=square)
-        if name == "convnext":
-            config = t.ConvNextConfig(patch_size=2, layer_scale_init_value=1.0, **stages)
-            return t.ConvNextModel(config), t.ConvNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_pct=1.0)
-        if name == "resnet":
-            config = t.ResNetConfig(embedding_size=8, layer_type="basic", **stages)
-            return t.ResNetModel(config), t.ConvNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_pct=1.0)
-        if name == "upernet":
-            names = ["stage1", "stage2", "stage3", "stage4"]
-            backbone = t.ConvNextConfig(patch_size=2, layer_scale_init_value=1.0, out_features=names, **stages)
-            config = t.UperNetConfig(backbone_config=backbone, hidden_size=16, pool_scales=[1, 2])
-            return t.UperNetForSemanticSegmentation(config), t.SegformerImageProcessorPil(size=square)
-        config = t.SegformerConfig(
-            depths=[1, 1, 1, 1],
-            hidden_sizes=[16, 16, 32, 32],
-            num_attention_heads=[1, 1, 2, 2],
-            sr_ratios=[4, 2, 1, 1],
-            strides=[2, 2, 2, 2],
-            decoder_hidden_size=32,
-            classifier_dropout_prob=0.0,
-        )
-        return t.SegformerModel(config), t.SegformerImageProcessorPil(size=square)
-
-    def find(name: str) -> Path:
-        place = folder / name
-        if not place.exists():
-            torch.manual_seed(0)
-            for part in made(name):
-                part.save_pretrained(place)
-        return place
-
-    return find
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    """`recipe("image-classification", base=…, …)` → the file of a recipe with short steps."""
-
-    def write(task: str, base: Path, data: dict, **more) -> Path:
-        values = {
-            "task": task,
-            "base": str(base),
-            "dtype": "float32",
-            "device": "cpu",
-            "output": str(tmp_path / "runs"),
-            "name": "seeing",
-            "adapter": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-            "data": {key: str(value) if isinstance(value, Path) else value for key, value in data.items()},
-            "train": {"steps": 4, "batch_size": 8, "lr": 5.0e-3},
-            "sample": {"count": 3},
-        }
-        for key, value in more.items():
-            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-        file = tmp_path / f"{task}.yaml"
-        file.write_text(yaml.safe_dump(values))
-        return file
-
-    return write
+    return lambda name: tiny(name, folder / name)

@@ -13,7 +13,7 @@ from veneer import AdapterError
 from veneer.train.settings import checked
 from veneer.train.vision.preparing import Preparer, random_part
 from veneer.train.vision.reading import read_mask, read_picture
-from veneer.train.vision.settings import ClassificationData, SegmentationData
+from veneer.train.vision.settings import ClassificationData
 from veneer.train.vision.sources import Said, read_pictures, read_sides
 
 LABELS = Said(("label",), "label", None, of_folder=True)
@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, shapes):
     assert "expected pictures, or metadata.jsonl" in problem(tmp_path / "empty")
     assert "'000.png', '001.png'" in problem(shapes / "pictures")
     assert "expected a folder for each class" in problem(shapes / "pictures")
-    assert "150 pictures" in problem(shapes / "pictures", masks)
+    assert "60 pictures" in problem(shapes / "pictures", masks)
     assert "line 2: file_name is 'gone.png', and no file beside the list" in problem(tmp_path / "list.csv")
     assert "did you mean 'classes'" in problem(shapes / "clases")
     assert "expected the column 'klass'" in problem(tmp_path / "list.csv", Said((), "label", "klass"))
@@ -165,18 +165,5 @@ def test_random_parts_are_inside_and_of_their_size():
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         assert (right - left) * (bottom - top) >= 0.2 * width * height - 300
-
-
-def test_masks_count_from_one_where_the_recipe_says_so():
-    own = checked(SegmentationData, {"path": "p", "reduce_labels": True, "ignore_index": 9}, "data")
-    from veneer.train.vision.semantic_segmentation import SemanticSegmentation
-
-    task = SemanticSegmentation.__new__(SemanticSegmentation)
-    task.data = own
-    numbers = Image.fromarray(np.array([[0, 1, 2, 9]], np.uint8))
-
-    class Part:
-        truth = staticmethod(lambda index: encoded(numbers))
-        place = staticmethod(lambda index: "p")
-
-    assert task.mask(Part, 0).tolist() == [[-1, 0, 1, -1]]
+    wide = [random_part(400, 100, 0.25, random.Random(number), 4.0) for number in range(50)]
+    assert all(9 / 4 - 0.1 < (right - left) / (bottom - top) < 16 / 3 + 0.1 for left, top, right, bottom in wide)

@@ -14,7 +14,7 @@ from veneer.train.language.heads import load_config
 from veneer.train.language.labelled import numbered_names, numbers_of, written
 from veneer.train.vision.picture_task import PictureTask, Seen
 from veneer.train.vision.settings import ClassificationRecipe
-from veneer.train.vision.sheet import Shown
+from veneer.train.vision.sheet import Shown, small
 from veneer.train.vision.sources import Pictures, Said, counted
 
 LABELS = ("label", "labels", "class", "category", "fine_label", "target")
@@ -83,7 +83,7 @@ class ImageClassification(PictureTask):
         picture = self.read(part.raw(index), part.place(index))
         said, label = self.says(picture), self.data.labels[self.number(part, index)]
         told = f"{said['label']} ({said['probability']:.2f})"
-        drawn = Shown([picture], [f"is {label}", f"said {told}"], said["label"] == label)
+        drawn = Shown([small(picture)], [f"is {label}", f"said {told}"], said["label"] == label)
         return {
             "picture": str(part.raw(index)) if not isinstance(part.raw(index), bytes) else part.place(index),
             "label": label,

@@ -150,7 +150,8 @@ class PictureTask(Task):
 
     def drawing(self, picture: Image.Image, random: Random) -> tuple[Box, bool]:
         """The part of the picture that is learned this time, and whether it is turned left to right."""
-        box = random_part(*picture.size, self.data.least, random)
+        shape = picture.width / picture.height if self.whole else 1.0  # which are measured out of shape, as squares
+        box = random_part(*picture.size, self.data.least, random, shape)
         return box, self.data.flip and random.random() < 0.5
 
     def _try(self, name: str, part: Pictures) -> None:
@@ -239,7 +240,10 @@ class PictureTask(Task):
     def draw(self, path: Path) -> bool:
         if self.drawn:
             picture = sheet(self.drawn)
-            write_whole({path: lambda temporary: picture.save(temporary, format="PNG")})
+            try:
+                write_whole({path: lambda temporary: picture.save(temporary, format="PNG")})
+            except OSError as error:
+                raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
         return bool(self.drawn)
 
     def facts(self) -> dict[str, Any]:

@@ -25,7 +25,11 @@ def said_of_pictures(
     go into the folder `out`, all or none. Raises `AdapterError` for an adapter that was not trained on pictures.
     """
     task = _loaded(adapter, base, dtype, device)
-    found = [own for file in files for own in ([file / name for name in inside(file)] if file.is_dir() else [file])]
+    found = [
+        own for file in files for own in ([file / name for name in sorted(inside(file))] if file.is_dir() else [file])
+    ]
+    if not found:
+        raise AdapterError(f"{listed(map(str, files))}: there are no pictures")
     said = [{"picture": str(file), **_says(task, file)} for file in found]
     masks = {file: own.pop("mask") for file, own in zip(found, said, strict=True) if "mask" in own}
     if not masks or out is None:

@@ -84,13 +84,13 @@ class Preparer:
         return pixels[0].float()
 
 
-def random_part(width: int, height: int, least: float, random: Random) -> Box:
-    """A part with a share of the area between `least` and 1, and sides of a ratio between 3/4 and 4/3 (Szegedy et al.
-    2015, arXiv:1409.4842); all of it where none fits.
+def random_part(width: int, height: int, least: float, random: Random, shape: float = 1.0) -> Box:
+    """A part with a share of the area between `least` and 1, and sides of a ratio between 3/4 and 4/3 times `shape`
+    (Szegedy et al. 2015, arXiv:1409.4842); all of it where none fits.
     """
     for _ in range(10):
         area = width * height * random.uniform(least, 1)
-        ratio = math.exp(random.uniform(*map(math.log, RATIOS)))
+        ratio = shape * math.exp(random.uniform(*map(math.log, RATIOS)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = random.randint(0, width - w), random.randint(0, height - h)

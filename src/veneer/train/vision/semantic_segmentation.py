@@ -15,10 +15,10 @@ from veneer.train.language.heads import load_config
 from veneer.train.vision.picture_task import PictureTask, Seen
 from veneer.train.vision.reading import Mask, read_mask
 from veneer.train.vision.settings import SegmentationRecipe
-from veneer.train.vision.sheet import Shown, colour_of, painted
+from veneer.train.vision.sheet import Shown, colour_of, painted, small
 from veneer.train.vision.sources import Pictures, Said
 
-MASKS = ("mask", "masks", "annotation", "label", "labels", "segmentation", "mask_name", "mask_file")
+MASKS = ("mask", "masks", "annotation", "label", "labels", "segmentation", "mask_file_name", "mask_file")
 NONE = -1  # stands for pixels that have no class
 NUMBERS = 2**24  # of logits in the size of a picture that are held at once
 
@@ -120,10 +120,12 @@ class SemanticSegmentation(PictureTask):
         told = f"mean IoU {own['mean_iou']:.2f}, {own['pixel_accuracy']:.0%} of the pixels right"
         used = np.unique(np.stack([mask, said])).tolist()
         colours = [(self.data.labels[number], colour_of(number)) for number in used if number != NONE]
-        pictures = [picture, painted(mask, classes), painted(said, classes)]
+        pictures = [small(own) for own in (picture, painted(mask, classes), painted(said, classes))]
         raw = part.raw(index)
         words = {"picture": part.place(index) if isinstance(raw, bytes) else str(raw), "predicted": told}
-        return words, Shown(pictures, [f"{part.place(index)}: {told}"], colours=colours)
+        return words, Shown(
+            pictures, [part.place(index), f"the picture, its mask, what is said: {told}"], None, colours
+        )
 
     def look(self, index: int) -> list[tuple[str, bool]]:
         used = [n for n in np.unique(self.mask(self.part, index)).tolist() if n != NONE]

@@ -123,6 +123,9 @@ class PictureSample(Settings):
     count: int = Field(
         8, ge=0, description="How many held-out pictures are drawn in samples/ with what the model says of them."
     )
+    every_steps: int | None = Field(
+        None, ge=1, description="Draw them every so many steps too, and not at the end alone."
+    )
 
 
 class ClassificationRecipe(Recipe):

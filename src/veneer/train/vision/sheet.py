@@ -14,7 +14,7 @@ ACROSS = 4  # cells of one picture; those of several have a line of their own
 
 @dataclass(frozen=True)
 class Shown:
-    """Pictures beside each other, and the lines below them."""
+    """Pictures beside each other, each `small`, and the lines below them."""
 
     pictures: list[Image.Image]
     lines: list[str]
@@ -35,14 +35,17 @@ def sheet(shown: Sequence[Shown]) -> Image.Image:
     return found
 
 
+def small(picture: Image.Image) -> Image.Image:
+    """The picture as large as it is drawn."""
+    scale = SIDE / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+
+
 def _draw(found: Image.Image, own: Shown, left: int, top: int, width: int) -> None:
     pen, font = ImageDraw.Draw(found), ImageFont.load_default(13)
     for place, picture in enumerate(own.pictures):
-        small = picture.convert("RGB")
-        scale = SIDE / max(small.size)
-        size = [max(1, round(side * scale)) for side in small.size]
-        small = small.resize((size[0], size[1]), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
-        found.paste(small, (left + place * (SIDE + GAP), top))
+        found.paste(picture, (left + place * (SIDE + GAP), top))
     y = top + SIDE + 2
     for number, line in enumerate(own.lines):
         judged = own.right is not None and number == len(own.lines) - 1
