@@ -92,6 +92,8 @@ def test_text_to_text(veneer, pairs, tmp_path, rows):
     beams = veneer("generate", run, "--prompt", prompt, "--max-new-tokens", 5, "--beams", 3)
     assert beams.code == 0, beams.err
     assert veneer("generate", run, "--input", rows, "--max-new-tokens", 2).code == 0
+    figures = json.loads(veneer("evaluate", run, "--json", "--no-base").out)
+    assert figures["adapted"]["eval_loss"] == pytest.approx(measured[1]["eval_loss"], rel=1e-5)
     said = veneer("merge", run, "--out", tmp_path / "merged")
     assert said.code == 0, said.err
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
@@ -128,6 +130,9 @@ def test_preference(veneer, preferences, tmp_path):
     assert last["eval_loss"] < first["eval_loss"]
     assert last["margin"] > 0
     assert last["accuracy"] == 1.0
+    figures = json.loads(veneer("evaluate", run, "--json").out)
+    assert figures["base"]["margin"] == 0.0
+    assert figures["adapted"]["margin"] == pytest.approx(last["margin"], rel=1e-5)
     assert veneer("generate", run, "--prompt", "name: Inn 3\n", "--max-new-tokens", 2).code == 0
     assert veneer("merge", run, "--out", tmp_path / "merged").code == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -14,6 +14,8 @@ from veneer.train.task import Reporter
 NAMES = {
     "eval_loss": "held-out loss",
     "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
     "f1": "F1",
     "matthews": "Matthews",
     "pearson": "Pearson",

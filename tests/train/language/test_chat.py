@@ -57,8 +57,9 @@ def encoded(chat: Document, tokenizer, **keys):
     return unpacked(made.packed(), 0)
 
 
-def of(messages: list, tools: list) -> Document:
-    return document(Row({"messages": messages, "tools": tools}, "t, line 1"), "messages", LanguageData(path="-"))
+def of(messages: list, tools: list, **keys) -> Document:
+    row = Row({"messages": messages, "tools": tools}, "t, line 1")
+    return document(row, "messages", LanguageData(path="-", **keys))
 
 
 def said(turn: dict, family: str) -> str:
@@ -111,7 +112,9 @@ def test_where_earlier_turns_are_written_anew_marks_help_or_the_last_turn_alone(
     messages, tools = CASES[case]
     marked = encoded(of(messages, tools), tokenizer_with(WORDS, template=TEMPLATES[family]))
     tokenizer = tokenizer_with(WORDS, template=plain(TEMPLATES[family]))
-    last = encoded(of(messages, tools), tokenizer, learn="last")
+    chat = of([*messages, QUESTIONS[0]], tools, learn="last")  # what comes behind the last turn goes
+    last = encoded(chat, tokenizer)
+    assert list(chat.opening) == list(of(messages, tools).messages[:-1])
     assert marked.ids == last.ids
     begin = last.learned.index(1)
     assert set(last.learned[begin:]) == {1}
@@ -129,7 +132,7 @@ def test_thoughts_that_are_dropped_later_are_found_and_said():
     two = of([QUESTIONS[0], thought[0], QUESTIONS[1], thought[1]], [])
     with pytest.raises(AdapterError, match=r"writes earlier turns differently when more follow .* data.learn=last"):
         encoded(two, tokenizer)
-    last = encoded(two, tokenizer, learn="last")
+    last = encoded(of(list(two.messages), [], learn="last"), tokenizer)
     begin = last.learned.index(1)
     assert tokenizer.decode(last.ids[:begin]).endswith(
         "The Golden Inn.<|im_end|>\n<|im_start|>user\nAnother one?<|im_end|>\n<|im_start|>assistant\n"

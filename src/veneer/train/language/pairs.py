@@ -24,8 +24,8 @@ def encode_pairs(documents: Iterable[Document], tokenizer: Any, settings: PairDa
     source, target = frame_of(tokenizer, "text"), frame_of(tokenizer, "text_target")
     rest = iter(documents)
     while batch := list(islice(rest, BATCH)):
-        prompts = _bare([document.prompt for document in batch], tokenizer)
-        completions = _bare([document.completion for document in batch], tokenizer)
+        prompts = _bare([document.prompt for document in batch], tokenizer, "text")
+        completions = _bare([document.completion for document in batch], tokenizer, "text_target")
         for document, prompt, completion in zip(batch, prompts, completions, strict=True):
             if document.completion.strip():
                 yield _pair(_framed(prompt, source), _framed(completion, target), source, settings)
@@ -38,7 +38,7 @@ def encode_source(prompt: Any, tokenizer: Any, settings: PairData) -> list[int]:
     if not isinstance(prompt, str):
         raise AdapterError("a text-to-text model reads texts: expected a prompt, found the messages of a chat")
     source = frame_of(tokenizer, "text")
-    return _cut(_framed(_bare([prompt], tokenizer)[0], source), source, settings.max_length)
+    return _cut(_framed(_bare([prompt], tokenizer, "text")[0], source), source, settings.max_length)
 
 
 def sides(example: Example) -> tuple[list[int], list[int]]:
@@ -49,7 +49,7 @@ def sides(example: Example) -> tuple[list[int], list[int]]:
 
 def frame_of(tokenizer: Any, side: str) -> Frame:
     """The ids that the tokenizer puts before and after a `text`, or a `text_target`."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
+    (bare,) = _bare(["a"], tokenizer, side)
     whole = tokenizer(**{side: "a"}).input_ids
     for begin in range(len(whole) - len(bare) + 1):
         if whole[begin : begin + len(bare)] == bare:
@@ -76,8 +76,9 @@ def _framed(ids: list[int], frame: Frame) -> list[int]:
     return frame[0] + ids + frame[1]
 
 
-def _bare(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def _bare(texts: list[str], tokenizer: Any, side: str) -> list[list[int]]:
+    """The ids of the texts alone; some tokenizers write a target otherwise."""
     different = list(dict.fromkeys(texts))
-    found = tokenizer(different, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    found = tokenizer(**{side: different}, add_special_tokens=False, verbose=False).input_ids
     ids = dict(zip(different, found, strict=True))
     return [ids[text] for text in texts]

@@ -164,7 +164,8 @@ def document(row: Row, shape: Shape, settings: PairsData) -> Document:
     if shape == "messages":
         (column,) = _columns(row, shape)
         messages = turns_of(row.values[column], column, row.place)
-        return Document(row.place, messages=messages, tools=tools_of(row.values.get("tools"), row.place))
+        made = Document(row.place, messages=messages, tools=tools_of(row.values.get("tools"), row.place))
+        return _until_last(made) if settings.learn == "last" else made
     if shape == "text":
         (column,) = _columns(row, shape)
         return Document(row.place, completion=text_of(row, column))
@@ -181,6 +182,12 @@ def document(row: Row, shape: Shape, settings: PairsData) -> Document:
     else:
         prompt = ALPACA.format(instruction)
     return _pair(row, prompt, text_of(row, output), settings)
+
+
+def _until_last(document: Document) -> Document:
+    """A chat up to the last of the assistant's turns, which alone is learned."""
+    turns = [i for i, message in enumerate(document.messages) if message["role"] == "assistant"]
+    return replace(document, messages=document.messages[: turns[-1] + 1], given=turns[-1]) if turns else document
 
 
 def opening(text: str, settings: TextData) -> str | Chat:

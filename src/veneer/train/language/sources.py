@@ -106,7 +106,7 @@ def read(path: str, split: str, settings: PairsData, reporter: Reporter) -> Docu
     found = rows.read_rows(path, split, settings.subset)
     shape = settings.shape = shapes.detect_shape(found, settings)
     asked = settings.model_dump(include={"prompt", "completion", "chat"})
-    made_of = {"shape": shape, **asked, "program": program(PROGRAM)}
+    made_of = {"shape": shape, **asked, "last": settings.learn == "last", "program": program(PROGRAM)}
     return kept(found, made_of, lambda: shapes.documents(found, shape, settings), Document.unpacked, reporter)
 
 

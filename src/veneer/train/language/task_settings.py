@@ -72,12 +72,8 @@ class PackedTraining(PassTraining):
     )
 
 
-class LanguageTraining(PackedTraining):
+class LanguageTraining(PackedTraining, PairTraining):
     """The `train` part of a recipe for a language model."""
-
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="The share of a token's probability that is spread over the whole vocabulary."
-    )
 
 
 class PreferenceTraining(PackedTraining):

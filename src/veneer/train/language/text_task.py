@@ -139,11 +139,14 @@ class TextTask(Task):
         if not asked:
             return []
         prompts = [self.encode_prompt(prompt, self.tokenizer, self.recipe.data) for prompt, _ in asked]
-        most = self.recipe.sample.max_new_tokens
+        options = {
+            "max_new_tokens": self.recipe.sample.max_new_tokens,
+            "num_beams": getattr(self.recipe.eval, "beams", 1),
+        }
         if self.base_answers is None:
             with self.model.disable_adapter():
-                self.base_answers = answer(self.model, self.tokenizer, prompts, most)
-        before, after = self.base_answers, answer(self.model, self.tokenizer, prompts, most)
+                self.base_answers = answer(self.model, self.tokenizer, prompts, **options)
+        before, after = self.base_answers, answer(self.model, self.tokenizer, prompts, **options)
         texts = [typed(prompt, self.recipe.data) for prompt, _ in asked]
         return [
             {"prompt": text, "base": old, "adapted": new, "reference": question.references[0] if question else ""}

@@ -8,7 +8,7 @@ a row's tokens begin with exactly the tokens that `encode_prompt` gives a model 
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from veneer.core.errors import AdapterError
@@ -159,8 +159,6 @@ def bos_of(tokenizer: Any) -> list[int]:
 def _passages(documents: Sequence[Document], tokenizer: Any, settings: TextData) -> list[Passage]:
     """Each document as one text. One without anything to learn has no spans, and nothing after it."""
     everything = settings.learn == "all"
-    if settings.learn == "last":
-        documents = [_until_last(document) for document in documents]
     bos = bos_of(tokenizer)
     stops = tuple(filter(None, {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}))
     return [
@@ -204,12 +202,6 @@ def _chat_passage(document: Document, tokenizer: Any, everything: bool, stops: t
     unfinished = messages[-1]["role"] == "assistant" and not text.rstrip().endswith(stops)
     after = [tokenizer.eos_token_id] if unfinished and tokenizer.eos_token_id is not None else []
     return Passage(text, border, _everything(text) if everything else spans, [], after)
-
-
-def _until_last(document: Document) -> Document:
-    """A chat up to the last of the assistant's turns, which alone is learned."""
-    turns = [i for i, message in enumerate(document.messages) if message["role"] == "assistant"]
-    return replace(document, messages=document.messages[: turns[-1] + 1], given=turns[-1]) if turns else document
 
 
 def _to_stop(text: str, begin: int, end: int, stops: tuple[str, ...]) -> tuple[int, int]:
