@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.train.language.heads import load_config, load_with_head
 
 Normalising = nn.modules.batchnorm._BatchNorm
@@ -29,7 +29,13 @@ def load_seeing(
         raise AdapterError(f"base {folder} is not whole: {listed(body)} have no weights there; choose another base")
     modules = [f"{path}.{name}".rstrip(".") for path in heads for name, _ in model.get_submodule(path).named_modules()]
     new = [path for path in modules if isinstance(model.get_submodule(path), Normalising)]
-    return model, [own for path in heads for own in savable(model, path)], new
+    saved = [own for path in heads for own in savable(model, path)]
+    random = [f"{path}.{name}" for path in heads for name, _ in model.get_submodule(path).named_parameters()]
+    if lost := [name for name in random if not any(name.startswith(f"{own}.") for own in (*saved, *new))]:
+        raise AdapterError(
+            f"base {folder}: {collapsed(lost)} start at random, and no adapter can hold them: choose a base with a head"
+        )
+    return model, saved, new
 
 
 def savable(model: nn.Module, path: str) -> list[str]:
