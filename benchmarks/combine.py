@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import veneer
+from veneer.apart.changes import adapter_of, changes
 from veneer.combine import combine
-from veneer.core.apart import adapter_of, changes
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers for names of old
 R, NAMES = 16, [f"a{i}" for i in range(5)]

@@ -7,7 +7,7 @@ from torch import nn
 from veneer import Adapter, LoraConfig, get_peft_model
 from veneer.analyse.summary import summary
 from veneer.analyse.values import norm_of, overflows, subnormal, values_of
-from veneer.core.apart import Change, changes
+from veneer.apart.changes import Change, changes
 
 
 def net():

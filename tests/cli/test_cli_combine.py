@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import Adapter, LoraConfig
-from veneer.core.apart import changes
+from veneer.apart.changes import changes
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import files
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.config import LoraConfig
 
 PATHS = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_{name}" for name in ("q", "k")]
@@ -83,3 +83,14 @@ def test_alpha_precision_and_parts_are_told(veneer, source, tmp_path):
     said = veneer("convert", tmp_path / "raw", tmp_path / "x", "--to", "diffusers", "--alpha", "4")
     assert "--part unet" in said.err
     assert not (tmp_path / "x").exists()
+
+
+def test_what_the_precision_cannot_hold_is_refused(veneer, source, tmp_path):
+    adapter = files.read(source)
+    adapter.tensors[PATHS[0]] = {name: 1e-9 * own for name, own in adapter.tensors[PATHS[0]].items()}
+    files.write(adapter, tmp_path / "small.safetensors", "kohya")
+    out = tmp_path / "out.safetensors"
+    said = veneer("convert", tmp_path / "small.safetensors", out, "--to", "kohya", "--dtype", "float16")
+    assert said.code == 2
+    assert "too small for float16: unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.A" in said.err
+    assert not out.exists()

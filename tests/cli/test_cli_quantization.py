@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.train.language.model import load_causal_lm
+from veneer.train.language.model import load_language_model
 
 TOKENS = torch.arange(3, 51).view(2, 24)
 
@@ -14,8 +14,8 @@ TOKENS = torch.arange(3, 51).view(2, 24)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_computes_nearly_the_same_and_learns(tiny_base, quantization, close, dtype):
     pytest.importorskip("bitsandbytes", exc_type=ImportError)
-    plain = load_causal_lm(tiny_base, dtype, torch.device("cpu"))
-    base = load_causal_lm(tiny_base, dtype, torch.device("cpu"), quantization)
+    plain = load_language_model(tiny_base, dtype, torch.device("cpu"))
+    base = load_language_model(tiny_base, dtype, torch.device("cpu"), quantization)
     assert {type(layer).__name__ for layer in base.model.layers.modules() if isinstance(layer, nn.Linear)} == {
         {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[quantization]
     }
@@ -36,7 +36,7 @@ def test_it_computes_nearly_the_same_and_learns(tiny_base, quantization, close, 
 def test_a_missing_library_is_named(tiny_base, monkeypatch):
     monkeypatch.setattr("veneer.train.language.model.find_spec", lambda name: None)
     with pytest.raises(AdapterError, match=r"quantization=int8 needs: pip install 'veneer\[quantised\]'"):
-        load_causal_lm(tiny_base, "float32", torch.device("cpu"), "int8")
+        load_language_model(tiny_base, "float32", torch.device("cpu"), "int8")
 
 
 def test_a_run_over_it_leaves_an_adapter_for_the_plain_base(veneer, recipe, tmp_path):

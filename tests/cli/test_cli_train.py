@@ -39,7 +39,7 @@ def test_a_run_leaves_what_it_promises(run):
     measured = [record for record in records(run) if "eval_loss" in record]
     assert [record["step"] for record in measured] == [0, 4]
     assert measured[1]["eval_loss"] < measured[0]["eval_loss"]
-    assert measured[1].keys() == {"step", "eval_loss", "bleu"}
+    assert measured[1].keys() == {"step", "eval_loss", "perplexity", "bleu", "rouge_l", "chrf", "exact_match"}
     assert len((run / "samples" / "answers.jsonl").read_text().splitlines()) == 1
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from veneer import LoraConfig
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, changes
 
 OUT, IN = 12, 10
 

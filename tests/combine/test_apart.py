@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from veneer import Adapter, AdapterError, LoraConfig, get_peft_model
+from veneer.apart.changes import changes
 from veneer.combine import combine, lora_of, measured, negate, resize
-from veneer.core.apart import changes
 
 
 def test_layers_of_one_adapter_alone(make, deltas):

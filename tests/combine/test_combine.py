@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from veneer import AdapterError
+from veneer.apart.changes import changes
 from veneer.combine import combine, measured, negate, subtract
 from veneer.combine.sparse import dropped, elected, pruned
-from veneer.core.apart import changes
 
 METHODS = {
     "LORA": ("LORA", 3),
@@ -68,6 +68,15 @@ def test_the_order_does_not_matter(pair, deltas):
 def test_it_is_linear_in_the_weights(pair, deltas):
     first, second, both = (deltas(combine(pair, w))["q"] for w in ((1.0, 2.0), (-0.5, 1.0), (0.5, 3.0)))
     torch.testing.assert_close(first + second, both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["LORA", "LOHA", "LOKR", "FULL"])
+def test_negate_rounds_nothing(make, deltas, method, dtype):
+    own = make(q=method)
+    own.tensors = {path: {name: (1e-5 * t).to(dtype) for name, t in ts.items()} for path, ts in own.tensors.items()}
+    assert torch.equal(deltas(negate(own))["q"], -deltas(own)["q"])
+    assert negate(own).config == own.config
 
 
 def test_negate_and_subtract(pair, deltas):

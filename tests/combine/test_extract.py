@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, PeftModel, get_peft_model
+from veneer.apart.changes import changes
 from veneer.combine import extract
-from veneer.core.apart import changes
 
 TOKENS = torch.arange(5, 17)[None]
 
@@ -143,3 +143,26 @@ def test_faulty_models_are_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
     with pytest.raises(AdapterError, match="expected names of files beside it"):
         extract(tmp_path, values, rank=1)
+
+
+@pytest.mark.parametrize("labels", [3, 32])
+def test_linear_layers_beside_transposed_ones_are_not_turned(tiny, labels):
+    from transformers import GPT2ForSequenceClassification
+
+    base = GPT2ForSequenceClassification(type(tiny("gpt2").config)(**tiny("gpt2").config.to_dict() | {
+        "num_labels": labels, "n_embd": 32, "pad_token_id": 0}))  # fmt: skip
+    tuned = deepcopy(base)
+    for layer in (tuned.score, tuned.transformer.h[0].attn.c_proj):
+        nn.init.normal_(layer.weight)
+    found = changes(extract(tuned, base, rank=32).adapter)
+    for path, sign in (("score", lambda D: D), ("transformer.h.0.attn.c_proj", lambda D: D.t())):
+        D = (tuned.get_submodule(path).weight - base.get_submodule(path).weight).detach()
+        delta = found[path].update().delta(torch.empty(0, device="meta"))
+        torch.testing.assert_close(delta, sign(D), rtol=1e-4, atol=1e-5)
+
+
+def test_whole_numbers_that_differ_are_told():
+    old = {"a.weight": torch.zeros(4, 3), "b.weight": torch.zeros(4, 3, dtype=torch.int32)}
+    new = {name: tensor + 1 for name, tensor in old.items()}
+    found = extract(new, old, rank=1)
+    assert (found.left, found.same) == (["b.weight"], [])

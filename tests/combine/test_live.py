@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.core.apart import changes
+from veneer.apart.changes import changes
 
 
 def adapted(model: nn.Module, **configs: LoraConfig) -> nn.Module:

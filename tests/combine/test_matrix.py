@@ -130,3 +130,23 @@ def test_inner_products():
     wanted = float((whole(V) * whole(W)).sum())
     for one, other in ((V, W), (whole(V), W), (V, whole(W)), (whole(V), whole(W))):
         assert inner(one, other) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [ALL, Keep(rank=2)])
+def test_the_error_counts_the_rounding_of_what_is_stored(dtype, keep):
+    W = thin(30, 4, 20)
+    found = factored(W, keep, dtype)
+    lost = (whole(W) - found.B.double() @ found.A.double()).square().sum()
+    assert found.lost == pytest.approx(float(lost), rel=1e-2)
+
+
+@pytest.mark.parametrize("share", [1e-6, 1.0, 1e6])
+def test_terms_that_cancel_leave_nothing_and_others_all(share):
+    W, V = thin(30, 4, 20), thin(30, 2, 20)
+    V = Thin(V.B / share, V.A * share)
+    nothing = factored(weighted([(0.7, W), (-0.7, W)]), ALL, torch.float32)
+    assert (nothing.A.abs().sum(), nothing.B.abs().sum(), len(nothing.A)) == (0, 0, 1)
+    rest = factored(weighted([(0.7, W), (1e-3, V), (-0.7, W)]), ALL, torch.float32)
+    assert len(rest.A) == 2
+    torch.testing.assert_close((rest.B @ rest.A).double(), 1e-3 * whole(V), rtol=1e-5, atol=1e-8)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from veneer import AdapterError
+from veneer.apart.changes import changes
 from veneer.combine import lora_of, resize
-from veneer.core.apart import changes
 
 LAYERS = {"q": ("LORA", 6), "v": ("LOHA", 2), "k": ("LOKR", 2)}
 

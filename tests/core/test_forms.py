@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import Adapter, AdapterError, LoraConfig, PeftModel
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.model import _first_adapter
 
 KINDS = {

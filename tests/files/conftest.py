@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from veneer.apart.changes import Change, adapter_of
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of
 from veneer.core.config import LoraConfig
 
 Deltas = dict[str, Tensor]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, PeftModel, files, get_peft_model
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.files.parts import by_part
 
 

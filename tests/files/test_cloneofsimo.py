@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from veneer import AdapterError, files
-from veneer.core.apart import adapter_of, changes
+from veneer.apart.changes import adapter_of, changes
 
 CLASSES = {"unet": ["CrossAttention", "Attention", "GEGLU"], "text_encoder": ["CLIPAttention"]}
 EXTENDED = [*CLASSES["unet"], "ResnetBlock2D"]

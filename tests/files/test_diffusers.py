@@ -10,7 +10,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from safetensors.torch import load_file, save_file
 
 from veneer import AdapterError, files
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.config import LoraConfig
 
 ABOUT = "lora_adapter_metadata"

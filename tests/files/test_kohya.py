@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from veneer import AdapterError, LoraConfig
+from veneer import AdapterError, LoraConfig, files
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, changes
 from veneer.files import kohya, lycoris
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
@@ -90,6 +90,21 @@ def test_what_fp16_cannot_hold_is_held_in_fp32(tmp_path):
     up = tensors["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"]
     assert up.dtype == torch.float32
     assert torch.equal(deltas(kohya.read(tensors, about, ""))[PROJ], deltas(given)[PROJ])
+
+
+def test_what_fp16_would_lose_below_is_held_in_fp32(tmp_path):
+    given = adapter(q=change(4, 8.0, torch.float16), k=change(4, 3e-6, torch.float16))
+    written(given, tmp_path)
+    found = deltas(files.read(tmp_path / "adapter.safetensors"))
+    torch.testing.assert_close(found, deltas(given), rtol=1e-5, atol=0)
+
+
+def test_an_alpha_of_zero_is_zeros_as_others_take_it_for_the_rank(tmp_path):
+    given = adapter(q=change(4, 8.0), k=change(4, 0.0))
+    for format in (kohya, lycoris):
+        tensors, _ = written(given, tmp_path, format)
+        assert 0 not in alphas(tensors)
+        torch.testing.assert_close(deltas(files.read(tmp_path / "adapter.safetensors")), deltas(given))
 
 
 def test_rslora_is_folded(tmp_path):

@@ -32,7 +32,7 @@ FAULTS = {
         "lora_mid 5",
     ),
     "r": ({"diff": (6, 8), "diff_b": (5,)}, "changes of 6 outputs and of 5 biases"),
-    "t": ({"weight": (6,), "on_input": "zero"}, "scales the layer's bias"),
+    "t": ({"weight": (6,), "on_input": "nan"}, "on_input should be 0 or 1"),
     "u": ({"weight": (6, 2), "on_input": "zero"}, "is no vector"),
     "v": ({"weight": (6,)}, "weight without on_input"),
     "x": ({"lora_down.weight": (4, 8), "lora_up.weight": (6, 4), "lora_A.weight": (4, 8)}, "under another name too"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from veneer import LoraConfig
-from veneer.core.apart import Change, adapter_of
+from veneer.apart.changes import Change, adapter_of
 from veneer.files import attach, kohya, lycoris
 from veneer.files.names import joined
 

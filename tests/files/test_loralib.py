@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from veneer import AdapterError, files
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.config import LoraConfig
 
 ALPHA = 3.0

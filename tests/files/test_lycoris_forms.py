@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from veneer.core.apart import changes
+from veneer.apart.changes import changes
 from veneer.files import attach, kohya, lycoris
 
 OUT, IN, R = 6, 8, 3

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import veneer.files
 from veneer import Adapter, AdapterError, LoraConfig, get_peft_model
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

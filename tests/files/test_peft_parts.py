@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from veneer import Adapter, AdapterError, LoraConfig, get_peft_model
-from veneer.core.apart import changes
+from veneer import Adapter, AdapterError, LoraConfig, files, get_peft_model
+from veneer.apart.changes import changes
 from veneer.files.parts import by_part, joined
 
 
@@ -39,3 +39,15 @@ def test_parts_of_a_pipeline_apart_and_together():
 def test_what_is_trained_whole_is_of_one_model():
     with pytest.raises(AdapterError, match=r"trains others whole: norm\.bias, norm\.weight|norm\.weight, norm\.bias"):
         joined({"unet": _adapter(modules_to_save=["norm"])})
+
+
+def test_what_another_adapter_left_there_is_not_read_as_its_part(tmp_path):
+    whole = joined({"unet": _adapter(), "text_encoder": _adapter()})
+    files.write(whole, tmp_path / "whole", "peft")
+    with pytest.raises(AdapterError, match="holds text_encoder too, which would be read with it"):
+        files.write(joined({"unet": _adapter()}), tmp_path / "whole", "peft", force=True)
+    files.write(_adapter(), tmp_path / "one", "peft")
+    with pytest.raises(AdapterError, match="of one model, which would be read instead"):
+        files.write(whole, tmp_path / "one", "peft", force=True)
+    assert [path.name for path in (tmp_path / "one").iterdir() if path.is_dir()] == []
+    assert files.write(whole, tmp_path / "whole", "peft", force=True)

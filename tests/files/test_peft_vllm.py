@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import veneer.files
 from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.core.apart import Change, adapter_of, changes
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.files import vllm
 
 
@@ -41,6 +41,7 @@ def _deltas(own: dict[str, Change]) -> dict[str, Tensor]:
 
 
 CASES = {
+    "mostly an alpha of 0": ({"q": _lora(8, 0, 0), "k": _lora(8, 0, 1), "v": _lora(8, 4, 2)}, False, 8, 8, 1),
     "one rank": ({"q": _lora(16, 32, 0), "k": _lora(16, 32, 1)}, False, 16, 16, 0),
     "rsLoRA": ({"q": _lora(8, 32, 0, use_rslora=True), "k": _lora(8, 32, 1, use_rslora=True)}, False, 8, 8, 0),
     "rank 24": ({"q": _lora(24, 16, 0)}, False, 24, 32, 0),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from veneer import AdapterError, files
-from veneer.core.apart import Change, adapter_of
+from veneer.apart.changes import Change, adapter_of
 from veneer.core.config import LoraConfig
 
 PAIR = {"A": (2, 4), "B": (3, 2)}
@@ -151,3 +151,15 @@ def test_what_is_there_is_replaced_with_force_alone(tmp_path, adapter):
     with pytest.raises(AdapterError, match="not told 'beta'"):
         files.write(adapter, tmp_path / "new", "loralib", beta=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+def test_names_that_only_their_model_can_resolve_are_not_written_as_paths(tmp_path, format):
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(6, 2)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    adapter = files.read(tmp_path / "in.safetensors")
+    with pytest.raises(AdapterError, match=r"whose dots only the model knows .*unet.double_blocks_0_img_attn_qkv"):
+        files.write(adapter, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+    files.write(adapter, tmp_path / "out", "kohya")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from veneer.analyse.roles import role_of
+from veneer.apart.changes import Change, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, beside, changes
 from veneer.core.config import LoraConfig, scaling
 
 _METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "IA3": "(IA)³", "FULL": "full difference"}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from veneer.apart.changes import Change
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.safe.stored import is_finite
 

@@ -83,7 +83,7 @@ def _weights(numbers: list[float], texts: list[str], is_sdxl: bool) -> list[Any]
 
 
 def _largest_rank(adapters: "list[Adapter]") -> int:
-    from veneer.core.apart import changes
+    from veneer.apart.changes import changes
 
     return max(change.config.r for adapter in adapters for change in changes(adapter).values())
 

@@ -9,6 +9,7 @@ import typer
 
 from veneer.cli.outcome import Force, Precision, dtype_of
 from veneer.core.errors import AdapterError, collapsed, listed
+from veneer.safe.stored import is_near
 
 if TYPE_CHECKING:
     from torch import dtype as Dtype
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.core.config import LoraConfig
 
+_LOST = 0.01  # of a tensor's norm, which a type may not take
 _ONE_MODEL = "loralib"  # whose names say nothing of a pipeline's parts
 
 
@@ -63,7 +65,7 @@ def _part(adapter: "Adapter", part: str | None, to: str) -> "Adapter":
 
 
 def _of_type(adapter: "Adapter", dtype: "Dtype | None") -> "Adapter":
-    """The adapter in this precision. Raises `AdapterError` for values that are too large for it."""
+    """The adapter in this precision. Raises `AdapterError` for values that are too large or too small for it."""
     if dtype is None:
         return adapter
     tensors = {path: {name: own.to(dtype) for name, own in every.items()} for path, every in adapter.tensors.items()}
@@ -73,14 +75,22 @@ def _of_type(adapter: "Adapter", dtype: "Dtype | None") -> "Adapter":
         for name, own in every.items()
         if not own.isfinite().all() and adapter.tensors[path][name].isfinite().all()
     ]
-    if over:
-        raise AdapterError(f"too large for {str(dtype).removeprefix('torch.')}: {collapsed(over, 8)}")
+    under = [
+        f"{path}.{name}"
+        for path, every in tensors.items()
+        for name, own in every.items()
+        if own.isfinite().all() and not is_near(own, adapter.tensors[path][name], _LOST)
+    ]
+    told = [f"too {size} for {str(dtype).removeprefix('torch.')}: {collapsed(names, 8)}"
+            for size, names in (("large", over), ("small", under)) if names]  # fmt: skip
+    if told:
+        raise AdapterError("\n".join(told))
     return replace(adapter, tensors=tensors)
 
 
 def _said(adapter: "Adapter") -> str:
     """Methods, layers by part, ranks."""
-    from veneer.core.apart import beside, changes
+    from veneer.apart.changes import beside, changes
 
     every = changes(adapter)
     methods = Counter(f"{own.config.peft_type}{' with DoRA' * own.config.use_dora}" for own in every.values())
@@ -95,7 +105,7 @@ def _said(adapter: "Adapter") -> str:
 
 def _differences(adapter: "Adapter", written: "Adapter") -> list[str]:
     """What is said in other numbers in the file, of the same ΔW."""
-    from veneer.core.apart import changes
+    from veneer.apart.changes import changes
 
     old, new = changes(adapter), changes(written)
     kept = [path for path in old if path in new and old[path].config.peft_type == new[path].config.peft_type]

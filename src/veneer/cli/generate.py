@@ -25,6 +25,9 @@ def generate(
     base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; higher is freer.")] = 0.0,
+    beams: Annotated[
+        int, typer.Option(min=1, help="Answers that are followed at once; the likeliest is given when it is whole.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Decides the draws where the temperature is above 0.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
@@ -39,7 +42,7 @@ def generate(
     from veneer.train.language.speaker import Speaker
 
     speaker = Speaker.load(adapter, base, dtype, device)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams}
     if temperature:
         import torch
 
@@ -50,6 +53,8 @@ def generate(
         _answer_many(speaker, prompts, out, compare, options)
     elif compare:
         _show_side_by_side(speaker, prompts, options)
+    elif beams > 1:
+        print(*speaker.answers(prompts, **options), sep="\n")
     else:
         for opening in prompts:
             speaker.stream(opening, **options)

@@ -58,7 +58,7 @@ def dtype_of(name: str | None) -> "Dtype | None":
 def left(adapter: "Adapter", errors: "Errors", out: Path, format: str, force: bool) -> None:
     """Write it, and say what it is."""
     from veneer import files
-    from veneer.core.apart import changes
+    from veneer.apart.changes import changes
 
     kinds = {change.config.peft_type for change in changes(adapter).values()}
     if format == _OWN and not adapter.parts and (len(kinds) > 1 or "FULL" in kinds):
@@ -89,7 +89,7 @@ def _print(adapter: "Adapter", errors: "Errors") -> None:
     from rich.table import Table
 
     from veneer.analyse.roles import role_of
-    from veneer.core.apart import changes
+    from veneer.apart.changes import changes
 
     every = changes(adapter)
     roles: dict[str, list[str]] = {}

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.apart.changes import beside
 from veneer.combine.base import Base
 from veneer.combine.ways import Way, along_the_arc
 from veneer.core.adapter import Adapter
-from veneer.core.apart import beside
 from veneer.core.errors import collapsed, listed
 
 Entry = tuple[str, int | None]  # a parameter's path, or a table's with the number of one of its rows

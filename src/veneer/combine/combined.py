@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.combine.base import Base, Source
 from veneer.combine.beside import combined_beside
 from veneer.combine.layers import Errors, levelled
@@ -28,7 +29,6 @@ from veneer.combine.shares import Weight, shares
 from veneer.combine.together import agreed, precision, refuse_apart, told
 from veneer.combine.ways import SUMS, Layer, Way
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, changes
 from veneer.core.errors import AdapterError
 from veneer.safe.stored import is_finite
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from veneer.apart.changes import Change, adapter_of
 from veneer.combine.base import Source
 from veneer.combine.combined import Progress
 from veneer.combine.layers import Errors
@@ -15,7 +16,6 @@ from veneer.combine.stored import StoredWeights, weights_of
 from veneer.combine.together import told
 from veneer.combine.ways import stored
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, named
 from veneer.safe.stored import is_finite
@@ -95,7 +95,7 @@ def _changes(
         progress(done, len(pair.names))
         D, own = pair.difference(name), rename(name)
         if D is None:
-            found.same.append(name)
+            (found.same if pair.is_same(name) else found.left).append(name)
         elif own is None:
             found.left.append(name)
         elif not is_finite(D):
@@ -131,7 +131,8 @@ class _Pair:
         self.parts: tuple[str, ...] = getattr(old, "parts", ())
         # whether its layers hold their weights as (in, out), as GPT-2's do: the biases, of size out, say it
         biases = {name: self.shapes.get(f"{name.removesuffix('weight')}bias") for name in self.names}
-        self.turned = any(len(W) == 2 and biases[name] == W[1:] != W[:1] for name, W in self.shapes.items())
+        turned = [name for name, W in self.shapes.items() if len(W) == 2 and biases[name] == W[1:]]
+        self.turned = {*turned} if any(self.shapes[name][:1] != biases[name] for name in turned) else set()
         if not self.names:
             examples = f"{listed(new, 3)} and {listed(old, 3)}, for example"
             raise AdapterError(f"the models have no parameter of one shape in common: {examples}")
@@ -143,6 +144,11 @@ class _Pair:
     def is_table(self, name: str) -> bool:
         return len(self.shapes[name]) == 2 and _TABLE.search(name) is not None
 
+    def is_same(self, name: str) -> bool:
+        """Whether nothing differs there, or only what one of the two files rounded."""
+        new, old = self.new[name], self.old[name]
+        return (new.is_floating_point() and old.is_floating_point()) or torch.equal(new, old)
+
     def difference(self, name: str) -> Tensor | None:
         """ΔW, a row for each output, or None where there is none, at the coarser precision of the two."""
         new, old = self.new[name].detach(), self.old[name].detach()
@@ -153,7 +159,7 @@ class _Pair:
             return None
         wide = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
         D = new.to(wide) - old.to(wide)
-        return D.t() if D.ndim == 2 and (self.turned or self.is_table(name)) else D
+        return D.t() if D.ndim == 2 and (name in self.turned or self.is_table(name)) else D
 
 
 def _weights(source: Source) -> Mapping[str, Tensor]:

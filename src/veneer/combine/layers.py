@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from veneer.apart.changes import WRAPPED, Change
 from veneer.combine.matrix import Factored, Matrix, Thin
-from veneer.core.apart import WRAPPED, Change
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError
 

@@ -159,11 +159,15 @@ def alone() -> Iterator[None]:
 def _of_thin(W: Thin, keep: Keep, dtype: torch.dtype) -> Factored:
     (left, R), (right, L) = torch.linalg.qr(W.B.double()), torch.linalg.qr(W.A.double().t())
     U, S, Vt = torch.linalg.svd(R @ L.t())  # (r, r), (r), (r, r)
+    least = len(S) * torch.finfo(torch.float64).eps
+    S = torch.where(least * (R.norm(dim=0) * L.norm(dim=0)).sum() < S, S, 0)  # what terms leave that cancel out
     square = float(S.square().sum())
-    k = keep.count(S, square, max(torch.finfo(dtype).eps, len(S) * torch.finfo(torch.float64).eps))
+    k = keep.count(S, square, max(torch.finfo(dtype).eps, least))
     root = S[:k].sqrt()
     B, A = left @ (U[:, :k] * root), (root[:, None] * Vt[:k]) @ right.t()
-    return Factored(B.to(dtype), A.to(dtype), float(S[k:].square().sum()), square)
+    own = B.to(dtype), A.to(dtype)
+    rounding = weighted([(1, Thin(B - own[0], A)), (1, Thin(own[0], A - own[1]))])  # B A less what is stored
+    return Factored(*own, float(S[k:].square().sum()) + max(inner(rounding, rounding), 0.0), square)
 
 
 def _leading(D: Tensor, keep: Keep, square: float, least: float) -> tuple[Tensor, Tensor] | None:

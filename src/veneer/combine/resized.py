@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.combine.base import Base, Source
 from veneer.combine.combined import Progress, combine, each_layer, measured
 from veneer.combine.layers import Errors
@@ -11,7 +13,6 @@ from veneer.combine.matrix import Keep
 from veneer.combine.together import agreed, precision, refuse_apart, told
 from veneer.combine.ways import Layer, size, stored
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, changes
 from veneer.core.errors import AdapterError
 
 
@@ -71,4 +72,16 @@ def subtract(adapter: Adapter, other: Adapter, how: str = "linear") -> Adapter:
 
 def negate(adapter: Adapter) -> Adapter:
     """-ΔW, exactly and of the same ranks: what added to the adapter leaves the base."""
+    every = changes(adapter)
+    if not beside(adapter) and all(own.config.peft_type in _LEFT and not own.config.use_dora for own in every.values()):
+        return replace(adapter, tensors=adapter.tensors | {path: _turned(own) for path, own in every.items()})
     return measured([adapter], [-1.0], "cat", names=["the adapter"], dtype=precision([adapter], least=None))[0]
+
+
+# the tensors of a method with which ΔW and Δb change their sign
+_LEFT = {"LORA": ("B", "b"), "LOHA": ("B1",), "LOKR": ("C", "C_B"), "FULL": ("D", "b")}
+
+
+def _turned(change: Change) -> dict[str, Tensor]:
+    turned = _LEFT[change.config.peft_type]
+    return {name: -own if name in turned else own for name, own in change.tensors.items()}

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.apart.changes import Change
 from veneer.combine import sparse
 from veneer.combine.base import Base
 from veneer.combine.layers import Seen, concatenated, full, lora, seen, shifted
 from veneer.combine.matrix import Keep, Matrix, Thin, factored, inner, weighted, whole
-from veneer.core.apart import Change
 from veneer.core.errors import AdapterError, listed, nearest, shown
 
 SUMS = ("linear", "cat", "svd", "slerp")

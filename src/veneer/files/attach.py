@@ -5,8 +5,8 @@ from typing import Any, overload
 
 from torch import nn
 
+from veneer.apart.changes import adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.model import PeftModel, get_peft_model

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from veneer.apart.changes import Change, adapter_of
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.files.attach import models_of

@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, own_configs
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, own_configs
 from veneer.core.config import LoraConfig, judged
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files.factors import Pair, of_one_rank, pairs

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.apart.changes import Change, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, beside, changes
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed
-from veneer.safe.stored import is_finite
+from veneer.files.parts import STILL_FLAT, unresolved
+from veneer.safe.stored import is_finite, is_near
 
-_ROUNDING = 2.0**-10  # of ‖B‖, half of which a single rounding to fp16 may take
 _WAY_OUT = "make it a plain LoRA first (veneer resize --rank R says the error)"
 
 
@@ -40,6 +40,8 @@ def pairs(adapter: Adapter, format: str, holds: str = "") -> dict[str, Pair]:
     for path, change in every.items():
         for reason in _reasons(change, holds):
             reasons.setdefault(reason, []).append(path)
+    if flat := unresolved(adapter):
+        reasons[STILL_FLAT] = flat
     if rest := beside(adapter):
         reasons["values that are trained whole, beside the method"] = list(rest)
     if reasons:
@@ -83,7 +85,7 @@ def folded(A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return A, B
     wide = B.detach().to(torch.promote_types(B.dtype, torch.float32)) * scale
     product = wide.to(B.dtype)
-    if B.dtype != torch.float16 or (product - wide).norm() <= _ROUNDING * wide.norm():
+    if B.dtype != torch.float16 or is_near(product, wide):
         return A, product
     peaks = wide.abs().amax() / A.detach().float().abs().amax().clamp_min(1e-30)
     shift = 2.0 ** round(peaks.clamp_min(1e-30).log2().item() / 2)

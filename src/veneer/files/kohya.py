@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files import names as spelling
 from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of, scaled

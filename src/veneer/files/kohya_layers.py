@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.core.apart import Change
+from veneer.apart.changes import Change
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, listed, named
+from veneer.safe.stored import is_near
 
 Own = Mapping[str, Tensor]
 _Read = tuple[dict[str, Tensor], int | None, dict[str, Any]]  # the method's tensors, the rank, options
@@ -234,6 +235,8 @@ def own_of(change: Change) -> dict[str, Tensor]:
     if strange := [name for name in tensors if name not in names]:
         raise AdapterError(f"{config.peft_type} with {_said(strange)}, which have no place there")
     alpha = alpha_of(config)
+    if config.peft_type == "LORA" and alpha == 0:  # which kohya's programs would take for r
+        tensors["B"], alpha = torch.zeros_like(tensors["B"]), config.r
     if config.peft_type != "LORA":
         tensors, alpha = _unscaled(config, tensors), config.r
     own = {theirs: tensors[name] for name, theirs in names.items() if name in tensors}
@@ -258,12 +261,14 @@ def _unscaled(config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where it is too large."""
+    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where its own is too
+    narrow.
+    """
     if factor == 1:
         return tensor
     wide = _wide(tensor) * factor
-    fits = all(value.abs() <= torch.finfo(tensor.dtype).max for value in wide.aminmax()) if wide.numel() else True
-    return wide.to(tensor.dtype) if fits else wide
+    own = wide.to(tensor.dtype)
+    return own if is_near(own, wide) else wide
 
 
 def _scale_of(m: Tensor, change: Change) -> Tensor:

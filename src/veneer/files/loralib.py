@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.apart.changes import Change, adapter_of
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, shown, unmatched
 from veneer.core.ranges import is_finite

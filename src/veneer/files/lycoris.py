@@ -7,8 +7,8 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from veneer.apart.changes import changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import changes
 from veneer.files.kohya import is_flat, is_lycoris, read, store
 from veneer.files.kohya_layers import alpha_of, own_of
 

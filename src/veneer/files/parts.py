@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.errors import AdapterError, collapsed
 
 PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "transformer", "transformer_2")
 LEVEL = "text_model."  # of CLIP's layers before transformers 5; files go by it
+STILL_FLAT = "names whose dots only the model knows (files.attach puts it there, files.adapter_on gives it back)"
 _CLIP = re.compile(r"(\^?)(encoder\\?\.layers\b|embeddings\\?\.(?:token|position)_embedding|final_layer_norm)")
 
 
@@ -32,6 +33,13 @@ def canonical(path: str) -> str:
     """A path in a pipeline, as files have it."""
     part, _, rest = path.partition(".")
     return f"{part}.{levelled(rest)}" if is_text(part) and rest else path
+
+
+def unresolved(adapter: Adapter) -> list[str]:
+    """The paths that a kohya or LyCORIS file had flat and no grammar knew: only the model says where their dots are."""
+    within = "|".join(adapter.parts)
+    found = [path for path in adapter.tensors if re.fullmatch(rf"(?:(?:{within})\.)?[^.]*_\d+_[^.]*", path)]
+    return found if adapter.parts or len(found) == len(adapter.tensors) else []
 
 
 def by_part(adapter: Adapter) -> dict[str, Adapter]:

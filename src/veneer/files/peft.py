@@ -11,13 +11,13 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import CONFIG, Adapter, by_layer, examine, read_config
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
 from veneer.core.methods.lokr import divided
 from veneer.core.update import flat
-from veneer.files.parts import PARTS, by_part, joined
+from veneer.files.parts import PARTS, STILL_FLAT, by_part, joined, unresolved
 from veneer.safe.whole import write_whole
 
 NAME = "peft"
@@ -76,8 +76,14 @@ def write(adapter: Adapter, path: Path) -> None:
 
     Raises `AdapterError` with every reason why PEFT cannot hold the adapter; `Adapter.save` writes what veneer reads.
     """
+    if flat_names := unresolved(adapter):
+        raise AdapterError(f"PEFT cannot hold all of this adapter: {STILL_FLAT}: {collapsed(flat_names, 8)}")
     parts = by_part(adapter) if adapter.parts else {"": adapter}
     folders = {path / part: held(own) for part, own in parts.items()}
+    if stale := [name for name in inside(path) if adapter.parts and name not in parts]:
+        raise AdapterError(f"{path} holds {listed(stale, say=named)} too, which would be read with it: write elsewhere")
+    if adapter.parts and (path / CONFIG).exists():
+        raise AdapterError(f"{path} holds an adapter of one model, which would be read instead: write elsewhere")
     files = {file: writer for folder, own in folders.items() for file, writer in own.files(folder).items()}
     try:
         for folder in folders:

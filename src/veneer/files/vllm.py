@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
-from veneer.core.apart import Change, adapter_of, beside, changes
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.files.factors import folded
@@ -82,7 +82,7 @@ def _fitted(adapter: Adapter, pad_rank: bool) -> tuple[Adapter, list[str]]:
     every, notes = changes(adapter), []
     scales = {path: scaling(own.config.r, own.config.lora_alpha, own.config.use_rslora) for path, own in every.items()}
     ranks = {own.config.r for own in every.values()}
-    r, ((scale, _),) = max(ranks), Counter(scales.values()).most_common(1)
+    r, ((scale, _),) = max(ranks), Counter(filter(None, scales.values())).most_common(1) or [(1.0, 0)]
     if pad_rank:
         r = next(rank for rank in RANKS if rank >= r)
     if ranks != {r}:
@@ -95,10 +95,7 @@ def _fitted(adapter: Adapter, pad_rank: bool) -> tuple[Adapter, list[str]]:
     else:
         alpha = scale * r
         config = LoraConfig(r=r, lora_alpha=int(alpha) if alpha == int(alpha) else alpha)
-    made = {
-        path: Change(config, _filled(own.tensors, r, scales[path] / scale if scale else 1.0))
-        for path, own in every.items()
-    }
+    made = {path: Change(config, _filled(own.tensors, r, scales[path] / scale)) for path, own in every.items()}
     base, task_type = adapter.config.base_model_name_or_path, adapter.config.task_type
     fitted = adapter_of(made, metadata=adapter.metadata, embeddings=adapter.embeddings, base=base, task_type=task_type)
     return fitted, notes

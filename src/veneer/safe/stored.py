@@ -133,3 +133,11 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0 or tensor.dtype not in _FLOATS.values():
         return True
     return all(abs(value.item()) <= _LARGEST for value in tensor.aminmax())
+
+
+def is_near(rounded: Tensor, wide: Tensor, share: float | None = None) -> bool:
+    """Whether `rounded` misses no more of ‖wide‖ than a share, if not said what rounding to its precision takes: so
+    that nothing was too large for it, or too small.
+    """
+    lost, whole = (torch.linalg.vector_norm(own, dtype=torch.float64) for own in (wide - rounded, wide))
+    return bool(lost <= (share or torch.finfo(rounded.dtype).eps) * whole)

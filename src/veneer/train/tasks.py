@@ -8,6 +8,8 @@ from veneer.train.task import Task
 
 TASKS = {
     "causal-lm": "veneer.train.language.causal_lm:CausalLM",
+    "text-to-text": "veneer.train.language.text_to_text:TextToText",
+    "preference": "veneer.train.language.preference:Preference",
     "sequence-classification": "veneer.train.language.sequence_classification:SequenceClassification",
     "token-classification": "veneer.train.language.token_classification:TokenClassification",
     "question-answering": "veneer.train.language.question_answering:QuestionAnswering",

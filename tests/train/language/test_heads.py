@@ -9,48 +9,8 @@ import pytest
 import torch
 
 from veneer.core.errors import AdapterError
-from veneer.train.run import read_recipe
-from veneer.train.task import Reporter, Task
 
 TEXTS = [("good film", "yes"), ("bad film", "no"), ("a good good film, it is", "yes"), ("bad bad film?", "no")] * 3
-WORDS = [
-    (["anna", "met", "bob"], ["B-PER", "O", "B-PER"]),
-    (["the", "new", "york", "film"], ["O", "B-LOC", "I-LOC", "O"]),
-]
-CONTEXT = "anna saw a good film in york. " + "it was 2 hours long and not bad. " * 4 + "bob saw a bad film in leeds."
-QUESTIONS = [
-    {"question": "who saw a good film?", "context": CONTEXT, "answers": {"text": ["anna"], "answer_start": [0]}},
-    {"question": "where was the bad film?", "context": CONTEXT, "answers": ["leeds"]},
-]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def made(tmp_path):
-    """`made("sequence-classification", base, rows, **settings)`: the task, and what it said."""
-
-    def build(task: str, base: Path, rows: list[dict[str, Any]], **settings: object) -> tuple[Task, list[str]]:
-        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        values = {
-            "base": base,
-            "dtype": "float32",
-            "device": "cpu",
-            "adapter.target_modules": "all-linear",
-            "data.path": tmp_path / "rows.jsonl",
-            "data.eval_path": tmp_path / "rows.jsonl",
-            **{key.replace("__", "."): value for key, value in settings.items()},
-        }
-        recipe, kind = read_recipe(task, [f"{key}={json.dumps(v, default=str)}" for key, v in values.items()])
-        reporter = Reporter()
-        said: list[str] = []
-        reporter.say = said.append  # type: ignore[method-assign]
-        return kind(recipe, reporter), said
-
-    return build
 
 
 def texts(*names: str) -> list[dict[str, Any]]:
@@ -58,18 +18,8 @@ def texts(*names: str) -> list[dict[str, Any]]:
     return [dict(zip((text, label), row, strict=True)) for row in TEXTS]
 
 
-def own_loss(task: Any, rows: list[int]) -> float:
-    """Transformers' own loss on the rows."""
-    (batch,) = task.batches(rows)
-    inputs = dict(batch.inputs)
-    labels = inputs.pop("labels")
-    if task.task_type == "QUESTION_ANS":
-        return task.model(**inputs, start_positions=labels[:, 0], end_positions=labels[:, 1]).loss.item()
-    return task.model(**inputs, labels=labels).loss.item()
-
-
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "llama"])
-def test_the_loss_is_transformers_own(encoder, made, family):
+def test_the_loss_is_transformers_own(encoder, made, own_loss, family):
     """And the loss of all rows is the sum of the loss of each."""
     task, _ = made("sequence-classification", encoder(family), texts())
     task.model.double().eval()
@@ -82,7 +32,7 @@ def test_the_loss_is_transformers_own(encoder, made, family):
         assert whole == pytest.approx(sum(task.loss(task.batches([row])[0]).item() for row in rows), rel=1e-9)
 
 
-def test_numbers_and_pairs(encoder, made):
+def test_numbers_and_pairs(encoder, made, own_loss):
     rows = [{"sentence1": "good", "sentence2": text, "score": i / 4} for i, (text, _) in enumerate(TEXTS)]
     task, _ = made("sequence-classification", encoder(), rows)
     assert (task.data.problem, task.data.text, task.data.pair, task.data.label) == (
@@ -160,6 +110,24 @@ def test_what_starts_at_random_is_trained_and_saved(encoder, made, tmp_path, fam
     assert again.evaluate(whole=True) == before
 
 
+def test_peft_reads_it(encoder, made, tmp_path):
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    base = encoder("bert", "MaskedLM")
+    task, _ = made("sequence-classification", base, texts())
+    for parameter in task.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    task.model.save_pretrained(tmp_path / "adapter")
+    theirs = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    task.model.eval()
+    (batch,) = task.batches([0, 1, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**task.given(batch)).logits, task.outputs(batch))
+
+
 def test_a_pooler_that_the_base_lacks_is_part_of_the_head(encoder, made):
     task, _ = made("sequence-classification", encoder("bert", "MaskedLM"), texts())
     assert task.model.peft_config["default"].modules_to_save == ["bert.pooler", "classifier"]
@@ -184,7 +152,7 @@ def test_a_wrong_base_is_one_error(encoder, made, tmp_path):
     with pytest.raises(AdapterError, match=r"not a whole bert: .*bert\.encoder\.layer\.2.* missing"):
         made("sequence-classification", folder, texts())
     with pytest.raises(AdapterError, match="cannot be loaded as AutoModelForTokenClassification"):
-        made("token-classification", _vision(tmp_path), _tagged())
+        made("token-classification", _vision(tmp_path), [{"tokens": ["a", "b"], "tags": ["O", "B-X"]}])
 
 
 def _vision(folder: Path) -> Path:
@@ -196,10 +164,6 @@ def _vision(folder: Path) -> Path:
 
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))).save_pretrained(folder / "vit")
     return folder / "vit"
-
-
-def _tagged() -> list[dict[str, Any]]:
-    return [{"tokens": words, "ner_tags": tags} for words, tags in WORDS * 3]
 
 
 @pytest.mark.parametrize(
@@ -256,93 +220,3 @@ def test_rows_are_tokenised_once(encoder, made):
     task, said = made("sequence-classification", encoder("roberta"), texts(), data__max_length=500)
     assert task.data.max_length == 65  # of 66 positions RoBERTa's begin behind that of its padding, which is 0 here
     assert "data.max_length is 65, the most tokens that the base reads" in said
-
-
-def test_words_get_tags_at_their_first_token(encoder, made):
-    task, _ = made("token-classification", encoder(), _tagged())
-    assert task.data.labels == ["B-LOC", "B-PER", "I-LOC", "O"]
-    tokens = task.part.examples[0]
-    pieces = task.tokenizer.convert_ids_to_tokens(tokens["input_ids"].tolist())
-    begins = [piece for piece, tag in zip(pieces, tokens["tag"], strict=True) if tag != -100]
-    assert begins == ["a", "m", "b"]
-    assert [task.data.labels[tag] for tag in tokens["tag"] if tag >= 0] == WORDS[0][1]
-    task.model.double().eval()
-    (batch,) = task.batches([0, 1, 2])
-    assert batch.units == 3 + 4 + 3
-    with torch.no_grad():
-        assert task.loss(batch).item() / 10 == pytest.approx(own_loss(task, [0, 1, 2]), rel=1e-9)
-    task.model.float()
-    figures, said = task.evaluate(whole=True), task.said_of(list(task.held_out.documents))
-    right = [
-        a == b for own, (_, tags) in zip(said, WORDS * 3, strict=True) for a, b in zip(own["tags"], tags, strict=True)
-    ]
-    assert figures["accuracy"] == pytest.approx(np.mean(right))
-    assert (task.judged_by, list(figures)) == ("f1", ["eval_loss", "precision", "recall", "f1", "accuracy"])
-
-
-def test_words_that_are_cut_off_have_no_tag_and_count(encoder, made):
-    task, _ = made("token-classification", encoder(), _tagged(), data__max_length=6)
-    (said,) = task.said_of([task.typed("anna bobb york", None)])
-    assert len(said["tags"]) == 3
-    assert said["probabilities"][1:] == [0.0, 0.0]
-    assert said["tags"][1:] == ["O", "O"]
-
-
-def test_windows_of_a_context_hold_its_answer(encoder, made):
-    task, _ = made("question-answering", encoder(), QUESTIONS, data__max_length=60, data__stride=16)
-    part = task.part
-    assert len(part.examples) > 4
-    assert task.data.unanswered is False
-    held = {0: [], 1: []}
-    for i, tokens in enumerate(part.examples):
-        first, last = part.examples.table[["first", "last"]][i].item()
-        if first:
-            text = CONTEXT[tokens["begin"][first] : tokens["end"][last]]
-            held[int(part.examples.of[i])].append(text)
-        starts = tokens["begin"][tokens["begin"] >= 0]
-        assert len(tokens) <= 60
-        assert (np.diff(starts) > 0).all()
-    assert held == {0: ["anna"], 1: ["leeds"]}
-    task.model.double().eval()
-    rows = list(range(len(part.examples)))
-    task.most = 10**6
-    with torch.no_grad():
-        (batch,) = task.batches(rows)
-        assert task.loss(batch).item() / len(rows) == pytest.approx(own_loss(task, rows), rel=1e-9)
-
-
-def test_the_best_span_of_all_windows_is_the_answer(encoder, made):
-    task, _ = made("question-answering", encoder(), QUESTIONS, data__max_length=60, data__stride=16)
-    wanted = CONTEXT.index("leeds")
-
-    def outputs(batch: Any) -> torch.Tensor:
-        logits = torch.zeros(len(batch.places), 2, batch.inputs["input_ids"].shape[1])
-        for i, ids in enumerate(batch.inputs["input_ids"].tolist()):
-            pieces = task.tokenizer.convert_ids_to_tokens(ids)
-            for j in range(len(pieces) - 4):
-                if pieces[j : j + 5] == ["l", "##e", "##e", "##d", "##s"]:
-                    logits[i, 0, j] = logits[i, 1, j + 4] = 9.0
-        return logits
-
-    task.outputs = outputs
-    said = task.said_of(list(task.held_out.documents))
-    assert [own["answer"] for own in said] == ["leeds", "leeds"]
-    assert said[0]["start"] == wanted
-    assert said[0]["probability"] > 0.9
-    assert task.evaluate(whole=True)["exact_match"] == 0.5
-    task.data.longest_answer = 4
-    assert task.said_of(list(task.held_out.documents))[0]["answer"] != "leeds"
-
-
-def test_a_question_without_an_answer(encoder, made):
-    rows = [*QUESTIONS, {"question": "who?", "context": "nobody.", "answers": {"text": [], "answer_start": []}}]
-    task, _ = made("question-answering", encoder(), rows, data__max_length=60, data__stride=16)
-    assert task.data.unanswered is True
-    task.outputs = lambda batch: torch.nn.functional.one_hot(
-        torch.zeros(len(batch.places), 2, dtype=torch.long), batch.inputs["input_ids"].shape[1]
-    ).float()
-    assert [own["answer"] for own in task.said_of(list(task.held_out.documents))] == ["", "", ""]
-    assert task.evaluate(whole=True)["exact_match"] == pytest.approx(1 / 3)
-    rows[0]["answers"] = {"text": ["bob"], "answer_start": [3]}
-    with pytest.raises(AdapterError, match=r"line 1: the answer 'bob' is not in the context at character 3"):
-        made("question-answering", encoder(), rows)

@@ -1,4 +1,4 @@
-"""The loss in chunks equals the plain one, and so does its gradient, whatever the head."""
+"""The losses in chunks equal the plain ones, and so do their gradients, whatever the head."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 from veneer import LoraConfig, get_peft_model
 from veneer.train.language import loss as losses
-from veneer.train.language.loss import ends_with_head, learned_loss
+from veneer.train.language.loss import ends_with_head, learned_losses
 
 TOKENS, SIZE, VOCABULARY = 300, 16, 70
 
@@ -27,12 +27,23 @@ def test_it_equals_the_plain_loss(kind, smoothing, dtype, near):
     head, hidden = head_of(kind, dtype), torch.randn(TOKENS, SIZE, dtype=dtype, requires_grad=True)
     targets = torch.randint(VOCABULARY, (TOKENS,))
     trained = [hidden, *(own for own in head.parameters() if own.requires_grad)]
-    found = learned_loss(hidden, head, targets, smoothing)
+    found = learned_losses(hidden, head, targets, smoothing).sum()
     wanted = F.cross_entropy(head(hidden), targets, reduction="sum", label_smoothing=smoothing)
     torch.testing.assert_close(found, wanted, rtol=near, atol=0)
     pairs = zip(torch.autograd.grad(found / 7, trained), torch.autograd.grad(wanted / 7, trained), strict=True)
     for got, own in pairs:
         torch.testing.assert_close(got, own, rtol=10 * near, atol=near)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "frozen, bias", "adapted"])
+def test_each_token_has_a_loss_and_a_gradient_of_its_own(kind):
+    head, hidden = head_of(kind, torch.float64), torch.randn(TOKENS, SIZE, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(VOCABULARY, (TOKENS,)), torch.randn(TOKENS, dtype=torch.float64)
+    found = learned_losses(hidden, head, targets)
+    wanted = F.cross_entropy(head(hidden), targets, reduction="none")
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad((weights * own.square()).sum(), hidden)[0] for own in (found, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "adapted"])
@@ -50,7 +61,7 @@ def test_all_logits_never_exist(kind, grad, monkeypatch):
             return out
 
     with Watch(), torch.set_grad_enabled(grad):
-        loss = learned_loss(hidden, head, torch.randint(VOCABULARY, (TOKENS,)))
+        loss = learned_losses(hidden, head, torch.randint(VOCABULARY, (TOKENS,))).sum()
         if grad:
             loss.backward()
     assert largest <= TOKENS * SIZE
@@ -58,7 +69,7 @@ def test_all_logits_never_exist(kind, grad, monkeypatch):
 
 def test_no_learned_token_is_a_loss_of_nothing():
     head, hidden = head_of("frozen", torch.float32), torch.randn(0, SIZE, requires_grad=True)
-    loss = learned_loss(hidden, head, torch.randint(VOCABULARY, (0,)))
+    loss = learned_losses(hidden, head, torch.randint(VOCABULARY, (0,))).sum()
     loss.backward()
     assert loss == 0
 
@@ -66,7 +77,7 @@ def test_no_learned_token_is_a_loss_of_nothing():
 def test_bf16_is_summed_in_fp32():
     head, hidden = head_of("frozen", torch.bfloat16), torch.randn(TOKENS, SIZE, dtype=torch.bfloat16)
     targets = torch.randint(VOCABULARY, (TOKENS,))
-    found = learned_loss(hidden, head, targets)
+    found = learned_losses(hidden, head, targets).sum()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, F.cross_entropy(head(hidden).float(), targets, reduction="sum"))
 
@@ -87,7 +98,7 @@ def test_what_changes_logits_after_the_head_is_found(tiny, family, plain):
 def test_the_loss_s_own_gradient_is_not_rounded(dtype):
     """fp16's loss scale is 65536, which fp16 does not know; and 1/301 in bf16 would be off by a thousandth."""
     head, hidden = head_of("frozen", dtype), torch.randn(TOKENS, SIZE, dtype=dtype, requires_grad=True)
-    loss = learned_loss(hidden, head, torch.randint(VOCABULARY, (TOKENS,)))
+    loss = learned_losses(hidden, head, torch.randint(VOCABULARY, (TOKENS,))).sum()
     (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     for scale in (65536.0, 1 / 301):
         (found,) = torch.autograd.grad(loss * scale, hidden, retain_graph=True)

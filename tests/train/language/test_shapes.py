@@ -108,7 +108,11 @@ def test_the_key_is_the_prompt_or_the_text():
         ({"messages": [{"role": "asistant", "content": ""}]}, {}, "message 1: 'role' is 'asistant'.*'assistant'"),
         ({"messages": [CHAT[0], {"role": "user", "content": None}]}, {}, "message 2: 'content' is null"),
         ({"messages": [{"role": "user", "text": "a"}]}, {}, "message 1: no column 'content'"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, {}, "message 1: tool calls"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
+            {},
+            "message 1: the tool call 1 has no function",
+        ),
     ],
 )
 def test_a_faulty_row_is_named(values: dict, keys: dict, message: str):

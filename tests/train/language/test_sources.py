@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from veneer.core.errors import AdapterError
 from veneer.train.language import sources
+from veneer.train.language import tokens as tokens_of_rows
 from veneer.train.language.parts import Part, Question, questions, read_documents, tokenised
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Document
@@ -129,7 +130,7 @@ def test_prepared_rows_are_those_held_in_memory_at_every_start(path: Path, seed:
 def test_the_second_start_neither_reads_nor_tokenises(path: Path, monkeypatch: pytest.MonkeyPatch):
     first, second = Heard(), Heard()
     prepared(path, reporter=first, max_length=30)
-    for module, name in ((sources.shapes, "document"), (sources, "encode"), (sources.rows, "draw")):
+    for module, name in ((sources.shapes, "document"), (tokens_of_rows, "_passages"), (sources.rows, "draw")):
         monkeypatch.setattr(module, name, None)
     expect_the_same(prepared(path, reporter=second, max_length=30), in_memory(0, 0.2, 30))
     assert [said.partition(" in ")[0] for said in first.said] == ["rows: tokenised"]

@@ -1,4 +1,4 @@
-"""What a model answers to prompts, and how near that is to what people wrote."""
+"""What a model answers to prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from veneer.core.errors import AdapterError
+from veneer.train.language.model import quiet
 from veneer.train.language.packing import on_device, padded
 
 
@@ -21,9 +22,11 @@ def answer(
 ) -> list[str]:
     """The model's answer to each prompt (token ids), greedy unless `generation` says otherwise.
 
-    Prompts of like length go through the model together, padded on the left.
+    Prompts of like length go through the model together; those of a decoder are padded on the left, for it goes on
+    behind them, and those of an encoder on the right.
     """
     refuse_empty(prompts)
+    goes_on = not model.config.is_encoder_decoder
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     was_training = model.training
@@ -31,16 +34,18 @@ def answer(
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = on_device(padded([prompts[i] for i in chosen], pad_of(tokenizer), left=True), model.device)
-            options = {"do_sample": False, **generation}
-            tokens = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad_of(tokenizer),
-                eos_token_id=stops_of(model, tokenizer),
-                **options,
-            )
-            texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            inputs = on_device(padded([prompts[i] for i in chosen], pad_of(tokenizer), left=goes_on), model.device)
+            options = {"do_sample": False, "num_beams": 1, **generation}
+            with quiet():  # of a base's own settings that these replace
+                tokens = model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=pad_of(tokenizer),
+                    eos_token_id=stops_of(model, tokenizer),
+                    **options,
+                )
+            begin = inputs["input_ids"].shape[1] if goes_on else 0
+            texts = tokenizer.batch_decode(tokens[:, begin:], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text.strip()
             progress(min(start + batch_size, len(order)), len(order))
@@ -66,12 +71,3 @@ def refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
     """A model cannot answer nothing. Raises `AdapterError`."""
     if empty := [i + 1 for i, prompt in enumerate(prompts) if not len(prompt)]:
         raise AdapterError(f"prompt {', '.join(map(str, empty[:8]))} is empty: expected at least one token")
-
-
-def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU (Papineni et al. 2002) as sacrebleu defines it; any number of references an answer."""
-    from sacrebleu import corpus_bleu
-
-    most = max(len(own) for own in references)
-    streams = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
-    return float(corpus_bleu(list(answers), streams).score)

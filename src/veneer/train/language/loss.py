@@ -1,4 +1,4 @@
-"""The loss of learned tokens, in chunks: the `(tokens, vocabulary)` matrix of logits never exists."""
+"""The losses of learned tokens, in chunks: the `(tokens, vocabulary)` matrix of logits never exists."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,64 +13,64 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 128  # tokens: the head's weight is read once for each, and 128 × 49,152 logits are 25 MB
 
 
-def learned_loss(hidden: Tensor, head: nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Σ -log softmax(head(hidden))[target] in fp32, hidden `(tokens, size)`, targets `(tokens)`.
+def learned_losses(hidden: Tensor, head: nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-log softmax(head(hidden))[target] of each token, in fp32: hidden `(tokens, size)`, all else `(tokens)`.
 
     With label smoothing ε (Szegedy et al. 2016, arXiv:1512.00567), a target's share is 1 - ε, and ε is spread evenly
-    over the vocabulary. A frozen linear head's part of the gradient is computed along with the loss; any other head
+    over the vocabulary. A frozen linear head's part of the gradient is computed along with the losses; any other head
     runs again in the backward.
     """
     if type(head) is nn.Linear and not any(own.requires_grad for own in head.parameters()):
         return _FrozenHead.apply(hidden, head.weight, head.bias, targets, smoothing)
-    return sum(
-        (
-            checkpoint(_chunk_loss, head, own, wanted, smoothing, use_reentrant=False)
-            for own, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-        ),
-        torch.zeros((), device=hidden.device),
-    )
+    parts = [
+        checkpoint(_chunk_losses, head, own, wanted, smoothing, use_reentrant=False)
+        for own, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
 
 
-def token_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """The same from logits `(tokens, vocabulary)`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
-def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    return token_loss(head(hidden), targets, smoothing)
+def _chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    return token_losses(head(hidden), targets, smoothing)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """The loss of a head that does not learn: `d loss / d hidden = (p - target) W`, a chunk at a time."""
+    """The losses of a head that does not learn: `d loss / d hidden = (p - target) W`, a chunk at a time."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
     ) -> Tensor:
-        total, grads = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)), []
-        for own, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        losses = hidden.new_zeros(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        grads = []
+        for i in range(0, len(targets), CHUNK):
+            own, wanted = hidden[i : i + CHUNK], targets[i : i + CHUNK, None]
             logits = F.linear(own, weight, bias)
             log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-            at_target = log_p.gather(1, wanted[:, None])
-            total -= (1 - smoothing) * at_target.sum()
+            losses[i : i + CHUNK] = (smoothing - 1) * log_p.gather(1, wanted)[:, 0]
             if smoothing:
-                total -= smoothing * log_p.mean(1).sum()
+                losses[i : i + CHUNK] -= smoothing * log_p.mean(1)
             if ctx.needs_input_grad[0]:
                 p = log_p.exp_()
-                p.scatter_add_(1, wanted[:, None], torch.full_like(at_target, smoothing - 1))
+                p.scatter_add_(1, wanted, torch.full_like(p[:, :1], smoothing - 1))
                 if smoothing:
                     p.sub_(smoothing / p.shape[1])
                 grads.append(p.to(weight.dtype) @ weight)
-        if grads:
-            ctx.save_for_backward(torch.cat(grads))
-        return total
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(grads) if grads else torch.empty_like(hidden))
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
-        return dhidden * grad, None, None, None, None  # a number of fp32: fp16's scale may be beyond fp16
+        into = torch.empty_like(dhidden)  # computed in fp32 and rounded once: fp16's scale may be beyond fp16
+        return torch.mul(dhidden, grad[:, None], out=into), None, None, None, None
 
 
 @contextmanager
@@ -100,11 +100,12 @@ def ends_with_head(model: Any) -> bool:
     if head is None:
         return False
     was_training, ids = model.training, torch.arange(4, device=model.device)[None]
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     model.eval()
     try:
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
         with head_input(head) as given:
-            model(input_ids=ids, use_cache=False)
+            model(**inputs, use_cache=False)
         return len(given) == 1 and torch.equal(head(given[0]), logits)
     finally:
         model.train(was_training)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
 from veneer.core.errors import AdapterError, collapsed, listed
@@ -29,34 +29,28 @@ def load_tokenizer(folder: Path) -> Any:
         raise AdapterError(f"base {folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
-def longest_row(folder: Path) -> int | None:
-    """The most tokens that the model in `folder` has positions for; None where it does not say."""
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, **LOCAL)
-        except (OSError, ValueError, KeyError) as error:
-            raise AdapterError(f"base {folder}: its config cannot be loaded: {first_line(error)}") from error
-    return getattr(config, "max_position_embeddings", None)
-
-
-def load_causal_lm(folder: Path, dtype: str | None, device: torch.device, quantization: str = "none") -> Any:
-    """The causal language model in `folder`, every weight from its files; in `dtype` (None: as stored), on `device`.
+def load_language_model(folder: Path, dtype: str | None, device: torch.device, quantization: str = "none") -> Any:
+    """The language model in `folder`, every weight from its files; in `dtype` (None: as stored), on `device`: one of an
+    encoder and a decoder where its config says so (T5, BART), else a decoder.
 
     With `quantization` the linear layers but the head hold 8 or 4 bits a weight, and compute in `dtype`.
     Raises `AdapterError` when the folder holds another kind of model, or not all of its weights.
     """
     more = quantising(quantization, dtype, device)
+    what = "a causal language model"
     try:
         with quiet():  # what it would say of missing weights is an error here
             config = AutoConfig.from_pretrained(folder, **LOCAL)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            two = config.is_encoder_decoder
+            what = "a text-to-text model" if two else what
+            model, found = (AutoModelForSeq2SeqLM if two else AutoModelForCausalLM).from_pretrained(
                 folder, config=config, dtype=dtype or "auto", output_loading_info=True, **LOCAL, **more
             )
     except (OSError, ValueError, KeyError) as error:
-        raise AdapterError(f"base {folder} cannot be loaded as a causal language model: {first_line(error)}") from error
+        raise AdapterError(f"base {folder} cannot be loaded as {what}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise AdapterError(
-            f"base {folder} is a {config.model_type} without the weights of a causal language model: "
+            f"base {folder} is a {config.model_type} without the weights of {what}: "
             f"{collapsed(missing)} are missing; choose another base"
         )
     for module in model.modules():

@@ -1,14 +1,15 @@
 """Rows of a language recipe: what is learned from, what is held out, and the prompts among them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from veneer.train.language import sources
 from veneer.train.language.report import TokenReport, reported
-from veneer.train.language.settings import LanguageData, RowsData
+from veneer.train.language.settings import PairsData, RowsData, TextData
 from veneer.train.language.shapes import Document
 from veneer.train.language.sources import D, Documents, Examples
+from veneer.train.language.tokens import Encoded, encode
 from veneer.train.task import Reporter
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ SILENT = Reporter()
 class Part:
     """One side of the data: its documents, and those of them that are used, as tokens."""
 
-    documents: Documents[Document]
+    documents: Documents[Any]  # they have an `opening` and an `answer`
     examples: Examples
     report: TokenReport
 
@@ -32,12 +33,12 @@ class Part:
 class Question:
     """A prompt, and everything that the data answers to it."""
 
-    document: Document
+    document: Any
     references: list[str]
 
 
 def read_documents(
-    settings: LanguageData, seed: int, reporter: Reporter = SILENT
+    settings: PairsData, seed: int, reporter: Reporter = SILENT
 ) -> tuple[Documents[Document], Documents[Document]]:
     """(learned from, held out). `settings.shape` says afterwards how the rows were read."""
     return read_sides(settings, seed, lambda path, split: sources.read(path, split, settings, reporter), reporter)
@@ -54,10 +55,15 @@ def read_sides(
 
 
 def tokenised(
-    found: Documents[Document], tokenizer: Any, settings: LanguageData, reporter: Reporter = SILENT, name: str = "rows"
+    found: Documents[Any],
+    tokenizer: Any,
+    settings: TextData,
+    reporter: Reporter = SILENT,
+    name: str = "rows",
+    encode: Callable[[Iterable[Any], Any, Any], Iterable[Encoded]] = encode,
 ) -> Part:
     """The documents with those of them that are used as tokens; `name` is what the reporter is told that they are."""
-    store = sources.tokens(found.source, tokenizer, settings, reporter, name)
+    store = sources.tokens(found.source, tokenizer, settings, reporter, name, encode)
     examples = Examples(store, found.chosen)
     report = reported(store.table[found.chosen], examples.lengths, found.place, settings)
     return Part(found, examples, report)
@@ -68,9 +74,8 @@ def questions(part: Part) -> list[Question]:
     found: dict[str, Question] = {}
     for row in part.examples.rows:
         document = part.documents[int(row)]
-        if document.opening:
-            question = found.setdefault(document.key, Question(document, []))
-            question.references.append(_answer_of(document))
+        if document.opening and (answer := document.answer):
+            found.setdefault(document.key, Question(document, [])).references.append(answer)
     return list(found.values())
 
 
@@ -78,9 +83,3 @@ def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most so many of the items, evenly spread."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def _answer_of(document: Document) -> str:
-    """The completion, or the first turn of the assistant."""
-    turns = (message["content"] for message in document.messages if message["role"] == "assistant")
-    return next(turns, "") if document.messages else document.completion.strip()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.settings import LanguageData
+from veneer.train.language.settings import TextData
 
 Table = np.ndarray[Any, np.dtype[Any]]
 
@@ -39,7 +39,7 @@ class TokenReport:
     """What became of the rows. `tokens` and `learned` count what is trained on; the lengths are from before cutting."""
 
     rows: int
-    max_length: int
+    limit: str  # what the settings say
     kept: int = 0
     tokens: int = 0
     learned: int = 0
@@ -59,7 +59,7 @@ class TokenReport:
             f"The shortest row has {self.length(0):,} tokens, the longest {self.length(1):,}; "
             f"half have at most {self.length(0.5):,}, 95% at most {self.length(0.95):,}.",
         ]
-        limit = f"longer than data.max_length={self.max_length}"
+        limit = f"longer than {self.limit}"
         for tally, fate in (
             (self.cut, f"{limit} and cut"),
             (self.dropped, f"{limit} and dropped"),
@@ -70,14 +70,14 @@ class TokenReport:
         return said
 
 
-def reported(rows: Table, sizes: Table, place: Callable[[int], str], settings: LanguageData) -> TokenReport:
+def reported(rows: Table, sizes: Table, place: Callable[[int], str], settings: TextData) -> TokenReport:
     """What became of the rows: `length`, `learned` and `fate` of each, its tokens, and where it is.
 
     Raises `AdapterError` where the settings refuse long rows, and where no row is left.
     """
     fates = rows["fate"]
     used = fates <= Fate.CUT
-    report = TokenReport(len(rows), settings.max_length, int(used.sum()), int(sizes.sum()), int(rows["learned"].sum()))
+    report = TokenReport(len(rows), settings.limit, int(used.sum()), int(sizes.sum()), int(rows["learned"].sum()))
     report.lengths = np.sort(rows["length"][fates != Fate.LEFT_OUT])  # type: ignore[assignment]
     for tally, fate in ((report.cut, Fate.CUT), (report.dropped, Fate.DROPPED), (report.left_out, Fate.LEFT_OUT)):
         found = np.flatnonzero(fates == fate)
@@ -90,12 +90,12 @@ def reported(rows: Table, sizes: Table, place: Callable[[int], str], settings: L
     return report
 
 
-def _refuse_unusable(report: TokenReport, settings: LanguageData) -> None:
+def _refuse_unusable(report: TokenReport, settings: TextData) -> None:
     """Raises where the settings refuse long rows, and where no row is left."""
-    too_long = f"{report.dropped.count:,} of {report.rows:,} rows are longer than data.max_length={report.max_length}"
+    too_long = f"{report.dropped.count:,} of {report.rows:,} rows are longer than {report.limit}"
     if settings.too_long == "error" and report.dropped.count:
         raise AdapterError(
-            f"{too_long} ({report.dropped}); the longest has {report.length(1):,} tokens: raise data.max_length, "
+            f"{too_long} ({report.dropped}); the longest has {report.length(1):,} tokens: raise this, "
             "or say data.too_long=cut or data.too_long=drop"
         )
     if report.kept == 0 and report.dropped.count:

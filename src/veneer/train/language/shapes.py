@@ -1,15 +1,15 @@
 """Rows become documents: what is the prompt, the completion, the chat, and in a chat the assistant's part."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from veneer.core.errors import AdapterError, listed, nearest
-from veneer.train.language.chat import Message
 from veneer.train.language.rows import Row, Rows, Values
-from veneer.train.language.settings import LanguageData, Shape, template_parts
+from veneer.train.language.settings import PairsData, Shape, TextData, template_parts
+from veneer.train.language.turns import Chat, Message, kind_of, tools_of, turns_of
 
 D = TypeVar("D")
 
@@ -26,10 +26,6 @@ COLUMNS: dict[Shape, tuple[tuple[str, ...], ...]] = {
     ),
     "text": (("text",),),
 }
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
-    "human": "user",
-    "gpt": "assistant",
-}
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{}\n\n### Response:\n"
@@ -43,20 +39,35 @@ ALPACA_WITH_INPUT = (
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One row, ready for a tokenizer: a plain prompt and completion, or the messages of a chat."""
+    """One row, ready for a tokenizer: a plain prompt and completion, or the messages of a chat.
+
+    Of the messages, the first `given` are the prompt, and nothing of them is learned; where it is 0, the prompt is all
+    before the first of the assistant's, and all of the assistant's are learned.
+    """
 
     place: str
     prompt: str = ""
     completion: str = ""
     messages: tuple[Message, ...] = ()
+    tools: tuple[Any, ...] = ()
+    given: int = 0
 
     @property
-    def opening(self) -> str | list[Message]:
-        """What a model is given to generate from: the prompt, or all before the first assistant turn."""
-        if not self.messages:
-            return self.prompt
+    def opening(self) -> str | Chat:
+        """What a model is given to generate from."""
+        return Chat(self.messages[: self._border], self.tools) if self.messages else self.prompt
+
+    @property
+    def _border(self) -> int:
         roles = [message["role"] for message in self.messages]
-        return list(self.messages[: roles.index("assistant") if "assistant" in roles else None])
+        return self.given or (roles.index("assistant") if "assistant" in roles else len(roles))
+
+    @property
+    def answer(self) -> str:
+        """What the row answers to its opening, as text: of a chat, the next turn."""
+        if not self.messages:
+            return self.completion.strip()
+        return next((str(message["content"]) for message in self.messages[self._border :]), "")
 
     @property
     def key(self) -> str:
@@ -64,19 +75,39 @@ class Document:
         opening = self.opening or self.completion or list(self.messages)
         return opening if isinstance(opening, str) else json.dumps(opening)
 
+    def plain(self) -> list[Any]:
+        """All but the place, as plain JSON."""
+        chat = [list(self.messages), list(self.tools), self.given] if self.messages else []
+        return [self.prompt, self.completion, *chat]
+
+    @classmethod
+    def of(cls, plain: Sequence[Any], place: str) -> "Document":
+        """What `plain` has written."""
+        prompt, completion, *chat = plain
+        messages, tools, given = chat or ((), (), 0)
+        return cls(place, prompt, completion, tuple(messages), tuple(tools), given)
+
     def packed(self) -> bytes:
         """All but the place, as bytes."""
-        turns = [[message["role"], message["content"]] for message in self.messages]
-        return json.dumps([self.prompt, self.completion, *turns], ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return as_bytes(self.plain())
 
     @classmethod
     def unpacked(cls, packed: bytes, place: str) -> "Document":
         """What `packed` made bytes of."""
-        prompt, completion, *turns = json.loads(packed.decode("utf-8", "surrogatepass"))
-        return cls(place, prompt, completion, tuple({"role": role, "content": content} for role, content in turns))
+        return cls.of(of_bytes(packed), place)
 
 
-def detect_shape(rows: Rows, settings: LanguageData) -> Shape:
+def as_bytes(plain: Any) -> bytes:
+    """Plain JSON as bytes, half characters included."""
+    return json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def of_bytes(packed: bytes) -> Any:
+    """What `as_bytes` made bytes of."""
+    return json.loads(packed.decode("utf-8", "surrogatepass"))
+
+
+def detect_shape(rows: Rows, settings: PairsData) -> Shape:
     """The shape that the settings say, or the one whose columns the first rows have."""
     if settings.prompt is not None:
         return "prompt-completion"
@@ -97,7 +128,7 @@ def detect_shape(rows: Rows, settings: LanguageData) -> Shape:
     )
 
 
-def documents(rows: Rows, shape: Shape, settings: LanguageData) -> Iterator[tuple[int, Document]]:
+def documents(rows: Rows, shape: Shape, settings: PairsData) -> Iterator[tuple[int, Document]]:
     """Every row's number and document."""
     return made_of_rows(rows, lambda row: document(row, shape, settings), shape)
 
@@ -126,47 +157,48 @@ def made_of_rows(rows: Rows, make: Callable[[Row], D], what: str) -> Iterator[tu
         )
 
 
-def document(row: Row, shape: Shape, settings: LanguageData) -> Document:
+def document(row: Row, shape: Shape, settings: PairsData) -> Document:
     """One row of that shape as a document."""
     if settings.prompt is not None and settings.completion is not None:
-        return _pair(row, _filled(settings.prompt, row), _filled(settings.completion, row), settings)
+        return _pair(row, filled(settings.prompt, row), filled(settings.completion, row), settings)
     if shape == "messages":
         (column,) = _columns(row, shape)
-        return Document(row.place, messages=_messages(row, column))
+        messages = turns_of(row.values[column], column, row.place)
+        return Document(row.place, messages=messages, tools=tools_of(row.values.get("tools"), row.place))
     if shape == "text":
         (column,) = _columns(row, shape)
-        return Document(row.place, completion=_text(row, column))
+        return Document(row.place, completion=text_of(row, column))
     if shape == "prompt-completion":
         prompt, completion = _columns(row, shape)
-        return _pair(row, _text(row, prompt), _text(row, completion), settings)
+        return _pair(row, text_of(row, prompt), text_of(row, completion), settings)
     task, output, extra = _columns(row, shape)
-    instruction = _text(row, task)
-    context = _text(row, extra) if row.values.get(extra) is not None else ""
+    instruction = text_of(row, task)
+    context = text_of(row, extra) if row.values.get(extra) is not None else ""
     if settings.chat:
         prompt = f"{instruction}\n\n{context}" if context else instruction
     elif context:
         prompt = ALPACA_WITH_INPUT.format(instruction, context)
     else:
         prompt = ALPACA.format(instruction)
-    return _pair(row, prompt, _text(row, output), settings)
+    return _pair(row, prompt, text_of(row, output), settings)
 
 
-def opening(text: str, settings: LanguageData) -> str | list[Message]:
+def opening(text: str, settings: TextData) -> str | Chat:
     """What a person types as a prompt, as the rows of `settings.shape` write theirs."""
     if settings.shape == "messages":
-        return [{"role": "user", "content": text}]
+        return Chat([{"role": "user", "content": text}])
     before, after = _around(settings)
     return f"{before}{text}{after}"
 
 
-def typed(prompt: str | Sequence[Message], settings: LanguageData) -> str:
+def typed(prompt: str | Sequence[Message], settings: TextData) -> str:
     """What a person would have to type for this prompt; of a chat, its last message."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     before, after = _around(settings)
     return text.removeprefix(before).removesuffix(after)
 
 
-def _around(settings: LanguageData) -> tuple[str, str]:
+def _around(settings: TextData) -> tuple[str, str]:
     """What stands before and after the one text of a prompt; nothing, where a prompt has more than one."""
     template = settings.prompt or ""
     if settings.prompt is None and settings.shape == "alpaca" and not settings.chat:
@@ -179,7 +211,7 @@ def _around(settings: LanguageData) -> tuple[str, str]:
     return "", ""
 
 
-def without_completions(rows: Rows, settings: LanguageData) -> Rows:
+def without_completions(rows: Rows, settings: PairsData) -> Rows:
     """Rows of prompts alone: the columns that only a completion needs are filled with nothing where they lack."""
     asked = {column for _, column in template_parts(settings.prompt or "")}
     needed = {column for _, column in template_parts(settings.completion or "") if column} - asked
@@ -195,7 +227,7 @@ def without_completions(rows: Rows, settings: LanguageData) -> Rows:
     return replace(rows, numbered=filled)
 
 
-def _pair(row: Row, prompt: str, completion: str, settings: LanguageData) -> Document:
+def _pair(row: Row, prompt: str, completion: str, settings: PairsData) -> Document:
     if not settings.chat:
         return Document(row.place, prompt, completion)
     turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
@@ -217,7 +249,7 @@ def _no_column(row: Row, column: str) -> AdapterError:
     return AdapterError(f"{row.place}: no column {column!r}; the columns are {listed(row.values)}{hint}")
 
 
-def _text(row: Row, column: str) -> str:
+def text_of(row: Row, column: str) -> str:
     """The row's value as text. Numbers are written out; nothing else that is not text passes."""
     if column not in row.values:
         raise _no_column(row, column)
@@ -226,35 +258,9 @@ def _text(row: Row, column: str) -> str:
         return value
     if isinstance(value, int | float) and value == value:
         return str(value)
-    raise AdapterError(f"{row.place}: {column!r} is {_kind(value)}, expected text")
+    raise AdapterError(f"{row.place}: {column!r} is {kind_of(value)}, expected text")
 
 
-def _kind(value: object) -> str:
-    return "null" if value is None or value != value else f"a {type(value).__name__}"
-
-
-def _filled(template: str, row: Row) -> str:
+def filled(template: str, row: Row) -> str:
     """The template with the row's columns in their places."""
-    return "".join(text if column is None else text + _text(row, column) for text, column in template_parts(template))
-
-
-def _messages(row: Row, column: str) -> tuple[Message, ...]:
-    """The turns of a chat, written as role and content or as from and value."""
-    turns = row.values[column]
-    if not isinstance(turns, Iterable) or isinstance(turns, str | Mapping):
-        raise AdapterError(f"{row.place}: {column!r} is {_kind(turns)}, expected a list of messages")
-    return tuple(_message(turn, f"{row.place}, message {number}") for number, turn in enumerate(turns, 1))
-
-
-def _message(turn: object, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise AdapterError(f"{place}: {_kind(turn)}, expected an object with 'role' and 'content'")
-    values: Values = turn
-    said_by, said = ("from", "value") if "role" not in values and "from" in values else ("role", "content")
-    role = values.get(said_by)
-    if str(role) not in ROLES:
-        hint = nearest(str(role), ROLES)
-        raise AdapterError(f"{place}: {said_by!r} is {role!r}, expected one of {listed(ROLES)}{hint}")
-    if values.get("tool_calls"):
-        raise AdapterError(f"{place}: tool calls cannot be learned from; expected 'content' alone")
-    return {"role": ROLES[str(role)], "content": _text(Row(values, place), said)}
+    return "".join(text if column is None else text + text_of(row, column) for text, column in template_parts(template))

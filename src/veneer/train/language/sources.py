@@ -20,16 +20,19 @@ from veneer.core.errors import AdapterError
 from veneer.train.language import rows, shapes
 from veneer.train.language.report import Table
 from veneer.train.language.rows import Rows
-from veneer.train.language.settings import LanguageData
+from veneer.train.language.settings import PairsData, TextData
 from veneer.train.language.shapes import Document
-from veneer.train.language.tokens import TOKEN_BYTES, Example, bos_of, encode, refuse_slow, unpacked
+from veneer.train.language.tokens import TOKEN_BYTES, Encoded, Example, bos_of, refuse_slow, unpacked
 from veneer.train.store import Columns, Pieces, Store, digest_of, prepared
 from veneer.train.task import Reporter
 
 DOCUMENTS: Columns = [("number", "i8")]
 DRAWS: Columns = [("draw", "f8")]
 TOKENS: Columns = [("length", "i4"), ("learned", "i4"), ("fate", "i1")]
-PROGRAM = ("chat.py", "report.py", "rows.py", "settings.py", "shapes.py", "tokens.py")  # decide what is in a store
+PROGRAM = (  # decide what is in a store
+    *("chat.py", "comparisons.py", "pairs.py", "report.py", "rows.py", "settings.py", "shapes.py", "tokens.py"),
+    "turns.py",
+)
 
 
 class Packable(Protocol):
@@ -98,7 +101,7 @@ class Examples(Sequence[Example]):
         return unpacked(self._tokens[int(self._chosen[index])], int(self.rows[index]))
 
 
-def read(path: str, split: str, settings: LanguageData, reporter: Reporter) -> Documents[Document]:
+def read(path: str, split: str, settings: PairsData, reporter: Reporter) -> Documents[Document]:
     """All documents of a file or dataset. `settings.shape` says afterwards how its rows were read."""
     found = rows.read_rows(path, split, settings.subset)
     shape = settings.shape = shapes.detect_shape(found, settings)
@@ -141,12 +144,19 @@ def split(found: Documents[D], share: float, seed: int, reporter: Reporter) -> t
     return Documents(found.source, found.chosen[~held]), Documents(found.source, found.chosen[held])
 
 
-def tokens(source: Source[Document], tokenizer: Any, settings: LanguageData, reporter: Reporter, name: str) -> Store:
-    """The tokens of all documents of a source."""
+def tokens(
+    source: Source[D],
+    tokenizer: Any,
+    settings: TextData,
+    reporter: Reporter,
+    name: str,
+    encode: Callable[[Iterable[D], Any, Any], Iterable[Encoded]],
+) -> Store:
+    """The tokens of all documents of a source, as `encode` makes them with the tokenizer and the settings."""
     made_of = {
         "documents": digest_of(source.documents.made_of),
         "tokenizer": fingerprint(tokenizer),
-        **settings.model_dump(include={"learn", "max_length", "too_long", "chat"}),
+        **settings.model_dump(include={"learn", "max_length", "max_completion", "too_long", "chat"}),
         "program": program(PROGRAM),
     }
     if source.tokens is not None and source.tokens.made_of == made_of:
@@ -155,7 +165,7 @@ def tokens(source: Source[Document], tokenizer: Any, settings: LanguageData, rep
 
     def pieces() -> Pieces:
         for done, encoded in enumerate(encode(source, tokenizer, settings), 1):
-            yield encoded.packed(), (encoded.length, encoded.learned.count(1), encoded.fate)
+            yield encoded.packed(), (encoded.length, encoded.units, encoded.fate)
             if done % 1000 == 0 or done == total:
                 reporter.progress(f"{name}: tokenising", done, total)
 

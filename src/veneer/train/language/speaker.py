@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TextStreamer
@@ -16,16 +16,18 @@ from veneer.core.errors import AdapterError
 from veneer.files.pipeline import merged
 from veneer.safe.whole import write_folder
 from veneer.train.language.answers import answer, pad_of, refuse_empty, stops_of
-from veneer.train.language.chat import Message
-from veneer.train.language.model import choose_device, choose_dtype, load_causal_lm, load_tokenizer, quiet
+from veneer.train.language.model import choose_device, choose_dtype, load_language_model, load_tokenizer, quiet
+from veneer.train.language.pairs import encode_source
 from veneer.train.language.predictor import base_with_head, head_task
 from veneer.train.language.rows import read_rows
-from veneer.train.language.settings import LanguageData
+from veneer.train.language.settings import LanguageData, PairData, PairsData
 from veneer.train.language.shapes import detect_shape, documents, opening, without_completions
 from veneer.train.language.tokens import encode_prompt
+from veneer.train.language.turns import Chat
 from veneer.train.record import USAGE
 
-Opening = str | list[Message]
+Opening = str | Chat
+D = TypeVar("D", bound=LanguageData | PairData)
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Speaker:
 
     model: Any
     tokenizer: Any
-    data: LanguageData
+    data: PairsData
 
     @classmethod
     def load(cls, adapter: str, base: str | None = None, dtype: str | None = "auto", device: str = "auto") -> "Speaker":
@@ -50,8 +52,9 @@ class Speaker:
             raise AdapterError(f"{path} does not say which base it is for: give --base")
         place = zoo.resolve(base)
         chosen = choose_device(device)
-        model = load_causal_lm(place, dtype and choose_dtype(dtype, chosen), chosen)
-        return cls(files.attach(model, held).eval(), load_tokenizer(place), _usage(path))
+        model = load_language_model(place, dtype and choose_dtype(dtype, chosen), chosen)
+        data = _usage(path, PairData if model.config.is_encoder_decoder else LanguageData)
+        return cls(files.attach(model, held).eval(), load_tokenizer(place), data)
 
     def opening(self, text: str) -> Opening:
         """What a person types, as the rows of the training write it."""
@@ -62,6 +65,12 @@ class Speaker:
         rows = without_completions(read_rows(str(file)), self.data)
         return [document.opening for _, document in documents(rows, detect_shape(rows, self.data), self.data)]
 
+    def tokens(self, prompt: Opening) -> list[int]:
+        """What the model is given for a prompt."""
+        if isinstance(self.data, PairData):
+            return encode_source(prompt, self.tokenizer, self.data)
+        return encode_prompt(prompt, self.tokenizer, self.data)
+
     def answers(
         self,
         prompts: Sequence[Opening],
@@ -70,13 +79,13 @@ class Speaker:
         **options: Any,
     ) -> list[str]:
         """The answer to each prompt, of the adapted model or of the base."""
-        ids = [encode_prompt(prompt, self.tokenizer, self.data) for prompt in prompts]
+        ids = [self.tokens(prompt) for prompt in prompts]
         with nullcontext() if adapted else self.model.disable_adapter():
             return answer(self.model, self.tokenizer, ids, progress=progress, **options)
 
     def stream(self, prompt: Opening, **options: Any) -> None:
         """Print the answer to one prompt as it comes."""
-        tokens = [encode_prompt(prompt, self.tokenizer, self.data)]
+        tokens = [self.tokens(prompt)]
         refuse_empty(tokens)
         ids = torch.tensor(tokens, device=self.model.device)
         streamer = _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -87,7 +96,7 @@ class Speaker:
                 streamer=streamer,
                 pad_token_id=pad_of(self.tokenizer),
                 eos_token_id=stops_of(self.model, self.tokenizer),
-                **{"do_sample": False, **options},
+                **{"do_sample": False, "num_beams": 1, **options},
             )
 
 
@@ -116,7 +125,7 @@ def write_merged(
     cpu = choose_device("cpu")
     dtype = dtype and choose_dtype(dtype, cpu)
     headed = base_with_head(path, place, dtype, cpu) if path else None
-    model = headed.model if headed else load_causal_lm(place, dtype, cpu)
+    model = headed.model if headed else load_language_model(place, dtype, cpu)
     model = merged(model, adapters)
     reader = getattr(headed, "processor", None) or load_tokenizer(place)
 
@@ -128,11 +137,11 @@ def write_merged(
     write_folder(out, fill)
 
 
-def _usage(adapter: Path) -> LanguageData:
+def _usage(adapter: Path, kind: type[D]) -> D:
     """How prompts are written for the adapter; plainly, where it does not say."""
     path = adapter / USAGE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
-        return LanguageData(path="-", **data)
+        return kind(path="-", **data)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path} is damaged: {error}; without it, prompts are taken as they are") from error

@@ -8,14 +8,15 @@ a row's tokens begin with exactly the tokens that `encode_prompt` gives a model 
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.chat import Message, Spans, answer_spans, marked_spans, rendered_chat
+from veneer.train.language.chat import Spans, answer_spans, marked_spans, rendered_chat
 from veneer.train.language.report import Fate
-from veneer.train.language.settings import LanguageData
+from veneer.train.language.settings import TextData
 from veneer.train.language.shapes import Document
+from veneer.train.language.turns import Message
 
 BATCH = 1000  # texts a call: a fast tokenizer spreads them over the processor's cores
 CHARACTERS = 1_000_000  # of a batch, about: a token takes some 200 bytes until it is written
@@ -24,7 +25,7 @@ TOKEN_BYTES = 5
 
 @dataclass(slots=True)
 class Example:
-    """One row as tokens: their ids, a flag for each (1: learned), and which of the documents it is."""
+    """One row as tokens: their ids, a flag for each (odd: learned), and which of the documents it is."""
 
     ids: "array[int]"
     learned: bytes
@@ -38,6 +39,11 @@ class Encoded(NamedTuple):
     learned: bytes
     length: int
     fate: Fate
+
+    @property
+    def units(self) -> int:
+        """How many tokens are learned."""
+        return sum(flag & 1 for flag in self.learned)
 
     def packed(self) -> bytes:
         """Ids and flags as bytes, five a token."""
@@ -69,7 +75,7 @@ class Tokens(NamedTuple):
     prompt: range
 
 
-def encode(documents: Iterable[Document], tokenizer: Any, settings: LanguageData) -> Iterator[Encoded]:
+def encode(documents: Iterable[Document], tokenizer: Any, settings: TextData) -> Iterator[Encoded]:
     """Each document as tokens; a few are held at once."""
     for batch in _batches(documents):
         passages = _passages(batch, tokenizer, settings)
@@ -91,17 +97,19 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def encode_prompt(prompt: str | Sequence[Message], tokenizer: Any, settings: LanguageData) -> list[int]:
+def encode_prompt(prompt: str | Sequence[Message], tokenizer: Any, settings: TextData) -> list[int]:
     """The tokens that come before the completion in training: what a model is given to generate from.
 
-    `prompt` is a `Document.opening`: a text (put into the chat template where data.chat says so), or messages.
+    `prompt` is a `Document.opening`: a text (put into the chat template where data.chat says so), or messages
+    (a `Chat`, where there are tools).
     """
     if isinstance(prompt, str) and not settings.chat:
         passage = Passage(prompt, len(prompt), [], bos_of(tokenizer), [])
     else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = rendered_chat(messages, tokenizer, answering=True)
-        spans = answer_spans(messages, text, tokenizer)
+        chat: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        tools = getattr(chat, "tools", ())
+        text = rendered_chat(chat, tokenizer, tools, answering=True)
+        spans = answer_spans(chat, text, tokenizer, tools)
         passage = Passage(text, spans[0][0] if spans else len(text), [], [], [])
     return _tokenised([passage], tokenizer)[0].ids
 
@@ -119,7 +127,7 @@ def coloured(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     return runs
 
 
-def _fitted(tokens: Tokens, chat: bool, settings: LanguageData) -> Encoded:
+def _fitted(tokens: Tokens, chat: bool, settings: TextData) -> Encoded:
     """Ids and flags, cut where they are too many."""
     ids, learned, prompt = tokens
     length = len(ids)
@@ -148,9 +156,11 @@ def bos_of(tokenizer: Any) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _passages(documents: Sequence[Document], tokenizer: Any, settings: LanguageData) -> list[Passage]:
+def _passages(documents: Sequence[Document], tokenizer: Any, settings: TextData) -> list[Passage]:
     """Each document as one text. One without anything to learn has no spans, and nothing after it."""
     everything = settings.learn == "all"
+    if settings.learn == "last":
+        documents = [_until_last(document) for document in documents]
     bos = bos_of(tokenizer)
     stops = tuple(filter(None, {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}))
     return [
@@ -178,15 +188,15 @@ def _everything(text: str) -> Spans:
 
 def _chat_passage(document: Document, tokenizer: Any, everything: bool, stops: tuple[str, ...]) -> Passage:
     """The chat as its template writes it; the spans are the assistant's turns, each with its end-of-turn token."""
-    messages = document.messages
-    said = [message["content"] for message in messages if everything or message["role"] == "assistant"]
+    messages, tools, given = document.messages, document.tools, document.given
+    learned = [m for i, m in enumerate(messages) if everything or (m["role"] == "assistant" and i >= given)]
     try:
-        text = rendered_chat(messages, tokenizer)
-        if not any(content.strip() for content in said):
+        text = rendered_chat(messages, tokenizer, tools)
+        if not any(m["content"].strip() or m.get("tool_calls") for m in learned):
             return Passage(text, len(text), [], [], [])
-        spans = answer_spans(messages, text, tokenizer)
+        spans = answer_spans(messages, text, tokenizer, tools, given)
         if spans is None and not everything:
-            spans = marked_spans(messages, tokenizer)
+            spans = marked_spans(messages, tokenizer, tools, given)
     except AdapterError as error:
         raise AdapterError(f"{document.place}: {error}") from error
     spans = [_to_stop(text, begin, end, stops) for begin, end in spans or []]
@@ -194,6 +204,12 @@ def _chat_passage(document: Document, tokenizer: Any, everything: bool, stops: t
     unfinished = messages[-1]["role"] == "assistant" and not text.rstrip().endswith(stops)
     after = [tokenizer.eos_token_id] if unfinished and tokenizer.eos_token_id is not None else []
     return Passage(text, border, _everything(text) if everything else spans, [], after)
+
+
+def _until_last(document: Document) -> Document:
+    """A chat up to the last of the assistant's turns, which alone is learned."""
+    turns = [i for i, message in enumerate(document.messages) if message["role"] == "assistant"]
+    return replace(document, messages=document.messages[: turns[-1] + 1], given=turns[-1]) if turns else document
 
 
 def _to_stop(text: str, begin: int, end: int, stops: tuple[str, ...]) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import Adapter, AdapterError, LoraConfig, PeftModel, get_peft_model
-from veneer.core.apart import Change, adapter_of, beside, changes
+from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.inject import carrying
 
 

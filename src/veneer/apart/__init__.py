@@ -1,0 +1,1 @@
+"""Adapters apart from any model: what one does to each layer, as plain data."""
