@@ -69,8 +69,10 @@ def scaling(model: nn.Module, heads: list[str], new: list[str]) -> Iterator[None
     """
     called: list[nn.Module] = []
 
-    def scale(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        y, layer = inputs[0], called[-1]
+    def scale(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        y, layer = inputs[0], called[-1] if called else None
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or len(layer.weight) != y.shape[1]:
+            return None
         by = (y.float().transpose(0, 1).flatten(1).var(1) + 1e-5).rsqrt().to(y.dtype)  # (channels,)
         for parameter in layer.parameters():
             parameter.mul_(by.to(parameter.dtype).view(-1, *[1] * (parameter.ndim - 1)))
