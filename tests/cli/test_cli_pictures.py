@@ -145,15 +145,15 @@ def test_what_is_wrong_with_pictures_is_told_at_once(veneer, recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "family", "more", "figure", "before", "after"),
+    ("task", "family", "more", "steps", "figure", "before", "after"),
     [
-        ("image-classification", "resnet", {"target_modules": ["convolution"]}, "accuracy", 0.45, 0.6),
-        ("semantic-segmentation", "segformer", {}, "mean_iou", 0.2, 0.45),
+        ("image-classification", "resnet", {"target_modules": ["convolution"]}, 60, "accuracy", 0.45, 0.6),
+        ("semantic-segmentation", "segformer", {}, 40, "mean_iou", 0.2, 0.4),
     ],
 )
-def test_drawn_shapes_are_learned(veneer, recipe, tmp_path, task, family, more, figure, before, after):
+def test_drawn_shapes_are_learned(veneer, recipe, tmp_path, task, family, more, steps, figure, before, after):
     shapes = draw_all(tmp_path / "shapes", 150)
-    settings = {"adapter": {"r": 16, "lora_alpha": 32, **more}, "train": {"steps": 50, "batch_size": 16}}
+    settings = {"adapter": {"r": 16, "lora_alpha": 32, **more}, "train": {"steps": steps, "batch_size": 16}}
     file = recipe(task, family, shapes, {**settings, "data": {"least": 0.8}})
     assert veneer("train", file).code == 0
     lines = map(json.loads, (tmp_path / "runs/seeing-1/metrics.jsonl").read_text().splitlines())

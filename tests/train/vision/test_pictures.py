@@ -129,6 +129,18 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, shapes):
     assert "has no folder 'train': found 'val'" in problem(tmp_path / "split")
 
 
+def test_masks_lie_in_the_split_of_their_pictures(tmp_path, shapes):
+    for split, number in (("training", "001"), ("validation", "002")):
+        for kind in ("pictures", "masks"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            (tmp_path / kind / split / f"{number}.png").write_bytes((shapes / kind / f"{number}.png").read_bytes())
+    own = data(tmp_path / "pictures", split="training", eval_split="validation")
+    said = Said(("mask",), "mask", None, str(tmp_path / "masks"), is_picture=True)
+    for part, number in zip(read_sides(own, 0, lambda held: said), ("001", "002"), strict=True):
+        assert len(part) == 1
+        assert np.array_equal(read_mask(part.truth(0), "m"), read_mask(shapes / f"masks/{number}.png", "m"))
+
+
 @pytest.mark.parametrize(("name", "size"), [("vit", None), ("convnext", None), ("vit", 48), ("convnext", 48)])
 def test_pictures_are_prepared_as_the_base_says(base, name, size):
     picture = Image.effect_noise((60, 90), 60).convert("RGB")

@@ -82,6 +82,32 @@ def test_a_new_head_is_trained_and_what_is_frozen_stays(built, family, target, h
     assert all(own.grad is not None for own in task.model.parameters() if own.requires_grad)
 
 
+def test_pictures_of_a_table_are_learned_and_shown(base, shapes, tmp_path):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+
+    names = [f"{number:03}.png" for number in range(8)]
+    columns = {
+        kind: [{"bytes": (shapes / kind / name).read_bytes(), "path": None} for name in names]
+        for kind in ("pictures", "masks")
+    }
+    features = Features({"pictures": Picture(), "masks": Picture(), "number": Value("int64")})
+    Dataset.from_dict({**columns, "number": range(8)}, features=features).to_parquet(tmp_path / "rows.parquet")
+    values = {"task": "semantic-segmentation", "base": str(base("segformer")), "dtype": "float32", "device": "cpu"}
+    rows = {"path": str(tmp_path / "rows.parquet"), "image": "pictures", "mask": "masks", "eval_share": 0.3}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({**values, "data": rows, "adapter": {"target_modules": "attention"}})
+    )
+    recipe, build = read_recipe(str(tmp_path / "recipe.yaml"))
+    task = build(recipe, Reporter())
+    assert task.batches([0, 1])[0].inputs["labels"].unique().tolist()[0] == 0
+    assert task.sample()[0]["row"].startswith("rows.parquet, row ")
+    assert task.draw(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 100
+    assert len(task.made_of()["rows"]) == 64
+
+
 def test_bfloat16_and_another_size(built):
     task = built("vit", dtype="bfloat16", size=48)
     batch = task.batches([0, 1])[0]

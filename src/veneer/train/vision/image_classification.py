@@ -84,11 +84,7 @@ class ImageClassification(PictureTask):
         said, label = self.says(picture), self.data.labels[self.number(part, index)]
         told = f"{said['label']} ({said['probability']:.2f})"
         drawn = Shown([small(picture)], [f"is {label}", f"said {told}"], said["label"] == label)
-        return {
-            "picture": str(part.raw(index)) if not isinstance(part.raw(index), bytes) else part.place(index),
-            "label": label,
-            "predicted": told,
-        }, drawn
+        return {**self.named(part, index), "label": label, "predicted": told}, drawn
 
     def look(self, index: int) -> list[tuple[str, bool]]:
         return [(f"{self.part.place(index)} → ", False), (self.data.labels[self.number(self.part, index)], True)]

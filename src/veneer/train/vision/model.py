@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.train.language.heads import load_config, load_with_head
 
 Normalising = nn.modules.batchnorm._BatchNorm
@@ -29,7 +29,13 @@ def load_seeing(
         raise AdapterError(f"base {folder} is not whole: {listed(body)} have no weights there; choose another base")
     modules = [f"{path}.{name}".rstrip(".") for path in heads for name, _ in model.get_submodule(path).named_modules()]
     new = [path for path in modules if isinstance(model.get_submodule(path), Normalising)]
-    return model, [own for path in heads for own in savable(model, path)], new
+    saved = [own for path in heads for own in savable(model, path)]
+    random = [f"{path}.{name}" for path in heads for name, _ in model.get_submodule(path).named_parameters()]
+    if lost := [name for name in random if not any(name.startswith(f"{own}.") for own in (*saved, *new))]:
+        raise AdapterError(
+            f"base {folder}: {collapsed(lost)} start at random, and no adapter can hold them: choose a base with a head"
+        )
+    return model, saved, new
 
 
 def savable(model: nn.Module, path: str) -> list[str]:
@@ -63,8 +69,10 @@ def scaling(model: nn.Module, heads: list[str], new: list[str]) -> Iterator[None
     """
     called: list[nn.Module] = []
 
-    def scale(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        y, layer = inputs[0], called[-1]
+    def scale(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        y, layer = inputs[0], called[-1] if called else None
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or len(layer.weight) != y.shape[1]:
+            return None
         by = (y.float().transpose(0, 1).flatten(1).var(1) + 1e-5).rsqrt().to(y.dtype)  # (channels,)
         for parameter in layer.parameters():
             parameter.mul_(by.to(parameter.dtype).view(-1, *[1] * (parameter.ndim - 1)))

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from veneer import zoo
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.model import get_peft_model
 from veneer.safe.whole import write_whole
 from veneer.train.language.heads import load_config
@@ -94,7 +94,7 @@ class PictureTask(Task):
     def _adapt(self, heads: list[str]) -> None:
         recipe = self.recipe
         if heads:
-            self.reporter.say(f"{listed(heads, say=str)} start at random: trained whole, and saved with the adapter")
+            self.reporter.say(f"{collapsed(heads)} start at random: trained whole, and saved with the adapter")
         recipe.adapter.modules_to_save = sorted({*(recipe.adapter.modules_to_save or []), *heads}) or None
         self.model = get_peft_model(self.model, recipe.adapter)
         self.model.peft_config["default"].base_model_name_or_path = recipe.base
@@ -147,6 +147,11 @@ class PictureTask(Task):
     def read(self, raw: Raw, place: str) -> Image.Image:
         """The picture, in the colours that the base is given."""
         return read_picture(raw, place, self.preparer.mode)
+
+    def named(self, part: Pictures, index: int) -> dict[str, str]:
+        """A picture by its file, or by its row where it is in a table."""
+        raw = part.raw(index)
+        return {"row": part.place(index)} if isinstance(raw, bytes) else {"picture": str(raw)}
 
     def drawing(self, picture: Image.Image, random: Random) -> tuple[Box, bool]:
         """The part of the picture that is learned this time, and whether it is turned left to right."""

@@ -121,9 +121,7 @@ class SemanticSegmentation(PictureTask):
         used = np.unique(np.stack([mask, said])).tolist()
         colours = [(self.data.labels[number], colour_of(number)) for number in used if number != NONE]
         pictures = [small(own) for own in (picture, painted(mask, classes), painted(said, classes))]
-        raw = part.raw(index)
-        words = {"picture": part.place(index) if isinstance(raw, bytes) else str(raw), "predicted": told}
-        return words, Shown(
+        return {**self.named(part, index), "predicted": told}, Shown(
             pictures, [part.place(index), f"the picture, its mask, what is said: {told}"], None, colours
         )
 

@@ -81,7 +81,10 @@ def read_pictures(path: str, split: str, data: Any, said: Said) -> Pictures:
     place = Path(path)
     ending = place.suffix.lower()
     if place.is_dir():
-        return _folder(_of_split(place, split), data, said)
+        folder = _of_split(place, split)
+        if said.masks and folder != place and (Path(said.masks) / split).is_dir():
+            said = replace(said, masks=str(Path(said.masks) / split))
+        return _folder(folder, data, said)
     if ending == ".parquet" or (not place.exists() and ending not in READERS and HUB_NAME.fullmatch(path)):
         return _table(path, split, data, said)
     if not place.exists():
