@@ -6,7 +6,7 @@ from torch import nn
 
 from veneer import Adapter, AdapterError, LoraConfig, get_peft_model
 from veneer.apart.changes import changes
-from veneer.combine import combine, lora_of, measured, negate, resize
+from veneer.combine import combine, lora_of, measured, negate, resize, subtract
 
 
 def test_layers_of_one_adapter_alone(make, deltas):
@@ -233,3 +233,12 @@ def test_parameters_adapted_by_their_names_are_refused():
     one = Adapter(config, {"experts": {"A": torch.randn(6, 5), "B": torch.randn(4, 6)}})
     with pytest.raises(AdapterError, match=r"target_parameters.* are not combined: experts"):
         combine([one, one], [1, 1])
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {}])
+def test_what_depends_on_the_base_is_turned_around_with_it(make, deltas, weights, fields):
+    own = make(q=("LORA" if fields else "IA3", 2, fields))
+    turned = negate(own, base=weights)
+    torch.testing.assert_close(deltas(turned, weights)["q"], -deltas(own, weights)["q"])
+    nothing = deltas(subtract(own, own, base=weights), weights)["q"]
+    torch.testing.assert_close(nothing, torch.zeros_like(nothing))

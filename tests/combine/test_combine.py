@@ -213,3 +213,13 @@ def test_weights_are_numbers_one_for_each(make):
             combine([make(q="LORA")], [wrong])
     with pytest.raises(AdapterError, match="no adapters"):
         combine([], [])
+
+
+@pytest.mark.parametrize(("how", "methods"), [("linear", ["LORA"]), ("cat", ["LORA"]), ("linear", ["FULL", "LOKR"])])
+@pytest.mark.parametrize("weight", [0.7, 1e-5])
+def test_the_error_that_is_stated_counts_the_rounding(make, deltas, how, methods, weight):
+    own = [make(q=method) for method in methods]
+    found, errors = measured(own, [weight] * len(own), how, dtype=torch.float16)
+    total = weight * sum(deltas(one)["q"] for one in own)
+    error = float((deltas(found)["q"] - total).norm() / total.norm())
+    assert errors.total == pytest.approx(error, rel=0.02)

@@ -166,3 +166,17 @@ def test_whole_numbers_that_differ_are_told():
     new = {name: tensor + 1 for name, tensor in old.items()}
     found = extract(new, old, rank=1)
     assert (found.left, found.same) == (["b.weight"], [])
+
+
+def test_a_table_that_a_head_may_share_is_warned_of_and_a_head_alone_is_named(tiny):
+    base = tiny("llama")
+    weights = {name: tensor.detach() for name, tensor in base.named_parameters()}
+    tied = {name: own for name, own in weights.items() if name != "lm_head.weight"}
+    tuned = {name: own + torch.randn_like(own) for name, own in tied.items()}
+    with pytest.warns(UserWarning, match="shares the weight of model.embed_tokens .a tied head., it is not changed"):
+        extract(tuned, tied, rank=1, everything=True)
+    head = {"lm_head.weight": torch.randn_like(tied["model.embed_tokens.weight"])}
+    with pytest.raises(AdapterError, match=r"nothing to extract; in one of them alone are lm_head.weight"):
+        extract(tied | head, tied, rank=1)
+    own = {name: tensor + torch.randn_like(tensor) for name, tensor in (tied | head).items()}
+    assert extract(own, tied | head, rank=1, everything=True).left == []

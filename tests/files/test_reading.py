@@ -163,3 +163,20 @@ def test_names_that_only_their_model_can_resolve_are_not_written_as_paths(tmp_pa
         files.write(adapter, tmp_path / "out", format)
     assert not (tmp_path / "out").exists()
     files.write(adapter, tmp_path / "out", "kohya")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields", "said"),
+    [
+        ({"A": (4, 6), "B": (5, 4)}, {"r": 8}, r"q: a LORA of rank 8 for a weight \(5, 6\) has A \(8, 6\)"),
+        ({"B": (5, 4)}, {"r": 4}, "q: B alone are no LORA"),
+        ({"A": (4, 6), "B": (5, 4)}, {"r": 4, "use_dora": True}, r"has .* magnitude \(5,\), found A"),
+    ],
+)
+@pytest.mark.parametrize("format", ["kohya", "loralib", "lycoris", "peft"])
+def test_tensors_that_are_not_the_configs_are_not_written(tmp_path, format, tensors, fields, said):
+    own = {name: torch.ones(shape) for name, shape in tensors.items()}
+    adapter = adapter_of({"q": Change(LoraConfig(lora_alpha=8, **fields), own)})
+    with pytest.raises(AdapterError, match=said):
+        files.write(adapter, tmp_path / "out", format)
+    assert list(tmp_path.iterdir()) == []

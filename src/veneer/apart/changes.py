@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.methods import maker
 from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.search import WRAPPED, among, own_configs
@@ -56,7 +56,24 @@ class Change:
                 f"the projections of {self.config.peft_type} are not in the file, but drawn for all layers of a model "
                 "at once: put the adapter on its model"
             )
-        first = next(iter(self.tensors.values()))
+        update = self._on_meta(shape)
+        update.requires_grad_(False).materialise(next(iter(self.tensors.values())).device)
+        with torch.no_grad():
+            for name, value in update.tensors().items():
+                value.copy_(self.tensors[name].reshape(value.shape))
+            for name, value in update.shared_tensors().items():  # of the widest layers'
+                value.copy_(self.shared[name][tuple(map(slice, value.shape))])
+        return update
+
+    def check(self) -> None:
+        """Raises `AdapterError` when the tensors are not those of such a change, as far as their shapes say it."""
+        method, own = self.config.method, self.tensors
+        if (shape := self.shape) is not None:
+            self._on_meta(shape)
+        elif own.keys() != {"b"} and ("sides" in vars(method) or {"A", "B"} <= {*method.forms.values()}):
+            raise AdapterError(f"{listed(own, say=str)} alone are no {self.config.peft_type}")
+
+    def _on_meta(self, shape: tuple[int, ...]) -> Update:
         wide = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         sketch = torch.empty(shape, device="meta", dtype=torch.float64 if wide else torch.float32)
         update = maker(self.config, [(sketch, self.config)])(sketch, self.config, lambda *_: None)
@@ -71,13 +88,19 @@ class Change:
                 f"a {self.config.peft_type} of rank {self.config.r} for a weight {tuple(shape)} has {expected}, "
                 f"found {found}"
             )
-        update.requires_grad_(False).materialise(first.device)
-        with torch.no_grad():
-            for name, value in update.tensors().items():
-                value.copy_(self.tensors[name].reshape(value.shape))
-            for name, value in update.shared_tensors().items():  # of the widest layers'
-                value.copy_(self.shared[name][tuple(map(slice, value.shape))])
         return update
+
+
+def checked(every: Mapping[str, Change]) -> None:
+    """Raises one `AdapterError` that says of which layers the tensors are not those of the config."""
+    wrong = defaultdict[str, list[str]](list)
+    for path, change in every.items():
+        try:
+            change.check()
+        except AdapterError as error:
+            wrong[str(error)].append(path)
+    if wrong:
+        raise AdapterError(listed((f"{collapsed(paths, 8)}: {said}" for said, paths in wrong.items()), 8, str, "\n"))
 
 
 def changes(adapter: Adapter) -> dict[str, Change]:

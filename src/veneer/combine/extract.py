@@ -1,6 +1,7 @@
 """The adapter between two whole models: their difference, layer by layer, as a LoRA."""
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -72,9 +73,16 @@ def extract(
     changes, tables = _changes(pair, keep, conv_rank, everything, dtype, rename, progress, found)
     if not changes:
         more = f"; what differs are {listed(found.left, say=named)}" if found.left else ""
+        more += f"; in one of them alone are {listed(found.strange, say=named)}" if found.strange else ""
         raise AdapterError(f"the two models have the same matrices: there is nothing to extract{more}")
     first = {path.partition(".")[0] for path in changes}
     own = [part for part in (*parts, *pair.parts) if part in first]
+    if alone := [path for path in tables if pair.may_be_tied(path)]:
+        warnings.warn(
+            f"where another layer shares the weight of {listed(alone, say=named)} (a tied head), it is not changed "
+            "with it by this adapter",
+            stacklevel=3,
+        )
     found.adapter = adapter_of(changes, parts=own, embeddings=tables, base=base_name)
     return found
 
@@ -140,6 +148,12 @@ class _Pair:
     def is_matrix(self, name: str) -> bool:
         """Whether it is what a LoRA is for."""
         return name.endswith(".weight") and len(self.shapes[name]) >= 2 and not self.is_table(name)
+
+    def may_be_tied(self, path: str) -> bool:
+        """Whether it is the largest table, and no layer has a matrix of its size, as an output head of its own has."""
+        shape = self.shapes.get(f"{path}.weight")
+        tables = [own for name, own in self.shapes.items() if self.is_table(name)]
+        return shape == max(tables) and all(own != shape or self.is_table(name) for name, own in self.shapes.items())
 
     def is_table(self, name: str) -> bool:
         return len(self.shapes[name]) == 2 and _TABLE.search(name) is not None

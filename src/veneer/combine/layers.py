@@ -95,18 +95,9 @@ def row_of(change: Change, W: Matrix) -> tuple[int, ...]:
 
 def lora(found: Factored, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:
     """ΔW = B A as a plain LoRA of scale 1."""
-    return _lora(found.B, found.A, row, b, dtype)
-
-
-def concatenated(W: Thin, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:
-    """The same of factors as they stand."""
-    return _lora(W.B, W.A, row, b, dtype)
-
-
-def _lora(B: Tensor, A: Tensor, row: Sequence[int], b: Tensor | None, dtype: torch.dtype) -> Change:
-    r = len(A)
+    r = len(found.A)
     point = [1 for _ in row[1:]]
-    tensors = {"A": A.to(dtype).reshape(r, *row), "B": B.to(dtype).reshape(len(B), r, *point)}
+    tensors = {"A": found.A.reshape(r, *row), "B": found.B.reshape(len(found.B), r, *point)}
     config = LoraConfig(r=r, lora_alpha=r, options={"lora_bias": b is not None})
     return Change(config, tensors if b is None else {**tensors, "b": b.to(dtype)})
 

@@ -165,9 +165,15 @@ def _of_thin(W: Thin, keep: Keep, dtype: torch.dtype) -> Factored:
     k = keep.count(S, square, max(torch.finfo(dtype).eps, least))
     root = S[:k].sqrt()
     B, A = left @ (U[:, :k] * root), (root[:, None] * Vt[:k]) @ right.t()
-    own = B.to(dtype), A.to(dtype)
-    rounding = weighted([(1, Thin(B - own[0], A)), (1, Thin(own[0], A - own[1]))])  # B A less what is stored
-    return Factored(*own, float(S[k:].square().sum()) + max(inner(rounding, rounding), 0.0), square)
+    found = kept(Thin(B, A), dtype)
+    return found._replace(lost=float(S[k:].square().sum()) + found.lost, square=square)
+
+
+def kept(W: Thin, dtype: torch.dtype) -> Factored:
+    """The factors as they are, stored in `dtype`: what is lost is their rounding."""
+    B, A = W.B.to(dtype), W.A.to(dtype)
+    rounding = weighted([(1, Thin(W.B - B, W.A)), (1, Thin(B, W.A - A))])
+    return Factored(B, A, max(inner(rounding, rounding), 0.0), inner(W, W))
 
 
 def _leading(D: Tensor, keep: Keep, square: float, least: float) -> tuple[Tensor, Tensor] | None:

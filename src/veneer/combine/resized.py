@@ -65,17 +65,17 @@ def resize(
     return replace(adapter_of(found, like=adapter), metadata=agreed([adapter])["metadata"]), errors
 
 
-def subtract(adapter: Adapter, other: Adapter, how: str = "linear") -> Adapter:
-    """ΔW - ΔW′, exactly; `how` as in `combine`."""
-    return combine([adapter, other], [1.0, -1.0], how)
+def subtract(adapter: Adapter, other: Adapter, how: str = "linear", base: Source | None = None) -> Adapter:
+    """ΔW - ΔW′, exactly; `how` and `base` as in `combine`."""
+    return combine([adapter, other], [1.0, -1.0], how, base=base)
 
 
-def negate(adapter: Adapter) -> Adapter:
-    """-ΔW, exactly and of the same ranks: what added to the adapter leaves the base."""
+def negate(adapter: Adapter, base: Source | None = None) -> Adapter:
+    """-ΔW, exactly and of the same ranks: what added to the adapter leaves the base. `base` as in `combine`."""
     every = changes(adapter)
     if not beside(adapter) and all(own.config.peft_type in _LEFT and not own.config.use_dora for own in every.values()):
         return replace(adapter, tensors=adapter.tensors | {path: _turned(own) for path, own in every.items()})
-    return measured([adapter], [-1.0], "cat", names=["the adapter"], dtype=precision([adapter], least=None))[0]
+    return measured([adapter], [-1.0], "cat", names=["the adapter"], base=base)[0]
 
 
 # the tensors of a method with which ΔW and Δb change their sign

@@ -11,8 +11,8 @@ from torch import Tensor
 from veneer.apart.changes import Change
 from veneer.combine import sparse
 from veneer.combine.base import Base
-from veneer.combine.layers import Seen, concatenated, full, lora, seen, shifted
-from veneer.combine.matrix import Keep, Matrix, Thin, factored, inner, weighted, whole
+from veneer.combine.layers import Seen, full, lora, seen, shifted
+from veneer.combine.matrix import Keep, Matrix, Thin, factored, inner, kept, weighted, whole
 from veneer.core.errors import AdapterError, listed, nearest, shown
 
 SUMS = ("linear", "cat", "svd", "slerp")
@@ -130,11 +130,12 @@ def stored(
         assert b is not None
         return shifted(b, dtype), (0.0, 0.0)
     if as_is and isinstance(W, Thin):
-        return concatenated(W, row, b, dtype), (0.0, inner(W, W))
+        found = kept(W, dtype)
+        return lora(found, row, b, dtype), (found.lost, found.square)
     if thin or isinstance(W, Thin) or not keep.everything:
         found = factored(W, keep, dtype)
         return lora(found, row, b, dtype), (found.lost, found.square)
-    return full(W, row, b, dtype), (0.0, inner(W, W))
+    return full(W, row, b, dtype), (float(torch.sum((W - W.to(dtype)).double().square())), inner(W, W))
 
 
 def size(W: Matrix) -> tuple[int, int]:

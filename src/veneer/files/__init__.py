@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from veneer.apart.changes import changes, checked
 from veneer.core.adapter import CONFIG, Adapter
 from veneer.core.errors import AdapterError, listed, named, nearest
 from veneer.files.attach import adapter_on, attach, detach
@@ -61,6 +62,7 @@ def write(adapter: Adapter, path: Place, format: str, force: bool = False, **ask
     Raises `AdapterError` with every reason why the format cannot hold it.
     """
     run = _module(format).write
+    checked(changes(adapter))
     given = _told(run, format, asked)
     path = Path(path)
     taken = (path.exists() and (not path.is_dir() or any(path.iterdir()))) if format in FOLDERS else path.exists()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.apart.changes import Change, adapter_of, beside, changes
+from veneer.apart.changes import Change, adapter_of, beside, changes, checked
 from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, collapsed, listed
@@ -39,6 +39,7 @@ def export(adapter: Adapter, path: str | os.PathLike[str], *, pad_rank: bool = F
     """
     from veneer import files  # which knows formats, and this is none
 
+    checked(changes(adapter))
     if broken := broken_rules(adapter):
         raise AdapterError("\n".join(["vLLM would not serve this adapter:", *(f"- {rule}" for rule in broken)]))
     fitted, notes = _fitted(adapter, pad_rank)
