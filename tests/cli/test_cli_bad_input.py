@@ -90,7 +90,7 @@ def test_targets_that_match_nothing(veneer, recipe):
 
 
 def test_a_base_that_is_nothing(veneer, recipe, tmp_path):
-    refused(veneer("train", recipe, "base=smolm2-135m"), "neither a name", "did you mean 'smollm2-135m'?")
+    refused(veneer("train", recipe, "base=smolm2-135m"), "neither a folder", "did you mean 'smollm2-135m'?")
     refused(veneer("train", recipe, f"base={tmp_path / 'nowhere'}"), "nowhere", "neither")
     refused(veneer("train", recipe, "base=owner/model"), "hub id", "HF_HUB_OFFLINE")
     (tmp_path / "hollow").mkdir()

@@ -34,8 +34,8 @@ def test_it_says_what_it_read_wrote_and_folded(veneer, source, tmp_path):
     said = veneer("convert", source, tmp_path / "out.safetensors", "--to", "diffusers")
     assert said.code == 0
     lines = said.out.splitlines()
-    assert lines[0] == f"read {source} (kohya): LORA, 2 layers (unet 2), ranks 2 to 3"
-    assert lines[1] == f"wrote {tmp_path / 'out.safetensors'} (diffusers): LORA, 2 layers (unet 2), ranks 2 to 3"
+    assert lines[0] == f"read {source} (kohya): LoRA, 2 layers (unet 2), ranks 2 to 3"
+    assert lines[1] == f"wrote {tmp_path / 'out.safetensors'} (diffusers): LoRA, 2 layers (unet 2), ranks 2 to 3"
     assert lines[2] == "  layers whose scale is inside the factors now: 2"
     assert lines[3] == "  layers filled up with zeros, to rank 3: 1"
     torch.testing.assert_close(_deltas(tmp_path / "out.safetensors"), _deltas(source))
@@ -49,12 +49,12 @@ def test_a_round_trip_keeps_every_change(veneer, source, tmp_path):
         assert (said.code, said.err) == (0, "")
         torch.testing.assert_close(_deltas(tmp_path / end), _deltas(source))
     assert (tmp_path / "c" / "unet" / "adapter_config.json").is_file()
-    for start, end, name in (("c", "alone", "peft"), ("alone", "e", "diffusers")):
+    for start, end, name in (("c", "alone", "peft"), ("alone", "e.safetensors", "diffusers")):
         said = veneer("convert", tmp_path / start, tmp_path / end, "--to", name, "--part", "unet")
         assert (said.code, said.err) == (0, "")
     assert files.read(tmp_path / "alone").parts == ()
-    assert files.read(tmp_path / "e").parts == ("unet",)
-    torch.testing.assert_close(_deltas(tmp_path / "e"), _deltas(source))
+    assert files.read(tmp_path / "e.safetensors").parts == ("unet",)
+    torch.testing.assert_close(_deltas(tmp_path / "e.safetensors"), _deltas(source))
 
 
 def test_nothing_is_overwritten_without_force(veneer, source, tmp_path):
@@ -79,10 +79,33 @@ def test_alpha_precision_and_parts_are_told(veneer, source, tmp_path):
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {
         torch.bfloat16
     }
-    assert "'unet'" in veneer("convert", source, tmp_path / "x", "--to", "kohya", "--part", "prior").err
-    said = veneer("convert", tmp_path / "raw", tmp_path / "x", "--to", "diffusers", "--alpha", "4")
+    assert "'unet'" in veneer("convert", source, tmp_path / "x.safetensors", "--to", "kohya", "--part", "prior").err
+    said = veneer("convert", tmp_path / "raw", tmp_path / "x.safetensors", "--to", "diffusers", "--alpha", "4")
     assert "--part unet" in said.err
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_pipelines_adapter_is_not_for_a_language_model(veneer, source, tiny_base, tmp_path):
+    for command in (("merge", source, "--out", tmp_path / "merged"), ("generate", source, "--prompt", "x")):
+        said = veneer(*command, "--base", tiny_base)
+        assert said.code == 2
+        assert "a pipeline's unet" in said.err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "words"),
+    [
+        ("out", "kohya", "is a folder's name, and kohya is a file"),
+        ("out.pt", "kohya", "is a pickle's name, and none is written"),
+        ("out.safetensors", "peft", "is a file's name, and peft is a folder"),
+    ],
+)
+def test_a_name_that_says_something_else_is_refused(veneer, source, tmp_path, name, format, words):
+    said = veneer("convert", source, tmp_path / name, "--to", format)
+    assert said.code == 2
+    assert words in said.err
+    assert not (tmp_path / name).exists()
 
 
 def test_what_the_precision_cannot_hold_is_refused(veneer, source, tmp_path):

@@ -134,7 +134,10 @@ def test_a_file_unfit_for_use_is_shown_with_exit_code_2(veneer, kohya, folder, t
     path.write_bytes(path.read_bytes()[:-10])
     said = veneer("inspect", path)
     assert (said.code, said.out) == (2, "")
-    assert "not a whole safetensors file" in said.err
+    assert f"not a whole safetensors file: it has {path.stat().st_size} bytes of {path.stat().st_size + 10}" in said.err
+    for text, words in ((b"", "it is empty"), (b"a page of an error", "begins with b'a page of an err'")):
+        path.write_bytes(text)
+        assert words in veneer("inspect", path).err
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "eight"}')
     said = veneer("inspect", folder)
     assert said.code == 2

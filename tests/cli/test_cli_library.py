@@ -89,6 +89,8 @@ def test_pushed_and_pulled_through_a_folder(veneer, made, tmp_path):
     assert (said.code, said.out) == (0, f"{tmp_path / 'stick' / 'my-style'}\n")
     assert veneer("library", "push", "my-style", tmp_path / "stick").code == 2
     assert veneer("library", "pull", tmp_path / "stick" / "my-style", "--name", "back").out == "back\n"
+    said = veneer("library", "pull", tmp_path / "stick")
+    assert (said.code, f"name one: {tmp_path / 'stick' / 'my-style'}" in said.err) == (2, True)
     rows = json.loads(veneer("library", "list", "--json").out)
     assert [(row["name"], row["note"]) for row in rows] == [("back", "soft"), ("my-style", "soft")]
     assert rows[0]["content"] == rows[1]["content"]

@@ -110,3 +110,10 @@ def test_lists_are_one_value():
         "adapter.target_modules=[q_proj, v_proj]",
         "adapter.target_modules=all-linear",
     ]
+
+
+def test_a_picture_that_cannot_be_written(veneer, runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = veneer("runs", "compare", runs / "small-1", runs / "small-2", "--out", tmp_path / "file" / "picture.png")
+    assert said.code == 2
+    assert "picture.png cannot be written" in said.err

@@ -193,7 +193,7 @@ def test_density_one_is_the_whole():
     ("told", "said"),
     [
         ({"how": "tie"}, "found 'tie'; did you mean 'ties'"),
-        ({"how": "ties"}, "density, the share .* found None"),
+        ({"how": "ties"}, "density, the share .* found nothing"),
         ({"how": "dare_ties", "density": 1.5}, "found 1.5"),
         ({"how": "linear", "density": 0.5}, "linear takes no density"),
         ({"how": "linear", "rank": 4}, "the exact sum, of whatever rank"),

@@ -148,7 +148,7 @@ def test_what_is_there_is_replaced_with_force_alone(tmp_path, adapter):
         assert files.write(adapter, place, name, force=True) == place
     with pytest.raises(AdapterError, match="is a folder: loralib is one file"):
         files.write(adapter, tmp_path / "folder", "loralib", force=True)
-    with pytest.raises(AdapterError, match="not told 'beta'"):
+    with pytest.raises(AdapterError, match="'beta' cannot be given for loralib"):
         files.write(adapter, tmp_path / "new", "loralib", beta=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 

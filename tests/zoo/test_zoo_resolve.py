@@ -49,7 +49,9 @@ def test_a_name_of_the_zoo_is_pulled_when_it_is_not_here(tiny, tmp_path, monkeyp
 def test_what_cannot_be_a_hub_id_is_refused_without_asking(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    with pytest.raises(AdapterError, match=r"is neither a name of the zoo .*, a folder, nor a hub id") as caught:
+    with pytest.raises(
+        AdapterError, match=r"is neither a folder, a name that `veneer models` lists .*, nor a hub id"
+    ) as caught:
         zoo.resolve(name)
     assert f"base {name!r}" in str(caught.value)
 
@@ -58,8 +60,8 @@ def test_a_slip_gets_the_nearest_name():
     with pytest.raises(AdapterError) as caught:
         zoo.resolve("smolm2-135m")
     assert str(caught.value).startswith(
-        "base 'smolm2-135m' is neither a name of the zoo (minilm-l6, smollm2-135m), a folder, nor a hub id "
-        "(owner/name); did you mean 'smollm2-135m'? (as a name of the hub: HF_HUB_OFFLINE is set"
+        "base 'smolm2-135m' is neither a folder, a name that `veneer models` lists (minilm-l6, smollm2-135m), "
+        "nor a hub id (owner/name); did you mean 'smollm2-135m'? (as a name of the hub: HF_HUB_OFFLINE is set"
     )
 
 

@@ -37,6 +37,8 @@ def convert(
     """Write an adapter in another format: the same ΔW, in the numbers that other programs read right."""
     from veneer import files, library
 
+    if to in files.FORMATS and to not in files.FOLDERS and not out.suffix:
+        raise AdapterError(f"{out} is a folder's name, and {to} is a file: {out}.safetensors, for example")
     place = library.find(source)
     adapter = files.read(place, format, alpha=alpha)
     print(f"read {place} ({format or files.detect(place)}): {_said(adapter)}")
@@ -90,10 +92,11 @@ def _of_type(adapter: "Adapter", dtype: "Dtype | None") -> "Adapter":
 
 def _said(adapter: "Adapter") -> str:
     """Methods, layers by part, ranks."""
+    from veneer.analyse.layers import named
     from veneer.apart.changes import beside, changes
 
     every = changes(adapter)
-    methods = Counter(f"{own.config.peft_type}{' with DoRA' * own.config.use_dora}" for own in every.values())
+    methods = Counter(named(own.config) for own in every.values())
     ranks = sorted({own.config.r for own in every.values()})
     parts = [f"{part} {sum(path.startswith(f'{part}.') for path in every)}" for part in adapter.parts]
     said = [", ".join(methods), f"{len(every)} layers" + (f" ({', '.join(parts)})" if parts else "")]

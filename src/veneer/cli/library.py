@@ -169,7 +169,7 @@ def _print_table(entries: "list[Entry]") -> None:
 
     rows = {
         "name": [entry.name for entry in entries],
-        "base": [entry.base or entry.family for entry in entries],
+        "base": [_short(entry.base) or entry.family for entry in entries],
         "method": [entry.method for entry in entries],
         "format": [entry.format for entry in entries],
         "size": [size(entry.size) for entry in entries],
@@ -181,7 +181,13 @@ def _print_table(entries: "list[Entry]") -> None:
     said = {heading: cells for heading, cells in rows.items() if any(cells)}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in said:
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "size", "added"))
+        whole = heading in ("name", "method", "format", "size", "added")
+        table.add_column(heading, overflow="fold", no_wrap=whole, min_width=max(map(len, heading.split())))
     for row in zip(*said.values(), strict=True):
         table.add_row(*map(Text, row))
     Console().print(table)
+
+
+def _short(base: str) -> str:
+    """A hub id as it is; of a folder of this machine, its name."""
+    return Path(base).name if Path(base).is_absolute() else base

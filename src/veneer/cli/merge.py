@@ -32,7 +32,7 @@ def merge(
 ) -> None:
     """Write base and adapters as one ordinary model or pipeline folder, which loads without veneer."""
     if out.exists():
-        raise AdapterError(f"{out} exists already; nothing was written")
+        raise AdapterError(f"{out} exists already; nothing was written (--out names another folder)")
     if dtype not in (None, *_DTYPES):
         raise AdapterError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     from veneer import files, library, zoo
@@ -57,6 +57,11 @@ def _write(place: Path, held: "Sequence[tuple[Adapter, float]]", out: Path, dtyp
         return
     from veneer.train.language.speaker import write_merged
 
+    if parts := [part for adapter, _ in held for part in adapter.parts]:
+        raise AdapterError(
+            f"{place} is one model, and adapters are for a pipeline's {listed(dict.fromkeys(parts), say=str)}: "
+            "give the pipeline's folder (--base)"
+        )
     write_merged(place, held, out, dtype, path)
 
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 Out = Annotated[Path, typer.Option("--out", help="What to write: a folder (PEFT's), or a .safetensors file.")]
 Format = Annotated[
-    str | None, typer.Option("--format", help="As in `veneer convert`; the first adapter's, if not said.")
+    str | None,
+    typer.Option(
+        "--format", help="To write: peft, kohya, diffusers, …; if not said, the first adapter's, or as OUT looks."
+    ),
 ]
 Precision = Annotated[str | None, typer.Option("--dtype", help="Of the tensors: float32, float16 or bfloat16.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]

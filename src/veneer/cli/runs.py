@@ -82,7 +82,10 @@ def compare(
             table.add_row(key, *map(shown, values))
         Console(highlight=False).print(table)
     names = [run.name if [o.name for o in found].count(run.name) == 1 else str(run.folder) for run in found]
-    draw_together({name: read_metrics(run) for name, run in zip(names, runs, strict=True)}, out)
+    try:
+        draw_together({name: read_metrics(run) for name, run in zip(names, runs, strict=True)}, out)
+    except OSError as error:
+        raise AdapterError(f"{out} cannot be written: {error.strerror or error}") from error
     print(out)
 
 
@@ -95,7 +98,7 @@ def _print_table(found: "list[Summary]") -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("run", "state", "steps", "held-out loss", "seconds", "size", "last written"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("steps", "last written"))
     for run in found:
         steps = f"{run.steps} of {run.planned}" if run.planned else str(run.steps)
         best = "" if run.best is None else f"{run.best:.3f}"

@@ -137,7 +137,7 @@ def _show_facts(result: "Result") -> None:
     print(f"adapter               {size(result.adapter_bytes)} in {result.run.adapter}")
     print(f"peak memory           {size(result.peak_bytes)}")
     print(f"time                  {result.seconds:.0f} s, {outcome.seconds:.0f} s of it for {outcome.steps} steps")
-    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     print(f"the run               {folder}: {files}")
     if outcome.interrupted:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")

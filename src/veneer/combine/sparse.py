@@ -99,6 +99,5 @@ def wrong_density(how: str, density: object) -> list[str]:
     """What is wrong with it, if anything."""
     if not isinstance(density, bool) and isinstance(density, int | float) and 0 < density <= 1:
         return []
-    return [
-        f"{how}: density, the share of entries that is kept, should be above 0 and at most 1, found {shown(density)}"
-    ]
+    found = "nothing; 0.2 is usual" if density is None else shown(density)
+    return [f"{how}: density, the share of entries that is kept, should be above 0 and at most 1, found {found}"]

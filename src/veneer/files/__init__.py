@@ -17,7 +17,7 @@ from veneer.apart.changes import changes, checked
 from veneer.core.adapter import CONFIG, Adapter
 from veneer.core.errors import AdapterError, listed, named, nearest
 from veneer.files.attach import adapter_on, attach, detach
-from veneer.files.stored import Stored, adapter_file, mapped
+from veneer.files.stored import PICKLES, Stored, adapter_file, mapped
 from veneer.safe.whole import write_whole
 
 __all__ = ["FORMATS", "adapter_on", "attach", "detach", "detect", "read", "write"]
@@ -25,6 +25,7 @@ __all__ = ["FORMATS", "adapter_on", "attach", "detach", "detect", "read", "write
 FORMATS = ("cloneofsimo", "diffusers", "kohya", "loralib", "lycoris", "peft")
 FOLDERS = ("peft",)  # whose adapter is a folder
 Place = str | os.PathLike[str]
+_FILE = ".safetensors"
 
 
 def read(path: Place, format: str | None = None, **asked: Any) -> Adapter:
@@ -68,6 +69,7 @@ def write(adapter: Adapter, path: Place, format: str, force: bool = False, **ask
     taken = (path.exists() and (not path.is_dir() or any(path.iterdir()))) if format in FOLDERS else path.exists()
     if format not in FOLDERS and path.is_dir():
         raise AdapterError(f"{path} is a folder: {format} is one file, give its name ({path / 'adapter.safetensors'})")
+    _expect_name(path, format)
     if taken and not force:
         raise AdapterError(f"{path} exists already; nothing was written (force=True or --force replaces it)")
     if format in FOLDERS:
@@ -85,6 +87,14 @@ def _module(name: str) -> Any:
     if name not in FORMATS:
         raise AdapterError(f"{named(name)} is no format of veneer: it has {listed(FORMATS)}{nearest(name, FORMATS)}")
     return import_module(f"veneer.files.{name}")
+
+
+def _expect_name(path: Path, format: str) -> None:
+    """Raises `AdapterError` for a name that would say of a folder or file that it is something else."""
+    if format in FOLDERS and path.suffix in (_FILE, *PICKLES):
+        raise AdapterError(f"{path} is a file's name, and {format} is a folder: {path.with_suffix('')}, for example")
+    if format not in FOLDERS and path.suffix in PICKLES:
+        raise AdapterError(f"{path} is a pickle's name, and none is written: {path.with_suffix(_FILE)}, for example")
 
 
 def _agreed(format: str | None, found: str, place: Path) -> str:
@@ -111,5 +121,6 @@ def _told(run: Callable[..., object], name: str, asked: Mapping[str, Any]) -> di
     parameters = inspect.signature(run).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     if strange := [key for key in given if key not in known]:
-        raise AdapterError(f"{name} files are not told {listed(strange)}; they can be told {listed(known)}")
+        other = f"; what can be given is {listed(known)}" if known else ""
+        raise AdapterError(f"{listed(strange)} cannot be given for {name}, which says that itself{other}")
     return given

@@ -189,7 +189,8 @@ def _placed(adapter: Adapter, every: Mapping[str, Change], format: str) -> tuple
     if format == NAME:
         raise AdapterError(
             "kohya files say of which part of a pipeline their layers are, which these do not: "
-            f"{collapsed(every, 4)}; nothing was written (say which: joined({{'unet': adapter}}))"
+            f"{collapsed(every, 4)}; nothing was written. Say which, where it is of one (`veneer convert --part unet`, "
+            "joined({'unet': adapter})); a language model's adapter goes into a folder, as peft"
         )
     return (), dict(every)
 

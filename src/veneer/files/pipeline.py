@@ -36,7 +36,10 @@ def merge_pipeline(base: Path, adapters: Weighted, out: Path, dtype: str | None 
     """
     kinds = _kinds(base)
     if not all(adapter.parts for adapter, _ in adapters):
-        raise AdapterError(f"{base} is a pipeline, and an adapter is for one model by itself: merge it into that model")
+        raise AdapterError(
+            f"{base} is a pipeline, and an adapter is for one model by itself: say which "
+            "part it is for (`veneer convert IN OUT --to diffusers --part unet`, and merge that)"
+        )
     wanted = list(dict.fromkeys(part for adapter, _ in adapters for part in adapter.parts))
     if missing := [part for part in wanted if part not in kinds]:
         raise AdapterError(f"the adapters are for {listed(missing)} too, and {base} has {listed(kinds)} alone")

@@ -17,7 +17,7 @@ from veneer.safe.stored import read_header, read_tensors
 
 _ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, now and before torch 1.6
 _HEADER = b"{"  # what a safetensors file has after its header's length, which may begin like a pickle
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WHOLE = ("I64", "I32", "I16", "I8", "U8")
 _RUN = "adapter"  # where a run's folder has its adapter
 _WRAPPERS = ("state_dict", "model_state_dict")  # what trainers put around the tensors
@@ -66,7 +66,7 @@ def adapter_file(path: Path) -> Path:
     if found:
         raise AdapterError(f"{path} has several files, name one: {listed((file.name for file in found), say=named)}")
     said = f"{path} holds no adapter: no {CONFIG} and no .safetensors file, but {listed(there, say=named)}"
-    pickles = [name for name in there if name.endswith(_PICKLES)]
+    pickles = [name for name in there if name.endswith(PICKLES)]
     said += f"; a pickle is opened when you name the file itself: {path / pickles[0]}" if pickles else ""
     raise AdapterError(said)
 

@@ -22,7 +22,9 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         from veneer.library.source import adapter_in
 
         return adapter_in(path)
-    if not text or text.startswith("~") or any(separator in text for separator in (os.sep, os.altsep) if separator):
+    if not text:
+        raise AdapterError("expected an adapter's file, folder or name, found an empty one")
+    if text.startswith("~") or any(separator in text for separator in (os.sep, os.altsep) if separator):
         raise no_such(path)
     entry = _entry(text, folder(), "is neither a file or folder nor")
     found = path_of(entry)

@@ -49,6 +49,10 @@ def source(path: Path) -> Source:
             raise AdapterError(f"{path} is neither a file nor a folder")
         if (path / SHEET).is_file():
             return _sent(path)
+        if (sent := sorted(path.glob(f"*/{SHEET}"))) and not (path / CONFIG).is_file():
+            raise AdapterError(
+                f"{path} holds what a library sent, name one: {listed((s.parent for s in sent), say=str)}"
+            )
         place = adapter_file(path)
         if place.name == WEIGHTS and (place.parent / CONFIG).is_file():
             place = place.parent

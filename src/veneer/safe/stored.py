@@ -7,7 +7,7 @@ model caches are made of them; what it leads to is judged like any other file.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,15 +83,33 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             if size > _TENSORS_LIMIT:
                 raise AdapterError(f"{path} is too large: expected at most {_TENSORS_LIMIT} bytes, found {size}")
             if length > min(size - 8, _HEADER_LIMIT):
-                raise AdapterError(
-                    f"{path} is not a whole safetensors file: it says that its header has {length} bytes, and the file "
-                    f"has {size} (a header has at most {_HEADER_LIMIT})"
-                )
+                raise AdapterError(f"{path} is not a whole safetensors file: {_said_of(file, length, size)}")
             header = parsed(file.read(length), f"{path} is not a whole safetensors file: its header")
+            _expect_whole(path, header, 8 + length, size)
     except (OSError, MemoryError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     about = header.pop("__metadata__", {})
     return header, about if isinstance(about, dict) else {}
+
+
+def _said_of(file: BinaryIO, length: int, size: int) -> str:
+    """Why a header of `length` bytes cannot be: the file is empty, something else, or was cut short."""
+    if size == 0:
+        return "it is empty; fetch it again"
+    if length > _HEADER_LIMIT:
+        file.seek(0)
+        return (
+            f"it begins with {shown(file.read(16))}, where the size of its header should be; it is another kind of file"
+        )
+    return f"it has {size} bytes, of {8 + length} that its header alone takes; fetch it again"
+
+
+def _expect_whole(path: Path, header: dict[str, Any], start: int, size: int) -> None:
+    """Raises `AdapterError` for a file that ends before its tensors do, as one whose download broke off."""
+    offsets = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
+    ends = [own[1] for own in offsets if isinstance(own, list) and len(own) == 2 and isinstance(own[1], int)]
+    if size < (whole := start + max(ends, default=0)):
+        raise AdapterError(f"{path} is not a whole safetensors file: it has {size} bytes of {whole}; fetch it again")
 
 
 def read_tensors(path: Path, header: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

@@ -29,7 +29,7 @@ def summary(folder: Path) -> Summary:
     """One run. Raises `AdapterError` where the folder is none."""
     facts = facts_of(folder)
     if not facts:
-        siblings = [str(path) for path in folder.parent.glob("*")] if folder.parent.is_dir() else []
+        siblings = [str(path) for path in folder.parent.glob("*/") if path != folder]
         what = "is no run: it has no run.json" if folder.is_dir() else "does not exist"
         raise AdapterError(f"{folder} {what}{nearest(str(folder), siblings)}")
     records = read_metrics(folder)

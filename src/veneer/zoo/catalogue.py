@@ -67,4 +67,4 @@ def named(name: str) -> Base:
     """The entry of that name, or an error that says which there are."""
     if name in CATALOGUE:
         return CATALOGUE[name]
-    raise AdapterError(f"the zoo has no base {name!r}, only {', '.join(CATALOGUE)}{nearest(name, CATALOGUE)}")
+    raise AdapterError(f"`veneer models` lists no base {name!r}, only {', '.join(CATALOGUE)}{nearest(name, CATALOGUE)}")

@@ -26,7 +26,7 @@ def resolve(name: str, *, download: bool = True, report: Report | None = None) -
             return pull(name, report=report)
         raise AdapterError(f"base {name!r} is not here yet: run `veneer pull {name}`")
     nothing = (
-        f"base {name!r} is neither a name of the zoo ({', '.join(CATALOGUE)}), a folder, nor a hub id "
+        f"base {name!r} is neither a folder, a name that `veneer models` lists ({', '.join(CATALOGUE)}), nor a hub id "
         f"(owner/name){nearest(name, CATALOGUE)}"
     )
     if not _HUB_NAME.fullmatch(name):

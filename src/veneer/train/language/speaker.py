@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from veneer import files, library, zoo
 from veneer.core.adapter import Adapter
-from veneer.core.errors import AdapterError
+from veneer.core.errors import AdapterError, listed
 from veneer.files.pipeline import merged
 from veneer.safe.whole import write_folder
 from veneer.train.language.answers import answer, pad_of, refuse_empty, stops_of
@@ -47,6 +47,9 @@ class Speaker:
         if head_task(path):
             raise AdapterError(f"{path} is for a model with a head, which answers nothing: use `veneer predict`")
         held = files.read(path)
+        if held.parts:
+            parts = listed(held.parts, say=str)
+            raise AdapterError(f"{path} is for a pipeline's {parts}, and not for a language model, which answers")
         base = base or held.config.base_model_name_or_path
         if not base:
             raise AdapterError(f"{path} does not say which base it is for: give --base")
