@@ -57,7 +57,9 @@ def test_junk_from_a_file_is_a_config_or_an_adapter_error(name, junk):
     assert LoraConfig.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize("names", [("v", "q"), {"v", "q"}, frozenset("qv"), ["q", "v"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [("v", "q"), {"v", "q"}, frozenset("qv"), ["q", "v"]], ids=lambda names: type(names).__name__
+)
 def test_names_become_a_list_that_json_can_hold(names):
     assert sorted(LoraConfig(target_modules=names).target_modules) == ["q", "v"]
     assert isinstance(LoraConfig(target_modules={"v", "q"}).target_modules, list)

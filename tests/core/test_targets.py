@@ -49,7 +49,7 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "wanted"), CHOICES, ids=str)
+@pytest.mark.parametrize(("settings", "wanted"), CHOICES)
 def test_the_layers_that_a_config_means(model, settings, wanted):
     assert paths(model, **settings) == wanted
 

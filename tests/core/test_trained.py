@@ -107,7 +107,6 @@ def _holding(layer: nn.Module) -> nn.Module:
             "1.0 is a Linear that is adapted otherwise, or stands in a module that is",
         ),
     ],
-    ids=str,
 )
 def test_what_cannot_be_trained_whole_is_refused_by_name(model, settings, said):
     assert re.search(said, refused(model(), **{"target_modules": ["0"], **settings}))
