@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from veneer import AdapterError, files
-from veneer.apart.changes import Change, adapter_of
+from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.config import LoraConfig
 
 PAIR = {"A": (2, 4), "B": (3, 2)}
@@ -180,3 +180,36 @@ def test_tensors_that_are_not_the_configs_are_not_written(tmp_path, format, tens
     with pytest.raises(AdapterError, match=said):
         files.write(adapter, tmp_path / "out", format)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "loralib", "lycoris", "peft"])
+def test_tensors_that_overlap_in_memory_are_written(tmp_path, format):
+    memory = torch.randn(8, 4)
+    own = {"A": memory[:2], "B": memory[1:].t()[:3, :2]}
+    adapter = adapter_of({"unet.mid_block.attentions.0.proj_in": Change(LoraConfig(r=2, lora_alpha=2), own)})
+    adapter.parts = () if format == "loralib" else ("unet",)
+    read = files.read(files.write(adapter, tmp_path / "out", format))
+    ((_, found),) = read.tensors.items()
+    torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "loralib"])
+def test_no_format_writes_infinity_for_what_was_finite(tmp_path, format, dtype):
+    every = {
+        f"unet.mid_block.attentions.{place}.proj_in": Change(
+            LoraConfig(r=2, lora_alpha=alpha),
+            {"A": (1e-4 * torch.randn(2, 4)).to(dtype), "B": (1e3 * torch.randn(3, 2)).to(dtype)},
+        )
+        for place, alpha in enumerate((2.0, 2e37))
+    }
+    adapter = adapter_of(every, parts=("unet",))
+    if format == "kohya" or dtype == torch.float16:
+        with pytest.raises(AdapterError, match=r"a scale of 1e\+37"):
+            files.write(adapter, tmp_path / "out", format)
+        assert not (tmp_path / "out").exists()
+        return
+    found = changes(files.read(files.write(adapter, tmp_path / "out", format)))
+    for path, change in every.items():
+        one, other = (own.update().double().delta(torch.empty(3, 4)) for own in (found[path], change))
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0)

@@ -77,8 +77,9 @@ class Adapter:
             for name, tensor in tensors.items():
                 tensor = tensor.detach().contiguous().cpu()
                 # a file has no two tensors of one memory
-                flat[self._key(path, names[name])] = tensor.clone() if tensor.data_ptr() in homes else tensor
-                homes.add(tensor.data_ptr())
+                home = tensor.untyped_storage().data_ptr()
+                flat[self._key(path, names[name])] = tensor.clone() if home in homes else tensor
+                homes.add(home)
         text = json.dumps(dict(sorted(self.config.to_dict().items())), indent=2) + "\n"
         about = {**self.metadata, _FORMAT: "pt", **_succession(folder, text)}
         return {

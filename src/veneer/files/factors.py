@@ -11,6 +11,7 @@ from veneer.apart.changes import Change, beside, changes
 from veneer.core.adapter import Adapter
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed
+from veneer.files.kohya_layers import scaled
 from veneer.files.parts import STILL_FLAT, unresolved
 from veneer.safe.stored import is_finite, is_near
 
@@ -47,7 +48,7 @@ def pairs(adapter: Adapter, format: str, holds: str = "") -> dict[str, Pair]:
     if reasons:
         told = "\n".join(f"- {reason}: {collapsed(paths, 8)}" for reason, paths in reasons.items())
         raise AdapterError(f"{format} files cannot hold all of this adapter; nothing was written:\n{told}")
-    return {path: _pair(change) for path, change in every.items()}
+    return {path: _pair(path, change) for path, change in every.items()}
 
 
 def _reasons(change: Change, holds: str) -> list[str]:
@@ -69,27 +70,36 @@ def _scale(change: Change) -> float:
     return scaling(change.config.r, change.config.lora_alpha, change.config.use_rslora)
 
 
-def _pair(change: Change) -> Pair:
+def _pair(path: str, change: Change) -> Pair:
     own, scale = change.tensors, _scale(change)
-    A, B = folded(own["A"], own["B"], scale)
     b = own.get("b")
-    return Pair(A, B, b if b is None or scale == 1 else (scale * b.float()).to(b.dtype), own.get("magnitude"))
+    try:
+        A, B = folded(own["A"], own["B"], scale)
+        return Pair(A, B, b if b is None else scaled(b, scale), own.get("magnitude"))
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
 
 
 def folded(A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """A′ and B′ with B′ A′ = scale · B A: B′ is multiplied in fp32 and rounded once, and A′ is A.
 
-    Where fp16 is too narrow for that, a power of two goes from one to the other, so that both are in its midst.
+    Where their precision is too narrow for that, a power of two goes from one to the other, so that both are in its
+    midst. Raises `AdapterError` where that is not enough.
     """
     if scale == 1:
         return A, B
     wide = B.detach().to(torch.promote_types(B.dtype, torch.float32)) * scale
     product = wide.to(B.dtype)
-    if B.dtype != torch.float16 or is_near(product, wide):
+    fits = is_near(product, wide) if B.dtype == torch.float16 else is_finite(product)
+    if fits or not (is_finite(A) and is_finite(B)):
         return A, product
-    peaks = wide.abs().amax() / A.detach().float().abs().amax().clamp_min(1e-30)
+    own, wide = A.detach().double(), B.detach().double() * scale
+    peaks = wide.abs().amax() / own.abs().amax().clamp_min(1e-30)
     shift = 2.0 ** round(peaks.clamp_min(1e-30).log2().item() / 2)
-    return (A.detach().float() * shift).to(A.dtype), (wide / shift).to(B.dtype)
+    A, B = (own * shift).to(A.dtype), (wide / shift).to(B.dtype)
+    if not (is_finite(A) and is_finite(B)):
+        raise AdapterError(f"a scale of {scale:g} is too large for factors of {str(B.dtype).removeprefix('torch.')}")
+    return A, B
 
 
 def of_one_rank(own: Mapping[str, Pair]) -> dict[str, Pair]:

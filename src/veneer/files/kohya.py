@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.apart.changes import Change, adapter_of, beside, changes
@@ -21,6 +19,7 @@ from veneer.core.errors import AdapterError, collapsed
 from veneer.files import names as spelling
 from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of, scaled
 from veneer.files.parts import PARTS
+from veneer.files.stored import save
 
 NAME = "kohya"
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")  # of the file that it was read from
@@ -165,10 +164,7 @@ def store(
     if reasons:
         told = "\n".join(f"- {reason}: {collapsed(paths, 8)}" for reason, paths in reasons.items())
         raise AdapterError(f"a {format} file cannot hold all of this adapter; nothing was written:\n{told}")
-    try:
-        save_file(_own_memory(flat), path, metadata=_about(adapter.metadata, about, family))
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be written: {error}") from error
+    save(flat, path, _about(adapter.metadata, about, family))
 
 
 def _judge(change: Change, path: str) -> None:
@@ -202,16 +198,6 @@ def _claimed(metadata: Mapping[str, str]) -> str | None:
     return next((family for own, family in begin.items() if version.startswith(own)), None)
 
 
-def _own_memory(flat: Mapping[str, Tensor]) -> Own:
-    """The tensors as a file takes them: no two of one memory."""
-    homes, found = set(), {}
-    for name, tensor in flat.items():
-        tensor = tensor.detach().contiguous().cpu()
-        found[name] = tensor.clone() if tensor.data_ptr() in homes else tensor
-        homes.add(tensor.data_ptr())
-    return found
-
-
 def _about(said: Mapping[str, str], facts: Mapping[str, str], family: str | None) -> dict[str, str]:
     """What the file says of itself: what the adapter says, with what is known of this file."""
     stale = [*_STALE, *["ss_network_args"] * (said.get("ss_network_module") != facts["ss_network_module"])]
@@ -228,4 +214,4 @@ def _about(said: Mapping[str, str], facts: Mapping[str, str], family: str | None
                 "modelspec.resolution": resolution,
             }
         about = known | about
-    return {**about, **facts, "format": "pt"}
+    return {**about, **facts}

@@ -22,7 +22,7 @@ from torch import Tensor
 from veneer.apart.changes import Change
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, listed, named
-from veneer.safe.stored import is_near
+from veneer.safe.stored import is_finite, is_near
 
 Own = Mapping[str, Tensor]
 _Read = tuple[dict[str, Tensor], int | None, dict[str, Any]]  # the method's tensors, the rank, options
@@ -268,6 +268,8 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
         return tensor
     wide = _wide(tensor) * factor
     own = wide.to(tensor.dtype)
+    if not is_finite(wide) and is_finite(tensor):
+        raise AdapterError(f"a scale of {factor:g}, with which its factors are too large")
     return own if is_near(own, wide) else wide
 
 
