@@ -110,6 +110,12 @@ def test_extract(veneer, tmp_path, pair):
     assert said.code == 0
     assert "differ and are not in the adapter: norm.weight" in said.err
     torch.testing.assert_close(deltas(Adapter.load(tmp_path / "c")), one, rtol=1e-4, atol=1e-5)
+    save_file({f"model.layers.0.{name}": W for name, W in base.items()}, tmp_path / "language.safetensors")
+    said = veneer(
+        "extract", *[tmp_path / "language.safetensors"] * 2, "--rank", "2", "--out", tmp_path / "d.safetensors"
+    )
+    assert said.code == 2
+    assert "kohya files are of image models" in said.err
 
 
 def test_extract_from_whole_checkpoints_of_stable_diffusion(veneer, tmp_path):
@@ -143,7 +149,7 @@ def test_extract_from_whole_checkpoints_of_stable_diffusion(veneer, tmp_path):
     [
         (["combine", "a:x", "--out", "c"], "expected ADAPTER or ADAPTER:WEIGHT"),
         (["combine", "a", "b", "--how", "tie", "--out", "c"], "did you mean 'ties'"),
-        (["combine", "a", "b", "--out", "c", "--format", "kohya"], "for kohya name a file"),
+        (["combine", "a", "b", "--out", "c", "--to", "kohya"], "for kohya name a file"),
         (["combine", "a", "b", "--out", "c.safetensors"], "say its format"),
         (["combine", "a", "b", "--blocks", "OUTD", "--out", "c"], "block weights are for the UNet"),
         (["resize", "a", "--out", "c"], "say how much to keep"),

@@ -26,7 +26,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; for PEFT, the folder.")],
     to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, lycoris, loralib or cloneofsimo.")],
     alpha: Annotated[float | None, typer.Option(help="What scales it, where the file does not say (loralib).")] = None,
-    format: Annotated[str | None, typer.Option("--format", help="Of IN, where it could be several.")] = None,
+    format: Annotated[str | None, typer.Option("--from", help="The format of IN, where it could be several.")] = None,
     dtype: Precision = None,
     part: Annotated[
         str | None,

@@ -40,6 +40,8 @@ def extract(
     name = format_of(out, format or ("kohya" if out.suffix == ".safetensors" else None), [], force)
     new, old = (weights_of(_place(model)) for model in (tuned, base))
     is_checkpoint = any(key.startswith(_UNET) for key in old)
+    if name != "peft" and not is_checkpoint:
+        _refuse_other_models(name, out, list(old))
     found = extracted(
         new,
         old,
@@ -62,6 +64,19 @@ def extract(
     ):
         if names:
             print(f"{what}: {collapsed(names, 12)}", file=sys.stderr)
+
+
+def _refuse_other_models(format: str, out: Path, keys: list[str]) -> None:
+    """Raises `AdapterError`, before any work is done, for a format that is a pipeline's alone."""
+    from veneer.files.names import part_of
+    from veneer.files.parts import PARTS
+
+    paths = {key.rpartition(".")[0] for key in keys}
+    known = any(path.partition(".")[0] in PARTS or part_of([path]) for path in paths)
+    if format in ("kohya", "diffusers") and not known:
+        raise AdapterError(
+            f"{format} files are of image models, and this is another model: name a folder, --out {out.with_suffix('')}"
+        )
 
 
 def _place(model: str) -> Path:

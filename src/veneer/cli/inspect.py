@@ -29,7 +29,9 @@ def inspect(
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="A line for each layer.")] = False,
     metadata: Annotated[bool, typer.Option("--metadata", help="All that the file says of itself.")] = False,
-    format: Annotated[str | None, typer.Option(help="Of the file, where it could be several.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--from", help="The format of the file, where it could be several.")
+    ] = None,
     alpha: Annotated[float | None, typer.Option(help="The alpha, for formats that do not hold it.")] = None,
 ) -> None:
     """Say what an adapter is: format, base, method, ranks, layers, trigger words, and what is suspicious.

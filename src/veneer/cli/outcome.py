@@ -19,7 +19,8 @@ Out = Annotated[Path, typer.Option("--out", help="What to write: a folder (PEFT'
 Format = Annotated[
     str | None,
     typer.Option(
-        "--format", help="To write: peft, kohya, diffusers, …; if not said, the first adapter's, or as OUT looks."
+        "--to",
+        help="The format to write: peft, kohya, diffusers, …; if not said, the first adapter's, or as OUT looks.",
     ),
 ]
 Precision = Annotated[str | None, typer.Option("--dtype", help="Of the tensors: float32, float16 or bfloat16.")]
@@ -44,7 +45,7 @@ def format_of(out: Path, format: str | None, sources: Iterable[Path], force: boo
             return name
     raise AdapterError(
         f"--out {out} is a {'file' if is_file else 'folder'}: "
-        f"{'say its format, --format kohya for example' if is_file else f'for {format} name a file, {out}{_FILE}'}"
+        f"{'say its format, --to kohya for example' if is_file else f'for {format} name a file, {out}{_FILE}'}"
     )
 
 

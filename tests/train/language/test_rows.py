@@ -25,7 +25,7 @@ TABLE = 'q{0}a\nOù ?{0}"here,\nor ""there"""\n2+2{0}4\n'
     [
         ("t.jsonl", JSON_LINES.encode(), "line 3"),
         ("t.ndjson", JSON_LINES.encode("utf-8-sig"), "line 3"),
-        ("t.jsonl.gz", gzip.compress(JSON_LINES.encode()), "line 3"),
+        ("t.jsonl.gz", gzip.compress(JSON_LINES.encode(), mtime=0), "line 3"),
         ("t.json", json.dumps(ROWS).encode(), "item 2"),
         ("t.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode("utf-8-sig"), "item 2"),
         ("t.csv", TABLE.format(",").encode(), "line 4"),
@@ -72,7 +72,7 @@ def test_parquet_keeps_lists_and_numbers(tmp_path: Path):
         ("t.json", b" \n", "expected rows, found none"),
         ("t.parquet", b"PAR", "t.parquet: cannot be read as Parquet"),
         ("t.jsonl.gz", b"not packed", "cannot be read: Not a gzipped file"),
-        ("t.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "cannot be read: "),
+        ("t.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "cannot be read: "),
         ("t.txt", b"words", r"cannot read \.txt; expected \.jsonl, "),
     ],
 )
