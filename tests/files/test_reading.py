@@ -140,6 +140,15 @@ def test_values_are_not_read(tmp_path, adapter):
         files.attach(torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 3)}), broken)
 
 
+@pytest.mark.parametrize("format", ["peft", "loralib", "lycoris"])
+def test_what_is_no_number_is_not_written(tmp_path, adapter, format):
+    adapter.tensors["fc"]["B"][1, 1] = float("nan")
+    out = tmp_path / ("out" if format == "peft" else "out.safetensors")
+    with pytest.raises(AdapterError, match=r"NaN or infinity in: fc\.B; nothing was written"):
+        files.write(adapter, out, format)
+    assert not out.exists()
+
+
 def test_what_is_there_is_replaced_with_force_alone(tmp_path, adapter):
     for name, place in (("loralib", tmp_path / "file"), ("peft", tmp_path / "folder")):
         files.write(adapter, place, name)

@@ -15,9 +15,10 @@ from typing import Any
 
 from veneer.apart.changes import changes, checked
 from veneer.core.adapter import CONFIG, Adapter
-from veneer.core.errors import AdapterError, listed, named, nearest
+from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
 from veneer.files.attach import adapter_on, attach, detach
 from veneer.files.stored import PICKLES, Stored, adapter_file, mapped
+from veneer.safe.stored import is_finite
 from veneer.safe.whole import write_whole
 
 __all__ = ["FORMATS", "adapter_on", "attach", "detach", "detect", "read", "write"]
@@ -64,6 +65,9 @@ def write(adapter: Adapter, path: Place, format: str, force: bool = False, **ask
     """
     run = _module(format).write
     checked(changes(adapter))
+    every = {(path, name): tensor for path, own in adapter.tensors.items() for name, tensor in own.items()}
+    if broken := [".".join(filter(None, key)) for key, tensor in every.items() if not is_finite(tensor)]:
+        raise AdapterError(f"NaN or infinity in: {collapsed(broken, 8)}; nothing was written")
     given = _told(run, format, asked)
     path = Path(path)
     taken = (path.exists() and (not path.is_dir() or any(path.iterdir()))) if format in FOLDERS else path.exists()
