@@ -29,13 +29,13 @@ size = lambda: int(open("/proc/self/statm").read().split()[0]) * page
 resource.setrlimit(resource.RLIMIT_AS, (size() + int(sys.argv[1]),) * 2)
 said = {}
 for folder in sys.argv[2:]:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         PeftModel.from_pretrained(model, folder)
         text = "loaded"
     except AdapterError as error:
         text = str(error)
-    said[folder] = (text, time.perf_counter() - start, [type(module).__name__ for module in model.modules()])
+    said[folder] = (text, time.process_time() - start, [type(module).__name__ for module in model.modules()])
 print(json.dumps(said))
 """
 
@@ -98,8 +98,8 @@ def _many(folder: Path) -> None:
 
 NAMES = [f"q{i}_proj" for i in range(100_000)]
 WORST: dict[str, tuple[Callable[[Path], object], str]] = {
-    "2^63 bytes of header": (lambda f: (f / WEIGHTS).write_bytes(_header({}, 2**63)), "header has 9223372036854775808"),
-    "a vast header": (lambda f: _sparse(f / WEIGHTS, 1 << 35, _header({}, 1 << 34)), "header has 17179869184 "),
+    "2^63 bytes of header": (lambda f: (f / WEIGHTS).write_bytes(_header({}, 2**63)), "another kind of file"),
+    "a vast header": (lambda f: _sparse(f / WEIGHTS, 1 << 35, _header({}, 1 << 34)), "another kind of file"),
     "a terabyte": (lambda f: _vast(f, 2**40 // 44), "too large: expected at most 68719476736 bytes"),
     "sixteen gigabytes": (lambda f: _vast(f, 2**28), "r should be a whole number from 1 to 1048576, found 268435456"),
     "64 gigabytes that do not fit": (_wide, WEIGHTS),

@@ -115,12 +115,8 @@ def test_scaled_convolutions_go_both_ways(name, inputs, direction, tmp_path):
     make, x = LAYERS[name][0], LAYERS[name][1]()
     base = nn.Sequential(make()).requires_grad_(False)
     twin = copy.deepcopy(base)
-    if inputs and name != "point":
-        theirs = peft.get_peft_model(base, peft.IA3Config(target_modules=["0"], feedforward_modules=inputs))
-        theirs.save_pretrained(tmp_path)
-        with pytest.raises(veneer.AdapterError, match=r"of another shape: 0\.l expected"):
-            veneer.PeftModel.from_pretrained(twin, tmp_path)
-        return
+    if inputs and name != "point" and direction == "veneer to peft":
+        pytest.skip("a fresh one has a gain for each place of the kernel, which PEFT has not")
     if direction == "veneer to peft":
         config = veneer.LoraConfig(peft_type="IA3", target_modules=["0"], options={"feedforward_modules": inputs})
         ours = veneer.get_peft_model(twin, config)

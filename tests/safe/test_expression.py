@@ -57,20 +57,20 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("text", "count"), IN_THE_WILD.items())
 def test_expressions_of_the_wild_match_and_are_quick(text, count):
-    start = time.perf_counter()
+    start = time.process_time()
     expression = Expression(text)
     assert sum(expression.whole(Path(path)) for path in MODULES) == count
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=str)
 def test_no_expression_hangs(text):
-    start = time.perf_counter()
+    start = time.process_time()
     expression, path = Expression(text), Path(MODULES[0] * 2)
     for match in (expression.whole, expression.tail):
         with suppress(AdapterError):
             match(path)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_what_is_not_supported_is_said(text, said):
 def test_a_long_expression_costs_little(part):
     """Of two thousand different classes too, and on all the paths of a large model."""
     text = (part * LONGEST)[: LONGEST // len(part) * len(part)]
-    start = time.perf_counter()
+    start = time.process_time()
     assert not faulty([text])
     expression = Expression(text)
     with suppress(AdapterError):
         for path in MODULES[:100]:
             expression.whole(Path(path))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -277,13 +277,17 @@ def test_compiled_pieces(adapted, dtype):
 
 
 @imports_inductor
-def test_without_a_compiler_nothing_is_left_behind(adapted, monkeypatch):
+def test_without_a_compiler_nothing_is_left_behind(adapted):
+    from torch._inductor import config
+
     model = adapted("llama")
     types = [type(module) for module in model.modules()]
     torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    with pytest.raises(AdapterError, match="cannot be compiled here"), quick_pieces(model, compile=True):
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
+        pytest.raises(AdapterError, match="cannot be compiled here"),
+        quick_pieces(model, compile=True),
+    ):
         pass
     torch._dynamo.reset()
     assert [type(module) for module in model.modules()] == types
