@@ -1,8 +1,8 @@
 """Full fine-tuning, LoRA and the head alone on SST-2: python benchmarks/sst2.py --data DIR [--steps 90] [--seeds 0 1 2]
 
 DIR holds train.txt and dev.txt, a label (0 or 1) and a sentence a line. minilm-l6 learns by veneer, and by the Trainer
-of transformers with PEFT where it has something to do: the same rows in the same order, the same settings, a process of
-its own for each, one after the other. Prints for each side the accuracy on all of dev (mean, least and most over the
+of transformers with PEFT where it has something to do: the same head at first, the same rows and settings, a process
+of its own for each, one after the other. Prints for each side the accuracy on all of dev (mean, least and most over the
 seeds), how much it trains, the median time of a step, and the most memory of its process; of the peer also how many
 times veneer's its step takes, and veneer's memory as a share of its own.
 """
@@ -21,10 +21,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-RATES = {"full": 1e-4, "lora": 2e-3, "head": 5e-3}
+RATES = {"full": 1e-4, "lora": 1e-3, "head": 5e-3}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["query", "key", "value", "dense"]}
 NAMES = {"full": "full fine-tuning", "lora": "LoRA r=16", "head": "head alone"}
-BATCH, WARMUP = 16, 0.1
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Job:
     seed: int
     steps: int
     dtype: str
+
+    @property
+    def base(self) -> Path:
+        """minilm-l6 with the head that both sides begin with."""
+        return self.folder / f"base-{self.seed}"
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of train or of dev."""
@@ -52,7 +57,7 @@ def veneer_side(job: Job) -> dict[str, float]:
 
     adapter = LORA if job.way == "lora" else {"target_modules": [], "modules_to_save": ["classifier"]}
     values = {
-        "base": "minilm-l6",
+        "base": job.base,
         "dtype": job.dtype,
         "device": "cpu",
         **{f"adapter.{key}": value for key, value in adapter.items()},
@@ -62,7 +67,7 @@ def veneer_side(job: Job) -> dict[str, float]:
         "train.batch_size": BATCH,
         "train.lr": RATES[job.way],
         "train.schedule": "linear",
-        "train.warmup": WARMUP,
+        "train.warmup": 0,  # the two sides count its steps differently
         "train.seed": job.seed,
     }
     recipe, build = read_recipe(
@@ -94,7 +99,6 @@ def peer_side(job: Job) -> dict[str, float]:
     from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, set_seed
     from transformers.utils import logging
 
-    from veneer import zoo
     from veneer.train.record import peak_memory
 
     logging.set_verbosity_error()
@@ -109,8 +113,7 @@ def peer_side(job: Job) -> dict[str, float]:
             times.append(time.perf_counter())
 
     set_seed(job.seed)
-    place = zoo.resolve("minilm-l6")
-    model, tokenizer = _peer_model(job, place), AutoTokenizer.from_pretrained(place)
+    model, tokenizer = _peer_model(job), AutoTokenizer.from_pretrained(job.base)
     rows, held_out = ([_tokens(row, tokenizer) for row in job.rows(name)] for name in (f"steps-{job.seed}", "dev"))
     collate = DataCollatorWithPadding(tokenizer)
     trainer = Trainer(model, _arguments(job), train_dataset=rows, data_collator=collate, callbacks=[Clock()])
@@ -123,12 +126,12 @@ def peer_side(job: Job) -> dict[str, float]:
     return {**figures(times, trained, peak), "accuracy": right / len(held_out)}
 
 
-def _peer_model(job: Job, place: Path) -> Any:
+def _peer_model(job: Job) -> Any:
     import peft
     from transformers import AutoModelForSequenceClassification
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers for a name of old
-    model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(job.base)
     if job.way == "lora":
         return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **LORA))
     for name, parameter in model.named_parameters():
@@ -146,7 +149,6 @@ def _arguments(job: Job) -> Any:
         max_steps=job.steps,
         learning_rate=RATES[job.way],
         lr_scheduler_type="linear",
-        warmup_steps=round(WARMUP * job.steps),
         optim="adamw_torch_fused",
         bf16=job.dtype == "bfloat16",
         train_sampling_strategy="sequential",
@@ -174,10 +176,21 @@ SIDES = {"veneer": veneer_side, "peer": peer_side}
 
 
 def prepare(data: Path, folder: Path, seeds: list[int], steps: int) -> None:
-    """Write the rows, and those of each seed's steps in their order."""
+    """Write the rows, those of each seed's steps in their order, and each seed's base with a head."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from transformers.utils import logging
+
+    from veneer import zoo
     from veneer.train.loop import rows_of
     from veneer.train.settings import TrainSettings
 
+    place = zoo.resolve("minilm-l6")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for seed in seeds:
+        set_seed(seed)
+        AutoModelForSequenceClassification.from_pretrained(place, num_labels=2).save_pretrained(folder / f"base-{seed}")
+        AutoTokenizer.from_pretrained(place).save_pretrained(folder / f"base-{seed}")
     for name in ("train", "dev"):
         pairs = [line.partition(" ") for line in (data / f"{name}.txt").read_text(encoding="utf-8").splitlines()]
         rows = [json.dumps({"text": text, "label": int(label)}) + "\n" for label, _, text in pairs]
