@@ -40,8 +40,8 @@ def convert(
     if to in files.FORMATS and to not in files.FOLDERS and not out.suffix:
         raise AdapterError(f"{out} is a folder's name, and {to} is a file: {out}.safetensors, for example")
     place = library.find(source)
-    adapter = files.read(place, format, alpha=alpha)
-    print(f"read {place} ({format or files.detect(place)}): {_said(adapter)}")
+    adapter, found = files.recognised(place, format, alpha=alpha)
+    print(f"read {place} ({found}): {_said(adapter)}")
     chosen = _of_type(_part(adapter, part, to), dtype_of(dtype))
     written = files.write(chosen, out, to, force=force)
     print(f"wrote {written} ({to}): {_said(chosen)}")

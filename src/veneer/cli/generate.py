@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.lines import leave
 from veneer.core.errors import AdapterError
-from veneer.safe.whole import write_whole
 
 if TYPE_CHECKING:
     from veneer.train.language.speaker import Speaker
@@ -72,14 +72,7 @@ def _answer_many(
     for opening, text, other in zip(prompts, answers, others, strict=True):
         row = {"prompt": opening, "answer": text} | ({"base": other} if compare else {})
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    if out is None:
-        sys.stdout.writelines(lines)
-        return
-    try:
-        write_whole({out: lambda path: path.write_text("".join(lines), encoding="utf-8")})
-    except OSError as error:
-        raise AdapterError(f"{out} cannot be written: {error.strerror}") from error
-    print(out)
+    leave(lines, out)
 
 
 def _show_side_by_side(speaker: "Speaker", prompts: list[Any], options: dict[str, Any]) -> None:

@@ -42,8 +42,7 @@ def inspect(
     from veneer.analyse.summary import size_of, summary
 
     path = library.find(adapter)
-    name = format or files.detect(path)
-    held = files.read(path, name, alpha=alpha)
+    held, name = files.recognised(path, format, alpha=alpha)
     read = size_of(held) <= READ_UP_TO if values is None else values
     found = summary(held, name, read)
     if as_json:

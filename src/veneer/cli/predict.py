@@ -1,14 +1,13 @@
 """`veneer predict`: what an adapted model with a head says of texts or pictures."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from veneer.cli.lines import leave
 from veneer.core.errors import AdapterError
-from veneer.safe.whole import write_whole
 
 
 def predict(
@@ -51,14 +50,7 @@ def predict(
     else:
         said = _said_of_texts(folder, text or [], pair, file, base, dtype, device)
     lines = [json.dumps(own, ensure_ascii=False) + "\n" for own in said]
-    if out is None or out.is_dir():
-        sys.stdout.writelines(lines)
-        return
-    try:
-        write_whole({out: lambda path: path.write_text("".join(lines), encoding="utf-8")})
-    except OSError as error:
-        raise AdapterError(f"{out} cannot be written: {error.strerror}") from error
-    print(out)
+    leave(lines, None if out is None or out.is_dir() else out)
 
 
 def _said_of_texts(

@@ -21,7 +21,7 @@ from veneer.files.stored import PICKLES, Stored, adapter_file, mapped
 from veneer.safe.stored import is_finite
 from veneer.safe.whole import write_whole
 
-__all__ = ["FORMATS", "adapter_on", "attach", "detach", "detect", "read", "write"]
+__all__ = ["FORMATS", "adapter_on", "attach", "detach", "detect", "read", "recognised", "write"]
 
 FORMATS = ("cloneofsimo", "diffusers", "kohya", "loralib", "lycoris", "peft")
 FOLDERS = ("peft",)  # whose adapter is a folder
@@ -37,6 +37,11 @@ def read(path: Place, format: str | None = None, **asked: Any) -> Adapter:
 
     Raises `AdapterError` that says all that is wrong with the file, or what was tried when no format knows it.
     """
+    return recognised(path, format, **asked)[0]
+
+
+def recognised(path: Place, format: str | None = None, **asked: Any) -> tuple[Adapter, str]:
+    """What `read` gives, and the format that it was in; the file is opened once."""
     place = adapter_file(Path(path))
     if place.is_dir():
         name = _agreed(format, "peft", place)
@@ -48,7 +53,7 @@ def read(path: Place, format: str | None = None, **asked: Any) -> Adapter:
     adapter: Adapter = run(file.tensors, file.about, str(place), **_told(run, name, asked))
     if adapter.faults or file.faults:
         raise AdapterError("\n".join([f"{place} ({name}):", *file.faults, *adapter.faults]))
-    return adapter
+    return adapter, name
 
 
 def detect(path: Place) -> str:
@@ -65,9 +70,6 @@ def write(adapter: Adapter, path: Place, format: str, force: bool = False, **ask
     """
     run = _module(format).write
     checked(changes(adapter))
-    every = {(path, name): tensor for path, own in adapter.tensors.items() for name, tensor in own.items()}
-    if broken := [".".join(filter(None, key)) for key, tensor in every.items() if not is_finite(tensor)]:
-        raise AdapterError(f"NaN or infinity in: {collapsed(broken, 8)}; nothing was written")
     given = _told(run, format, asked)
     path = Path(path)
     taken = (path.exists() and (not path.is_dir() or any(path.iterdir()))) if format in FOLDERS else path.exists()
@@ -76,6 +78,7 @@ def write(adapter: Adapter, path: Place, format: str, force: bool = False, **ask
     _expect_name(path, format)
     if taken and not force:
         raise AdapterError(f"{path} exists already; nothing was written (force=True or --force replaces it)")
+    _refuse_broken(adapter)
     if format in FOLDERS:
         run(adapter, path, **given)
         return path
@@ -85,6 +88,12 @@ def write(adapter: Adapter, path: Place, format: str, force: bool = False, **ask
     except OSError as error:
         raise AdapterError(f"{path} cannot be written: {error}") from error
     return path
+
+
+def _refuse_broken(adapter: Adapter) -> None:
+    every = {(path, name): tensor for path, own in adapter.tensors.items() for name, tensor in own.items()}
+    if broken := [".".join(filter(None, key)) for key, tensor in every.items() if not is_finite(tensor)]:
+        raise AdapterError(f"NaN or infinity in: {collapsed(broken, 8)}; nothing was written")
 
 
 def _module(name: str) -> Any:

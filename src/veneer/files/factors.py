@@ -11,7 +11,6 @@ from veneer.apart.changes import Change, beside, changes
 from veneer.core.adapter import Adapter
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed
-from veneer.files.kohya_layers import scaled
 from veneer.files.parts import STILL_FLAT, unresolved
 from veneer.safe.stored import is_finite, is_near
 
@@ -100,6 +99,19 @@ def folded(A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if not (is_finite(A) and is_finite(B)):
         raise AdapterError(f"a scale of {scale:g} is too large for factors of {str(B.dtype).removeprefix('torch.')}")
     return A, B
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where its own is too
+    narrow.
+    """
+    if factor == 1:
+        return tensor
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
+    own = wide.to(tensor.dtype)
+    if not is_finite(wide) and is_finite(tensor):
+        raise AdapterError(f"a scale of {factor:g}, with which its factors are too large")
+    return own if is_near(own, wide) else wide
 
 
 def of_one_rank(own: Mapping[str, Pair]) -> dict[str, Pair]:

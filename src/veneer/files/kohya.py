@@ -17,7 +17,8 @@ from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError, collapsed
 from veneer.files import names as spelling
-from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of, scaled
+from veneer.files.factors import scaled
+from veneer.files.kohya_layers import LYCORIS_ONLY, alpha_of, change_of, exact, own_of
 from veneer.files.parts import PARTS
 from veneer.files.stored import save
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from veneer.apart.changes import Change
 from veneer.core.config import LoraConfig, scaling
 from veneer.core.errors import AdapterError, listed, named
-from veneer.safe.stored import is_finite, is_near
+from veneer.files.factors import scaled
 
 Own = Mapping[str, Tensor]
 _Read = tuple[dict[str, Tensor], int | None, dict[str, Any]]  # the method's tensors, the rank, options
@@ -258,19 +258,6 @@ def _unscaled(config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tenso
         return tensors
     C = _wide(tensors["C"]) if "C" in tensors else _wide(tensors["C_B"]) @ _wide(tensors["C_A"])
     return {name: own for name, own in tensors.items() if name not in ("C_A", "C_B")} | {"C": scale * C}
-
-
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """factor · tensor in its own dtype, computed in fp32 at least and rounded once; in that where its own is too
-    narrow.
-    """
-    if factor == 1:
-        return tensor
-    wide = _wide(tensor) * factor
-    own = wide.to(tensor.dtype)
-    if not is_finite(wide) and is_finite(tensor):
-        raise AdapterError(f"a scale of {factor:g}, with which its factors are too large")
-    return own if is_near(own, wide) else wide
 
 
 def _scale_of(m: Tensor, change: Change) -> Tensor:

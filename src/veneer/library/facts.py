@@ -24,7 +24,7 @@ def facts(adapter: Path) -> dict[str, Any]:
             raise AdapterError("\n".join(held.faults))
     else:
         read_header(adapter)  # a pickle is refused, whatever its name
-        format, held = files.detect(adapter), files.read(adapter)
+        held, format = files.recognised(adapter)
     told = summary(held, format, values=False)
     return {
         "format": format,

@@ -6,7 +6,8 @@ from pydantic import Field, model_validator
 
 from veneer.core.errors import AdapterError
 from veneer.train.language.settings import RowsData
-from veneer.train.settings import EvalSettings, Recipe, Settings, TrainSettings
+from veneer.train.language.task_settings import PassTraining
+from veneer.train.settings import EvalSettings, Recipe, Settings
 
 LEAST = 4  # tokens that a question must have room for
 
@@ -106,23 +107,12 @@ class HeadSample(Settings):
     count: int = Field(3, ge=0, description="How many held-out rows are shown with what the model says of them.")
 
 
-class HeadTraining(TrainSettings):
-    """The `train` part."""
-
-    pass_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="The most tokens that go through the model at once, padding included: a batch that has more takes "
-        "several passes, with the same gradient and less memory. Chosen by the device and the dtype, if not said.",
-    )
-
-
 class HeadRecipe(Recipe):
     """What the recipes of these tasks share."""
 
     eval: HeadEvaluation = Field(default_factory=HeadEvaluation)
     sample: HeadSample = Field(default_factory=HeadSample)
-    train: HeadTraining = Field(default_factory=HeadTraining)
+    train: PassTraining = Field(default_factory=PassTraining)
 
 
 class SequenceRecipe(HeadRecipe):

@@ -49,8 +49,8 @@ class PassTraining(TrainSettings):
     pass_tokens: int | None = Field(
         None,
         ge=1,
-        description="The most tokens that go through the model at once: a batch that has more takes several passes, "
-        "with the same gradient and less memory. Chosen by the device and the dtype, if not said.",
+        description="The most tokens, padding included, that go through the model at once: a batch that has more takes "
+        "several passes, with the same gradient and less memory. Chosen by the device and the dtype, if not said.",
     )
 
 
