@@ -36,7 +36,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def start(path: str, base: str) -> None:
     """One start, in this process."""
-    from veneer.train.language.model import load_tokenizer
+    from veneer.train.bases.loading import load_tokenizer
     from veneer.train.language.parts import read_documents, tokenised
     from veneer.train.language.settings import LanguageData
     from veneer.train.loop import rows_of

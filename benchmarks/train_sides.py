@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 import veneer
 from veneer import recipes
-from veneer.train.language.model import choose_device
+from veneer.train.bases.loading import choose_device
 from veneer.train.loop import rows_of, train
 from veneer.train.record import peak_memory
 from veneer.train.run import read_recipe

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model
-from veneer.train.language.model import load_language_model
+from veneer.train.bases.loading import load_language_model
 
 TOKENS = torch.arange(3, 51).view(2, 24)
 
@@ -34,7 +34,7 @@ def test_it_computes_nearly_the_same_and_learns(tiny_base, quantization, close, 
 
 
 def test_a_missing_library_is_named(tiny_base, monkeypatch):
-    monkeypatch.setattr("veneer.train.language.model.find_spec", lambda name: None)
+    monkeypatch.setattr("veneer.train.bases.loading.find_spec", lambda name: None)
     with pytest.raises(AdapterError, match=r"quantization=int8 needs: pip install 'veneer\[quantised\]'"):
         load_language_model(tiny_base, "float32", torch.device("cpu"), "int8")
 

@@ -49,7 +49,7 @@ def merge(
 
 def _write(place: Path, held: "Sequence[tuple[Adapter, float]]", out: Path, dtype: str | None, path: Path) -> None:
     from veneer.files.pipeline import is_pipeline, merge_pipeline
-    from veneer.train.language.model import quiet
+    from veneer.train.bases.loading import quiet
 
     if is_pipeline(place):
         with quiet():

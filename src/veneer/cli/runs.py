@@ -66,7 +66,7 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from veneer.train.pictures import draw_together
+    from veneer.train.drawing.curves import draw_together
     from veneer.train.record import read_metrics
     from veneer.train.runs import differing, summary
 

@@ -13,10 +13,10 @@ from typing import Any
 from veneer import recipes
 from veneer.core.errors import AdapterError
 from veneer.train.card import card
+from veneer.train.drawing.curves import draw_losses
 from veneer.train.loop import Outcome, count_steps, train
 from veneer.train.memory import Estimate, bytes_of, estimate
 from veneer.train.optimizers import Stepper
-from veneer.train.pictures import draw_losses
 from veneer.train.processes import ALONE, World, fits, join, spread
 from veneer.train.recompute import recompute_layers
 from veneer.train.record import USAGE, Elsewhere, Run, peak_memory

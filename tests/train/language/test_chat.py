@@ -8,7 +8,7 @@ import pytest
 from train.language.bases import tokenizer_with
 from train.language.templates import QWEN_3, TEMPLATES, WORDS, plain
 from veneer.core.errors import AdapterError
-from veneer.train.language.rows import Row
+from veneer.train.data.rows import Row
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Document, document
 from veneer.train.language.tokens import encode, encode_prompt, unpacked

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from veneer.core.errors import AdapterError
+from veneer.train.data.rows import Row, read_rows
 from veneer.train.language.comparisons import Comparison, comparison, encode_comparisons, halves, settle_shape
 from veneer.train.language.preference import Preference
-from veneer.train.language.rows import Row, read_rows
 from veneer.train.language.settings import PreferenceData
 from veneer.train.language.tokens import unpacked
 from veneer.train.settings import checked

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.rows import Rows
+from veneer.train.data.rows import Rows
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Document, detect_shape, documents
 

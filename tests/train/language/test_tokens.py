@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from veneer.core.errors import AdapterError
+from veneer.train.data.rows import Row
 from veneer.train.language import tokens
 from veneer.train.language.report import reported
-from veneer.train.language.rows import Row
 from veneer.train.language.settings import LanguageData
 from veneer.train.language.shapes import Document, document
 from veneer.train.language.tokens import coloured, encode_prompt, unpacked

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from veneer import AdapterError
+from veneer.train.data.pictures import Said, read_pictures, read_sides
+from veneer.train.data.reading import read_mask, read_picture
 from veneer.train.settings import checked
 from veneer.train.vision.preparing import Preparer, random_part
-from veneer.train.vision.reading import read_mask, read_picture
 from veneer.train.vision.settings import ClassificationData
-from veneer.train.vision.sources import Said, read_pictures, read_sides
 
 LABELS = Said(("label",), "label", None, of_folder=True)
 

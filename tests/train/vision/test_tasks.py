@@ -9,11 +9,11 @@ from PIL import Image
 from torch import nn
 
 from veneer.core.errors import AdapterError
+from veneer.train.drawing.sheet import painted
 from veneer.train.run import read_recipe
 from veneer.train.task import Reporter
 from veneer.train.vision.model import scaling
 from veneer.train.vision.semantic_segmentation import confusion, figures, largest
-from veneer.train.vision.sheet import painted
 
 
 @pytest.fixture

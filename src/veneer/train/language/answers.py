@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.model import quiet
+from veneer.train.bases.loading import quiet
 from veneer.train.language.packing import on_device, padded
 
 

@@ -6,8 +6,8 @@ from itertools import islice
 from typing import Any
 
 from veneer.core.errors import AdapterError, listed
+from veneer.train.data.rows import Row, Rows
 from veneer.train.language.report import Fate
-from veneer.train.language.rows import Row, Rows
 from veneer.train.language.settings import PreferenceData
 from veneer.train.language.shapes import Document, as_bytes, filled, of_bytes, text_of
 from veneer.train.language.tokens import Encoded, Example, encode

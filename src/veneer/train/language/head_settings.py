@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.settings import RowsData
+from veneer.train.data.settings import RowsData
 from veneer.train.language.task_settings import PassTraining
 from veneer.train.settings import EvalSettings, Recipe, Settings
 

@@ -11,22 +11,14 @@ from torch import Tensor
 from veneer import zoo
 from veneer.core.errors import AdapterError, listed
 from veneer.core.model import get_peft_model
+from veneer.train.bases.heads import load_with_head, most_positions
+from veneer.train.bases.loading import choose_device, choose_dtype, load_tokenizer
+from veneer.train.data.rows import Row, Rows, evenly, read_rows
+from veneer.train.data.settings import RowsData
 from veneer.train.language.answers import pad_of
-from veneer.train.language.heads import load_with_head, most_positions
-from veneer.train.language.labelled import (
-    Encoded,
-    Examples,
-    Labelled,
-    Part,
-    encoded,
-    reported,
-    tokenised,
-)
-from veneer.train.language.model import choose_device, choose_dtype, load_tokenizer
+from veneer.train.language.labelled import Encoded, Examples, Labelled, Part, encoded, reported, tokenised
 from veneer.train.language.packing import extra_tokens, filled, level_passes, most_tokens, on_device, padded
-from veneer.train.language.parts import evenly, read_sides
-from veneer.train.language.rows import Row, Rows, read_rows
-from veneer.train.language.settings import RowsData
+from veneer.train.language.parts import read_sides
 from veneer.train.language.shapes import made_of_rows
 from veneer.train.language.sources import Documents, kept, program
 from veneer.train.sameness import digest_of_base
@@ -34,8 +26,9 @@ from veneer.train.store import Columns
 from veneer.train.task import Batch, Reporter, Task
 
 PROGRAM = (
-    *("head_settings.py", "head_task.py", "labelled.py", "question_answering.py", "rows.py"),
+    *("head_settings.py", "head_task.py", "labelled.py", "question_answering.py"),
     *("sequence_classification.py", "token_classification.py"),
+    *("../data/labels.py", "../data/rows.py"),
 )
 AT_ONCE = 64  # rows that are shared out into passes of like length where nothing is learned
 

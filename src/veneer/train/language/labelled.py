@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from veneer.core.errors import AdapterError, listed, nearest
-from veneer.train.language.report import Table, Tally
-from veneer.train.language.rows import Row, Rows
+from veneer.core.errors import AdapterError, listed
+from veneer.train.data.labels import written
+from veneer.train.data.rows import Row, Rows, Table
+from veneer.train.language.report import Tally
 from veneer.train.language.sources import Documents, Source, fingerprint
 from veneer.train.store import Columns, Pieces, Store, digest_of, prepared
 from veneer.train.task import Reporter
@@ -205,15 +206,6 @@ def label_counts(found: Documents[Labelled], reporter: Reporter) -> dict[str, in
     return counts
 
 
-def written(label: Any) -> str:
-    """A label as a name: 1, 1.0 and "1" are one, and so are true and "true"."""
-    if isinstance(label, bool):
-        return str(label).lower()
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return str(label)
-
-
 def is_number(name: str) -> bool:
     """Whether it is a finite number."""
     try:
@@ -222,51 +214,9 @@ def is_number(name: str) -> bool:
         return False
 
 
-def numbered_names(counts: Mapping[str, int], wanted: Sequence[str] | None, own: Mapping[int, str]) -> list[str]:
-    """The names of the labels in the order of their numbers: those that are `wanted`, else the order of the base's
-    `own` head where it has the same names, else that of the alphabet, or of numbers.
-
-    Raises `AdapterError` where names and rows do not agree.
-    """
-    if wanted is None:
-        lower = {name.lower(): name for name in counts}
-        if len(lower) == len(counts) and sorted(lower) == sorted(name.lower() for name in own.values()):
-            return [lower[own[i].lower()] for i in sorted(own)]
-        whole = all(name.removeprefix("-").isdigit() for name in counts)
-        return sorted(counts, key=int) if whole else sorted(counts)
-    if len(set(wanted)) < len(wanted):
-        raise AdapterError(f"data.labels: expected different names, found {listed(wanted)}")
-    numbers_of(wanted, counts)
-    return list(wanted)
-
-
-def numbers_of(names: Sequence[str], found: Iterable[str]) -> dict[str, int]:
-    """The number of each label that is found: that of its name, or itself where the rows have numbers."""
-    found = list(found)
-    known = {name: number for number, name in enumerate(names)}
-    strange = [name for name in found if name not in known]
-    if not strange:
-        return known
-    if all(name.isdigit() and int(name) < len(names) for name in found):
-        return {name: int(name) for name in found}
-    told = listed(strange, say=lambda name: f"{name!r}{nearest(name, names)}")
-    raise AdapterError(
-        f"labels that are not known: {told}; expected {listed(names, 20)} (data.labels), or their numbers"
-    )
-
-
 def columns_of(rows: Rows) -> list[str]:
     """The columns of the first rows."""
     return list(dict.fromkeys(name for row in islice(rows, 100) for name in row.values))
-
-
-def column(wanted: str | None, usual: Sequence[str], columns: Sequence[str], key: str, source: str) -> str:
-    """The column that the recipe names, or the first of the usual ones. Raises `AdapterError` where it is not there."""
-    found = wanted if wanted is not None else next((name for name in usual if name in columns), None)
-    if found is not None and found in columns:
-        return found
-    expected = f"{key}={wanted!r}{nearest(wanted, columns)}" if wanted is not None else f"{' or '.join(usual)}"
-    raise AdapterError(f"{source}: expected the column {expected}, found {listed(columns, 20)}; say data.{key}=…")
 
 
 def text_of(row: Row, name: str) -> str:

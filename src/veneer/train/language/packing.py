@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from veneer.train.bases.loading import quiet
 from veneer.train.language.attention import documents, register, windows
-from veneer.train.language.model import quiet
 
 TRIAL = (7, 12)  # tokens of the two documents
 PASS_BYTES = {True: 6144, False: 32768}  # tokens × bytes a number, on a CPU and elsewhere

@@ -1,12 +1,13 @@
 """Rows of a language recipe: what is learned from, what is held out, and the prompts among them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from veneer.train.data.settings import RowsData
 from veneer.train.language import sources
 from veneer.train.language.report import TokenReport, reported
-from veneer.train.language.settings import PairsData, RowsData, TextData
+from veneer.train.language.settings import PairsData, TextData
 from veneer.train.language.shapes import Document
 from veneer.train.language.sources import D, Documents, Examples
 from veneer.train.language.tokens import Encoded, encode
@@ -77,9 +78,3 @@ def questions(part: Part) -> list[Question]:
         if document.opening and (answer := document.answer):
             found.setdefault(document.key, Question(document, [])).references.append(answer)
     return list(found.values())
-
-
-def evenly(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of the items, evenly spread."""
-    count = min(most, len(items))
-    return [items[i * len(items) // count] for i in range(count)]

@@ -1,25 +1,20 @@
 """A model with a head from its folders: to be asked what it makes of texts, or to be merged."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from veneer import zoo
 from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError
 from veneer.core.model import PeftModel
+from veneer.train.bases.loading import choose_device, choose_dtype
+from veneer.train.data.rows import read_rows
 from veneer.train.language.head_task import HeadTask
 from veneer.train.language.labelled import Labelled
-from veneer.train.language.model import choose_device, choose_dtype
-from veneer.train.language.rows import read_rows
 from veneer.train.language.shapes import made_of_rows
-from veneer.train.record import USAGE
-from veneer.train.settings import checked
-from veneer.train.tasks import task_named
+from veneer.train.trained import base_with_head
 
 
 @dataclass
@@ -56,31 +51,3 @@ class Predictor:
     def said_of(self, documents: Sequence[Labelled]) -> list[dict[str, Any]]:
         """What the model says of each: a label, tags, or an answer, and how probable it finds it."""
         return self.task.said_of(documents)
-
-
-def base_with_head(adapter: Path, place: Path, dtype: str | None, device: torch.device) -> Any:
-    """The base in `place` with a head for what the adapter was trained on, as the task's `bare` makes it; None for one
-    that needs no head.
-    """
-    build = head_task(adapter)
-    if build is None:
-        return None
-    schema: Any = build.settings.model_fields["data"].annotation
-    data = checked(schema, {"path": "-", **_usage(adapter).get("data", {})}, str(adapter / USAGE))
-    return build.bare(data, place, dtype, device)
-
-
-def head_task(adapter: Path) -> type[Any] | None:
-    """The task that the adapter was trained on, if it is one of a model with a head, for texts or for pictures."""
-    name = _usage(adapter).get("task")
-    task = task_named(name) if name is not None else None
-    return task if hasattr(task, "bare") else None
-
-
-def _usage(folder: Path) -> dict[str, Any]:
-    path = folder / USAGE
-    try:
-        usage = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from error
-    return usage if isinstance(usage, dict) else {}

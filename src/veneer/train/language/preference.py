@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from veneer.train.data.rows import read_rows
 from veneer.train.language.comparisons import Comparison, comparison, encode_comparisons, halves, settle_shape
 from veneer.train.language.parts import Part, read_sides
-from veneer.train.language.rows import read_rows
 from veneer.train.language.settings import PreferenceData
 from veneer.train.language.shapes import made_of_rows
 from veneer.train.language.sources import PROGRAM, Documents, kept, program

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.core.errors import AdapterError
+from veneer.train.data.rows import Row, Rows, column
 from veneer.train.language import metrics
 from veneer.train.language.head_settings import LEAST, QuestionRecipe
 from veneer.train.language.head_task import HeadTask
-from veneer.train.language.labelled import Encoded, Labelled, Part, column, columns_of, records, text_of
-from veneer.train.language.rows import Row, Rows
+from veneer.train.language.labelled import Encoded, Labelled, Part, columns_of, records, text_of
 from veneer.train.store import Columns
 from veneer.train.task import Batch
 

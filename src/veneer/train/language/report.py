@@ -3,14 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 
 from veneer.core.errors import AdapterError
+from veneer.train.data.rows import Table
 from veneer.train.language.settings import TextData
-
-Table = np.ndarray[Any, np.dtype[Any]]
 
 
 class Fate(IntEnum):

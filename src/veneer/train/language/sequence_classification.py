@@ -9,26 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.core.errors import AdapterError
+from veneer.train.bases.heads import load_config
+from veneer.train.data.labels import numbered_names, numbers_of, written
+from veneer.train.data.rows import Row, Rows, column
 from veneer.train.language import metrics
 from veneer.train.language.head_settings import SequenceRecipe
 from veneer.train.language.head_task import HeadTask
-from veneer.train.language.heads import load_config
 from veneer.train.language.labelled import (
     Encoded,
     Examples,
     Labelled,
     Part,
-    column,
     columns_of,
     is_number,
     label_counts,
-    numbered_names,
-    numbers_of,
     records,
     text_of,
-    written,
 )
-from veneer.train.language.rows import Row, Rows
 from veneer.train.language.sources import Documents
 from veneer.train.store import Columns
 from veneer.train.task import Batch

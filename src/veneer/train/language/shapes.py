@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from veneer.core.errors import AdapterError, listed, nearest
-from veneer.train.language.rows import Row, Rows, Values
+from veneer.train.data.rows import Row, Rows, Values
 from veneer.train.language.settings import PairsData, Shape, TextData, template_parts
 from veneer.train.language.turns import Chat, Message, kind_of, tools_of, turns_of
 

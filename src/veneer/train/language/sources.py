@@ -17,9 +17,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from veneer.core.errors import AdapterError
-from veneer.train.language import rows, shapes
-from veneer.train.language.report import Table
-from veneer.train.language.rows import Rows
+from veneer.train.data import rows
+from veneer.train.data.rows import Rows, Table
+from veneer.train.language import shapes
 from veneer.train.language.settings import PairsData, TextData
 from veneer.train.language.shapes import Document
 from veneer.train.language.tokens import TOKEN_BYTES, Encoded, Example, bos_of, refuse_slow, unpacked
@@ -30,8 +30,8 @@ DOCUMENTS: Columns = [("number", "i8")]
 DRAWS: Columns = [("draw", "f8")]
 TOKENS: Columns = [("length", "i4"), ("learned", "i4"), ("fate", "i1")]
 PROGRAM = (  # decide what is in a store
-    *("chat.py", "comparisons.py", "pairs.py", "report.py", "rows.py", "settings.py", "shapes.py", "tokens.py"),
-    "turns.py",
+    *("chat.py", "comparisons.py", "pairs.py", "report.py", "settings.py", "shapes.py", "tokens.py", "turns.py"),
+    *("../data/rows.py", "../data/settings.py"),
 )
 
 

@@ -15,16 +15,16 @@ from veneer.core.adapter import Adapter
 from veneer.core.errors import AdapterError, listed
 from veneer.files.pipeline import merged
 from veneer.safe.whole import write_folder
+from veneer.train.bases.loading import choose_device, choose_dtype, load_language_model, load_tokenizer, quiet
+from veneer.train.data.rows import read_rows
 from veneer.train.language.answers import answer, pad_of, refuse_empty, stops_of
-from veneer.train.language.model import choose_device, choose_dtype, load_language_model, load_tokenizer, quiet
 from veneer.train.language.pairs import encode_source
-from veneer.train.language.predictor import base_with_head, head_task
-from veneer.train.language.rows import read_rows
 from veneer.train.language.settings import LanguageData, PairData, PairsData
 from veneer.train.language.shapes import detect_shape, documents, opening, without_completions
 from veneer.train.language.tokens import encode_prompt
 from veneer.train.language.turns import Chat
 from veneer.train.record import USAGE
+from veneer.train.trained import base_with_head, head_task
 
 Opening = str | Chat
 D = TypeVar("D", bound=LanguageData | PairData)

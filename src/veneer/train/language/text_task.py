@@ -10,10 +10,11 @@ from torch import Tensor
 from veneer import zoo
 from veneer.core.errors import AdapterError
 from veneer.core.model import get_peft_model
+from veneer.train.bases.heads import load_config
+from veneer.train.bases.loading import choose_device, choose_dtype, load_language_model, load_tokenizer
+from veneer.train.data.rows import evenly
 from veneer.train.language.answers import answer, pad_of
-from veneer.train.language.heads import load_config
 from veneer.train.language.loss import ends_with_head, head_input, learned_losses, only, token_losses
-from veneer.train.language.model import choose_device, choose_dtype, load_language_model, load_tokenizer
 from veneer.train.language.packing import (
     end_to_end,
     filled,
@@ -24,7 +25,7 @@ from veneer.train.language.packing import (
     padded,
     passes,
 )
-from veneer.train.language.parts import Part, Question, evenly, questions, read_documents, tokenised
+from veneer.train.language.parts import Part, Question, questions, read_documents, tokenised
 from veneer.train.language.shapes import opening, typed
 from veneer.train.language.sources import Documents
 from veneer.train.language.text_figures import perplexity, text_figures

@@ -9,25 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.core.errors import AdapterError
+from veneer.train.bases.heads import load_config
+from veneer.train.data.labels import numbered_names, numbers_of, written
+from veneer.train.data.rows import Row, Rows, column
 from veneer.train.language import metrics
 from veneer.train.language.head_settings import TokenRecipe
 from veneer.train.language.head_task import HeadTask
-from veneer.train.language.heads import load_config
-from veneer.train.language.labelled import (
-    Encoded,
-    Examples,
-    Labelled,
-    Part,
-    column,
-    columns_of,
-    label_counts,
-    numbered_names,
-    numbers_of,
-    records,
-    written,
-)
+from veneer.train.language.labelled import Encoded, Examples, Labelled, Part, columns_of, label_counts, records
 from veneer.train.language.packing import filled
-from veneer.train.language.rows import Row, Rows
 from veneer.train.language.sources import Documents
 from veneer.train.store import Columns
 from veneer.train.task import Batch

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.heads import load_config
-from veneer.train.language.labelled import numbered_names, numbers_of, written
+from veneer.train.bases.heads import load_config
+from veneer.train.data.labels import numbered_names, numbers_of, written
+from veneer.train.data.pictures import Pictures, Said, counted
+from veneer.train.drawing.sheet import Shown, small
 from veneer.train.vision.picture_task import PictureTask, Seen
 from veneer.train.vision.settings import ClassificationRecipe
-from veneer.train.vision.sheet import Shown, small
-from veneer.train.vision.sources import Pictures, Said, counted
 
 LABELS = ("label", "labels", "class", "category", "fine_label", "target")
 MANY = 20  # pictures, from which on labels that mostly differ are no classes

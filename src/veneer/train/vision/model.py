@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.errors import AdapterError, collapsed, listed
-from veneer.train.language.heads import load_config, load_with_head
+from veneer.train.bases.heads import load_config, load_with_head
 
 Normalising = nn.modules.batchnorm._BatchNorm
 

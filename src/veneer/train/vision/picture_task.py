@@ -17,17 +17,17 @@ from veneer import zoo
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.model import get_peft_model
 from veneer.safe.whole import write_whole
-from veneer.train.language.heads import load_config
-from veneer.train.language.model import choose_device, choose_dtype
-from veneer.train.language.parts import evenly
-from veneer.train.language.settings import RowsData
+from veneer.train.bases.heads import load_config
+from veneer.train.bases.loading import choose_device, choose_dtype
+from veneer.train.data.pictures import Pictures, Said, read_sides
+from veneer.train.data.reading import Raw, read_picture
+from veneer.train.data.rows import evenly
+from veneer.train.data.settings import RowsData
+from veneer.train.drawing.sheet import Shown, sheet
 from veneer.train.sameness import digest_of_base
 from veneer.train.task import Batch, Reporter, Task
 from veneer.train.vision.model import load_seeing, options_for, scaling, still
 from veneer.train.vision.preparing import Box, Preparer, random_part
-from veneer.train.vision.reading import Raw, read_picture
-from veneer.train.vision.sheet import Shown, sheet
-from veneer.train.vision.sources import Pictures, Said, read_sides
 
 AT_ONCE = 16  # pictures that go through the model where nothing is learned
 TRIED = 1000  # pictures that are read before the training, evenly spread; the others when they come up

@@ -11,11 +11,11 @@ from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError, listed
 from veneer.core.model import PeftModel
 from veneer.safe.whole import write_folder
-from veneer.train.language.model import choose_device, choose_dtype
-from veneer.train.language.predictor import base_with_head
+from veneer.train.bases.loading import choose_device, choose_dtype
+from veneer.train.data.pictures import inside
+from veneer.train.drawing.sheet import painted
+from veneer.train.trained import base_with_head
 from veneer.train.vision.picture_task import PictureTask
-from veneer.train.vision.sheet import painted
-from veneer.train.vision.sources import inside
 
 
 def said_of_pictures(

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.model import LOCAL, first_line, quiet
-from veneer.train.vision.reading import Mask
+from veneer.train.bases.loading import LOCAL, first_line, quiet
+from veneer.train.data.reading import Mask
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 RATIOS = (3 / 4, 4 / 3)  # of the sides of a random part

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from veneer.core.errors import AdapterError, listed
-from veneer.train.language.heads import load_config
+from veneer.train.bases.heads import load_config
+from veneer.train.data.pictures import Pictures, Said
+from veneer.train.data.reading import Mask, read_mask
+from veneer.train.drawing.sheet import Shown, colour_of, painted, small
 from veneer.train.vision.picture_task import PictureTask, Seen
-from veneer.train.vision.reading import Mask, read_mask
 from veneer.train.vision.settings import SegmentationRecipe
-from veneer.train.vision.sheet import Shown, colour_of, painted, small
-from veneer.train.vision.sources import Pictures, Said
 
 MASKS = ("mask", "masks", "annotation", "label", "labels", "segmentation", "mask_file_name", "mask_file")
 NONE = -1  # stands for pixels that have no class

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from veneer.train.language.settings import RowsData
+from veneer.train.data.settings import RowsData
 from veneer.train.settings import EvalSettings, Recipe, Settings
 
 

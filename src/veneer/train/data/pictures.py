@@ -11,11 +11,10 @@ import numpy as np
 from PIL import Image
 
 from veneer.core.errors import AdapterError, listed, nearest
-from veneer.train.language.report import Table
-from veneer.train.language.rows import ENDINGS, HUB_NAME, READERS, draw, held_out, read_rows
-from veneer.train.language.settings import RowsData
-from veneer.train.vision.reading import Raw
-from veneer.train.vision.tables import table_of
+from veneer.train.data.reading import Raw
+from veneer.train.data.rows import ENDINGS, HUB_NAME, READERS, Table, column, draw, held_out, read_rows
+from veneer.train.data.settings import RowsData
+from veneer.train.data.tables import table_of
 
 LISTS = tuple(f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet"))  # in the folder of their pictures
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -153,8 +152,8 @@ def _list(file: Path, data: Any, said: Said) -> Pictures:
     """Pictures that a file names, as they lie beside it."""
     rows = list(read_rows(str(file)))
     columns = list(dict.fromkeys(name for row in rows[:100] for name in row.values))
-    image = chosen(data.image, ("file_name", *IMAGES), columns, "image", file.name)
-    own = chosen(said.asked, said.columns, columns, said.key, file.name)
+    image = column(data.image, ("file_name", *IMAGES), columns, "image", file.name)
+    own = column(said.asked, said.columns, columns, said.key, file.name)
     problems, names, labels = [], [], []
     for row in rows:
         name, label = row.values.get(image), row.values.get(own)
@@ -190,21 +189,12 @@ def _files(folder: Path, names: Sequence[str], said: Sequence[Any]) -> Pictures:
 def _table(path: str, split: str, data: Any, said: Said) -> Pictures:
     """Pictures in the rows of a Parquet file or a hub dataset, which stay on the disk."""
     table = table_of(path, split, data.subset)
-    image = chosen(data.image, table.pictures or IMAGES, table.columns, "image", path)
-    own = chosen(said.asked, said.columns, table.columns, said.key, path)
+    image = column(data.image, table.pictures or IMAGES, table.columns, "image", path)
+    own = column(said.asked, said.columns, table.columns, said.key, path)
     folder = Path(path).parent
     rows = np.arange(len(table))
     pictures, others = table.raw(image, folder), table.raw(own, folder) if said.is_picture else table.label(own)
     return Pictures(table.source, lambda row: f"row {row + 1}", pictures, others, rows, table.content)
-
-
-def chosen(wanted: str | None, usual: Sequence[str], columns: Sequence[str], key: str, source: str) -> str:
-    """The column that the recipe names, or the first of the usual ones. Raises `AdapterError` where it is not there."""
-    found = wanted or next((name for name in usual if name in columns), None)
-    if found is not None and found in columns:
-        return found
-    expected = f"{wanted!r}{nearest(wanted, columns)}" if wanted else " or ".join(usual)
-    raise AdapterError(f"{source}: expected the column {expected}, found {listed(columns, 20)}; say data.{key}=…")
 
 
 def counted(labels: Iterable[str]) -> Mapping[str, int]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.core.errors import AdapterError
-from veneer.train.language.rows import draw, held_out, read_rows
+from veneer.train.data.rows import draw, held_out, read_rows
 
 ROWS = [{"q": "Où ?", "a": 'here,\nor "there"'}, {"q": "2+2", "a": "4"}]
 JSON_LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)

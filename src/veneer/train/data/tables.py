@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.errors import AdapterError
-from veneer.train.vision.reading import Raw
+from veneer.train.data.reading import Raw
 from veneer.zoo.cache import cache_folder
 
 

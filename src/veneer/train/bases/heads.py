@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.trained import TASK_HEADS
-from veneer.train.language.model import LOCAL, first_line, quantising, quiet
+from veneer.train.bases.loading import LOCAL, first_line, quantising, quiet
 
 POOLERS = ("pooler",)  # between body and head; bases that were trained on tokens alone come without it
 

@@ -4,20 +4,22 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b, file_digest
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import numpy as np
 
 from veneer.core.errors import AdapterError, listed, nearest
 
+T = TypeVar("T")
 Values = dict[str, object]
 Numbered = Iterable[tuple[int, Values]]
+Table = np.ndarray[Any, np.dtype[Any]]
 Draws = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -109,6 +111,21 @@ def draw(key: str, seed: int) -> float:
     """A number in [0, 1) that the key and the seed decide."""
     digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6, salt=str(seed).encode()[-16:])
     return int.from_bytes(digest.digest()) / 2**48
+
+
+def column(wanted: str | None, usual: Sequence[str], columns: Sequence[str], key: str, source: str) -> str:
+    """The column that the recipe names, or the first of the usual ones. Raises `AdapterError` where it is not there."""
+    found = wanted if wanted is not None else next((name for name in usual if name in columns), None)
+    if found is not None and found in columns:
+        return found
+    expected = f"{key}={wanted!r}{nearest(wanted, columns)}" if wanted is not None else f"{' or '.join(usual)}"
+    raise AdapterError(f"{source}: expected the column {expected}, found {listed(columns, 20)}; say data.{key}=…")
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, evenly spread."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 @contextmanager

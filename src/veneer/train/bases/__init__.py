@@ -1,0 +1,1 @@
+"""Bases of transformers from their folders: tokenizers, weights, heads; and where and in which dtype they run."""

@@ -1,0 +1,1 @@
+"""Files, folders and datasets become rows and pictures, which know where they came from."""

@@ -1,0 +1,1 @@
+"""Pictures of runs: curves of losses, sheets of what a model makes of its inputs."""
