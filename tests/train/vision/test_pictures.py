@@ -124,7 +124,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, shapes):
     assert "60 pictures" in problem(shapes / "pictures", masks)
     assert "line 2: file_name is 'gone.png', and no file beside the list" in problem(tmp_path / "list.csv")
     assert "did you mean 'classes'" in problem(shapes / "clases")
-    assert "expected the column 'klass'" in problem(tmp_path / "list.csv", Said((), "label", "klass"))
+    assert "expected the column label='klass'" in problem(tmp_path / "list.csv", Said((), "label", "klass"))
     (tmp_path / "split/val").mkdir(parents=True)
     assert "has no folder 'train': found 'val'" in problem(tmp_path / "split")
 
