@@ -28,7 +28,8 @@ LAYOUT = 1  # raised when what is kept is made in another way
 LEAST, STORES = 16, 64  # keys a store on average, at least; and stores, about
 AHEAD = 4  # pictures that are read while another is encoded
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 Tensors = dict[str, Tensor]
 Encode = Callable[[Tensor], Tensor]  # (n, 3, height, width) in [-1, 1] to (n, …)
 EncodeTexts = Callable[[list[str]], Mapping[str, Tensor]]  # n captions to tensors (n, …)
@@ -132,10 +133,10 @@ def seen_latents(part: Captioned, encode: Encode, made_of: Mapping[str, Any], ke
         pixels = part.pixels(row, views[row])
         return [pixels, pixels.flip(-1)] if part.frame.flip else [pixels]
 
-    def make(own: Sequence[str]) -> Iterator[Tensors]:
+    def make(some: Sequence[str]) -> Iterator[Tensors]:
         with torch.no_grad():
-            for pixels in ahead(read, own):
-                yield {name: encode(one[None])[0] for name, one in zip(("seen", "turned"), pixels, strict=False)}
+            for pixels in ahead(read, some):
+                yield {name: encode(own[None])[0] for name, own in zip(("seen", "turned"), pixels, strict=False)}
 
     more = {"flip": part.frame.flip}
     stored = kept("latents", {**made_of, **more}, keys, make, f"{part.pictures.source}: encoding pictures", reporter)

@@ -128,7 +128,7 @@ def read_class(data: CaptionedData, resolution: Size, multiple: int, reporter: R
     frame = Frame(data, data.resolution or resolution, multiple)
     said = Said(COLUMNS, "caption", None, beside=lambda folder, names: [prompt] * len(names), optional=True)
     pictures = read_pictures(path, "train", data, said)
-    texts = {row: (prompt,) for row in pictures.rows.tolist()}
+    texts: dict[int, tuple[str, ...]] = dict.fromkeys(pictures.rows.tolist(), (prompt,))
     looks = _looked(pictures, frame, reporter or Reporter())
     return Captioned(pictures, texts, looks, frame, data.caption_dropout)
 
@@ -211,8 +211,8 @@ def _repeated(part: Captioned, data: CaptionedData, reporter: Reporter) -> Capti
     times = np.array([folders[_folder(part.pictures.name(row))][0] for row in rows.tolist()])
     told = [f"{name!r} {count} times" for name, (count, _) in sorted(folders.items())]
     reporter.say(
-        f"{data.path}: folders named as kohya's scripts have them: an epoch has the pictures of {listed(told, say=str)}; "
-        "data.repeats=false counts each once"
+        f"{data.path}: folders named as kohya's scripts have them: an epoch has the pictures of "
+        f"{listed(told, say=str)}; data.repeats=false counts each once"
     )
     return replace(part, pictures=replace(part.pictures, rows=np.repeat(rows, times)))
 
