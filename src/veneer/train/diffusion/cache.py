@@ -20,6 +20,7 @@ from torch import Tensor
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.train.diffusion.buckets import View
 from veneer.train.diffusion.captions import Captioned
+from veneer.train.processes import joined
 from veneer.train.sameness import circumstances
 from veneer.train.store import Pieces, Store, digest_of, prepared
 from veneer.train.task import Reporter
@@ -80,14 +81,16 @@ def kept(
 
     A key and `made_of` decide every bit of its tensors. `make` is given some keys, and gives the tensors of each.
     """
-    keys = list(dict.fromkeys(keys))
+    runs = list(chunks(list(dict.fromkeys(keys))))
+    total, done = sum(map(len, runs)), 0
+    world = joined()
+    first = world.rank * len(runs) // world.size  # each process begins elsewhere, so that they share the work
     stores: list[tuple[Sequence[str], Store]] = []
-    done = 0
-    for own in chunks(keys):
+    for own in runs[first:] + runs[:first]:
 
         def pieces(own: Sequence[str] = own, before: int = done) -> Pieces:
             for number, tensors in enumerate(make(own), 1):
-                reporter.progress(what, before + number, len(keys))
+                reporter.progress(what, before + number, total)
                 yield save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}), ()
 
         stores.append((own, prepared(kind, {**made_of, "keys": digest_of(own)}, [], pieces, reporter.say)))

@@ -1,6 +1,7 @@
 """Pictures with captions, from folders, lists and datasets; and what is seen and said of each at a step."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -86,6 +87,10 @@ class Captioned:
     def target(self, row: int) -> Size:
         """The size that a picture is learned in: pictures of one size go through the model together."""
         return self.frame.target(self.original(row))
+
+    def targets(self) -> dict[Size, int]:
+        """How many pictures are learned in each size, the most first."""
+        return dict(Counter(map(self.target, range(len(self)))).most_common())
 
     def content(self, row: int) -> str:
         """A digest of the picture's bytes."""
