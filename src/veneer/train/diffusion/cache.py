@@ -20,6 +20,7 @@ from torch import Tensor
 from veneer.core.errors import AdapterError, listed, nearest
 from veneer.train.diffusion.buckets import View
 from veneer.train.diffusion.captions import Captioned
+from veneer.train.processes import joined
 from veneer.train.sameness import circumstances
 from veneer.train.store import Pieces, Store, digest_of, prepared
 from veneer.train.task import Reporter
@@ -28,7 +29,8 @@ LAYOUT = 1  # raised when what is kept is made in another way
 LEAST, STORES = 16, 64  # keys a store on average, at least; and stores, about
 AHEAD = 4  # pictures that are read while another is encoded
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 Tensors = dict[str, Tensor]
 Encode = Callable[[Tensor], Tensor]  # (n, 3, height, width) in [-1, 1] to (n, …)
 EncodeTexts = Callable[[list[str]], Mapping[str, Tensor]]  # n captions to tensors (n, …)
@@ -79,14 +81,16 @@ def kept(
 
     A key and `made_of` decide every bit of its tensors. `make` is given some keys, and gives the tensors of each.
     """
-    keys = list(dict.fromkeys(keys))
+    runs = list(chunks(list(dict.fromkeys(keys))))
+    total, done = sum(map(len, runs)), 0
+    world = joined()
+    first = world.rank * len(runs) // world.size  # each process begins elsewhere, so that they share the work
     stores: list[tuple[Sequence[str], Store]] = []
-    done = 0
-    for own in chunks(keys):
+    for own in runs[first:] + runs[:first]:
 
         def pieces(own: Sequence[str] = own, before: int = done) -> Pieces:
             for number, tensors in enumerate(make(own), 1):
-                reporter.progress(what, before + number, len(keys))
+                reporter.progress(what, before + number, total)
                 yield save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}), ()
 
         stores.append((own, prepared(kind, {**made_of, "keys": digest_of(own)}, [], pieces, reporter.say)))
@@ -132,10 +136,10 @@ def seen_latents(part: Captioned, encode: Encode, made_of: Mapping[str, Any], ke
         pixels = part.pixels(row, views[row])
         return [pixels, pixels.flip(-1)] if part.frame.flip else [pixels]
 
-    def make(own: Sequence[str]) -> Iterator[Tensors]:
+    def make(some: Sequence[str]) -> Iterator[Tensors]:
         with torch.no_grad():
-            for pixels in ahead(read, own):
-                yield {name: encode(one[None])[0] for name, one in zip(("seen", "turned"), pixels, strict=False)}
+            for pixels in ahead(read, some):
+                yield {name: encode(own[None])[0] for name, own in zip(("seen", "turned"), pixels, strict=False)}
 
     more = {"flip": part.frame.flip}
     stored = kept("latents", {**made_of, **more}, keys, make, f"{part.pictures.source}: encoding pictures", reporter)

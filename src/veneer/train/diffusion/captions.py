@@ -1,6 +1,7 @@
 """Pictures with captions, from folders, lists and datasets; and what is seen and said of each at a step."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -87,6 +88,10 @@ class Captioned:
         """The size that a picture is learned in: pictures of one size go through the model together."""
         return self.frame.target(self.original(row))
 
+    def targets(self) -> dict[Size, int]:
+        """How many pictures are learned in each size, the most first."""
+        return dict(Counter(map(self.target, range(len(self)))).most_common())
+
     def content(self, row: int) -> str:
         """A digest of the picture's bytes."""
         return self.looks.contents[self._own(row)]
@@ -128,7 +133,7 @@ def read_class(data: CaptionedData, resolution: Size, multiple: int, reporter: R
     frame = Frame(data, data.resolution or resolution, multiple)
     said = Said(COLUMNS, "caption", None, beside=lambda folder, names: [prompt] * len(names), optional=True)
     pictures = read_pictures(path, "train", data, said)
-    texts = {row: (prompt,) for row in pictures.rows.tolist()}
+    texts: dict[int, tuple[str, ...]] = dict.fromkeys(pictures.rows.tolist(), (prompt,))
     looks = _looked(pictures, frame, reporter or Reporter())
     return Captioned(pictures, texts, looks, frame, data.caption_dropout)
 
@@ -211,8 +216,8 @@ def _repeated(part: Captioned, data: CaptionedData, reporter: Reporter) -> Capti
     times = np.array([folders[_folder(part.pictures.name(row))][0] for row in rows.tolist()])
     told = [f"{name!r} {count} times" for name, (count, _) in sorted(folders.items())]
     reporter.say(
-        f"{data.path}: folders named as kohya's scripts have them: an epoch has the pictures of {listed(told, say=str)}; "
-        "data.repeats=false counts each once"
+        f"{data.path}: folders named as kohya's scripts have them: an epoch has the pictures of "
+        f"{listed(told, say=str)}; data.repeats=false counts each once"
     )
     return replace(part, pictures=replace(part.pictures, rows=np.repeat(rows, times)))
 
