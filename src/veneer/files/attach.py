@@ -11,7 +11,7 @@ from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.model import PeftModel, get_peft_model
 from veneer.core.targets import base_modules
-from veneer.files.parts import LEVEL, by_part, joined
+from veneer.files.parts import LEVEL, by_part, joined, prior_places
 
 Models = dict[str, PeftModel]
 
@@ -161,8 +161,7 @@ def models_of(target: Any) -> dict[str, nn.Module]:
     if not isinstance(own, Mapping):
         raise AdapterError(f"expected a model, a pipeline or {{part: model}}, found {type(target).__name__}")
     models = {str(part): model for part, model in own.items() if isinstance(model, nn.Module)}
-    # a pipeline of a prior and a decoder names the prior's parts so
-    return models | {"prior": models["prior_prior"]} if "prior_prior" in models and "prior" not in models else models
+    return models | {part: models.pop(place) for part, place in prior_places(models).items()}
 
 
 def _attached(model: nn.Module, adapter: Adapter, name: str, is_trainable: bool) -> PeftModel:
