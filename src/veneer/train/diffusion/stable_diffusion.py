@@ -88,7 +88,8 @@ def load_parts(folder: Path, names: Sequence[str], dtype: str | None, device: to
             faults.append(f"base {folder}: its model_index.json names no {name}")
             continue
         try:
-            model: nn.Module = load_part(folder / name, kinds[name], dtype)[0]
+            with quiet():
+                model: nn.Module = load_part(folder / name, kinds[name], dtype)[0]
         except AdapterError as error:
             faults.append(f"base {error}")
             continue
