@@ -136,4 +136,3 @@ class Encoders:
             own = next(self.family.parts[names[0]].parameters())
             self.made[what] = made_by(self.family.digest(*names), own.dtype, own.device)
         return self.made.get(what, {})
-

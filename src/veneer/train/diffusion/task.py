@@ -1,32 +1,22 @@
 """The task `text-to-image`: a denoiser, and perhaps the text encoders, learn pictures with captions."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import batched
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from veneer import zoo
-from veneer.core.errors import AdapterError
-from veneer.safe.whole import write_whole
 from veneer.train.bases.loading import choose_device, choose_dtype
-from veneer.train.data.rows import evenly
-from veneer.train.diffusion.captions import Captioned, read_captioned, read_class
+from veneer.train.diffusion.captions import read_captioned, read_class
 from veneer.train.diffusion.family import family_of
-from veneer.train.diffusion.kept import loaded, saved
-from veneer.train.diffusion.material import Encoders, Item, Material, batches, draw_of, told_of
+from veneer.train.diffusion.kept import saved
+from veneer.train.diffusion.material import Encoders
 from veneer.train.diffusion.objective import Objective
-from veneer.train.diffusion.painter import Sampling, Wish, paint
 from veneer.train.diffusion.parts import adapted
 from veneer.train.diffusion.settings import TextToImageRecipe
-from veneer.train.drawing.sheet import Shown, sheet, small
-from veneer.train.sameness import digest_of_base
-from veneer.train.task import Batch, Reporter, Task
+from veneer.train.drawing.sheet import Shown
+from veneer.train.task import Reporter, Task
 
 USE = """on a pipeline of diffusers:
 
