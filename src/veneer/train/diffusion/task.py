@@ -51,7 +51,7 @@ class TextToImage(Task):
     settings: ClassVar = TextToImageRecipe
     pipeline = "text-to-image"
     asking = "generate {adapter} --prompt {prompt} --seed {seed} --out picture.png"
-    library, python, sampled = "diffusers", USE, "A picture"
+    library, python, sampled, unit = "diffusers", USE, "A picture", "pictures"
     drawn: Sequence[Shown] = ()  # what `sample` has shown last
     resting: Sequence[str] = ()  # parts that are not needed at each step, in main memory
 
