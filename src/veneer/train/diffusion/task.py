@@ -50,6 +50,7 @@ class TextToImage(Task):
 
     settings: ClassVar = TextToImageRecipe
     pipeline = "text-to-image"
+    unit = "pictures"
     asking = "generate {adapter} --prompt {prompt} --seed {seed} --out picture.png"
     library, python, sampled = "diffusers", USE, "A picture"
     drawn: Sequence[Shown] = ()  # what `sample` has shown last
