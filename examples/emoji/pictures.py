@@ -1,8 +1,8 @@
 """Fluent Emoji (Microsoft, MIT licence) → the captioned pictures of the base `emoji` and of the shipped style sets.
 
-    npm pack @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/fluent-emoji-high-contrast@1.2.6
-    pip install pillow resvg-py
-    python examples/emoji/pictures.py src/veneer/recipes/data        # writes emoji-delft/ and emoji-high-contrast/
+npm pack @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/fluent-emoji-high-contrast@1.2.6
+pip install pillow resvg-py
+python examples/emoji/pictures.py src/veneer/recipes/data        # writes emoji-delft/ and emoji-high-contrast/
 """
 
 import argparse
