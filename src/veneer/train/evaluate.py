@@ -18,9 +18,7 @@ def measured(
     own = [] if data is None else [f"data.path={data}", f"data.eval_path={data}", "data.eval_split=null"]
     recipe, build = read_recipe(str(run), [*own, *overrides])
     task = build(recipe, reporter)
-    task.model.delete_adapter("default")
-    task.model.load_adapter(run / "adapter", "default")
-    task.model.set_adapter("default")
+    task.load(run / "adapter")
     found = {"adapted": task.evaluate(whole=True)}
     if not found["adapted"]:
         raise AdapterError(f"{run} holds no rows out: name some with --data")

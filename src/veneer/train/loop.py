@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from veneer.train.pieces import quick_pieces
 from veneer.train.processes import ALONE, World
 from veneer.train.schedules import rate
 from veneer.train.settings import TrainSettings
-from veneer.train.task import Task
+from veneer.train.task import Batch, Task
 
 
 @dataclass
@@ -109,9 +110,7 @@ def _step(
     task: Task, stepper: Stepper, step: int, steps: int, settings: TrainSettings, world: World
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    shares = [world.share(rows) for rows in rows_of(step, settings, task.size)]
-    task.step = step
-    batches = [batch for rows in shares if rows for batch in task.batches(rows)]
+    batches = _batches(task, step, rows_of(step, settings, task.size), world)
     torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
     counts = world.gathered([sum(b.units for b in batches), sum(b.tokens for b in batches), len(batches)])
@@ -138,6 +137,20 @@ def _step(
         places = [place for batch in batches for place in batch.places]
         return record, _not_finite(step, f"the gradient's norm is {norm}", _flat(world.collected(places)), lr)
     return record, None
+
+
+def _batches(task: Task, step: int, rows: list[list[int]], world: World) -> list[Batch]:
+    """This process's share of the step's rows, ready for the model."""
+    found, turns, task.step = [], Counter[int](), step
+    for own in rows:
+        seen = []
+        for row in own:  # the end of an epoch and the beginning of the next may have it, or a small epoch twice
+            seen.append(turns[row])
+            turns[row] += 1
+        task.turns = world.share(seen)
+        if share := world.share(own):
+            found += task.batches(share)
+    return found
 
 
 def _flat(lists: list[list[str]]) -> list[str]:

@@ -99,8 +99,8 @@ def join(device: str = "auto") -> World:
 
     Raises `AdapterError` where what the launcher says is not whole, or the others do not come.
     """
-    if dist.is_available() and dist.is_initialized():  # by a launcher that is a library, as Ray Train is
-        return World(dist.get_rank(), dist.get_world_size())
+    if (world := joined()) is not ALONE:  # by a launcher that is a library, as Ray Train is
+        return world
     said = {name: os.environ[own] for name, own in _SLURM.items() if own in os.environ} if _by_srun() else {}
     said |= {name: os.environ[name] for name in _TORCHRUN if name in os.environ}
     if int(said.get("WORLD_SIZE", 1)) < 2:
@@ -121,6 +121,13 @@ def join(device: str = "auto") -> World:
     except (RuntimeError, ValueError) as error:
         raise AdapterError(f"the {said['WORLD_SIZE']} processes of the run do not find each other: {error}") from error
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def joined() -> World:
+    """The processes that this one has joined by now."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return ALONE
 
 
 def spread(model: nn.Module) -> None:

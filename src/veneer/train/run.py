@@ -228,7 +228,7 @@ def _save(task: Task, recipe: Recipe, result: Result) -> None:
     if not folder.writes:
         return
     usage = _keep(task, folder)
-    result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.glob("adapter_model*"))
+    result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.rglob("*.safetensors"))
     rows = _figures(recipe, result)
     text = card(task, folder.folder.name, recipe.base, rows, usage, result.samples)
     folder.write(f"{folder.adapter.name}/README.md", text)
@@ -238,7 +238,7 @@ def _keep(task: Task, folder: Run) -> dict[str, Any]:
     """The adapter, and how to use it, which is returned."""
     if not folder.writes:
         return {}
-    task.model.save_pretrained(folder.adapter)
+    task.save(folder.adapter)
     usage = task.usage()
     folder.write(f"{folder.adapter.name}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")
     return usage

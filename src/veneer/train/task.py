@@ -11,6 +11,12 @@ from torch import Tensor
 from veneer.core.model import PeftModel
 from veneer.train.settings import Recipe
 
+USE = """on the base loaded with transformers, with veneer or with PEFT:
+
+```python
+model = PeftModel.from_pretrained(model, "ADAPTER")
+```"""
+
 
 @dataclass
 class Batch:
@@ -44,11 +50,15 @@ class Task(ABC):
     settings: ClassVar[type[Recipe]]  # the task's own recipe
     pipeline: ClassVar[str] = "text-generation"  # what the hub calls the task
     asking: ClassVar[str] = "generate {adapter} --compare --prompt {prompt}"  # the command that uses the adapter
+    library: ClassVar[str] = "peft"  # which reads the adapter's files
+    python: ClassVar[str] = USE  # how a model card says that it is used in Python
+    sampled: ClassVar[str] = "A held-out row"  # what a model card calls a sample
     judged_by: str = "eval_loss"  # the figure that says which of two adapters is better
     higher_is_better: bool = False
     model: PeftModel
     size: int  # rows to learn from
     step: int = 0  # that `batches` makes rows for, which decides with the seed and the row what is drawn of it
+    turns: Sequence[int] = ()  # how often each of these rows has come up in the step before
 
     @abstractmethod
     def __init__(self, recipe: Any, reporter: Reporter) -> None: ...
@@ -84,3 +94,13 @@ class Task(ABC):
     @abstractmethod
     def usage(self) -> dict[str, Any]:
         """What must be known to use the adapter as it was trained; kept beside it."""
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter, whole or not at all, as those who use it read it."""
+        self.model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Let the adapter be the one that `save` has written there."""
+        self.model.delete_adapter("default")
+        self.model.load_adapter(folder, "default")
+        self.model.set_adapter("default")

@@ -1,7 +1,8 @@
 """`Family`: what a kind of pipeline is to the training: its parts, how they are called, what they are told."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from veneer.core.errors import AdapterError, listed, named
 from veneer.files.pipeline import INDEX
 from veneer.safe.stored import parsed, read_bytes
+from veneer.train.diffusion.objective_settings import ObjectiveSettings
+from veneer.train.diffusion.schedule import Schedule, schedule_of
+from veneer.train.sameness import digest_of_base
 
 Conditions = dict[str, Tensor]  # what the denoiser is told, a row for each picture
 
@@ -31,7 +35,9 @@ class Family(ABC):
     denoiser: ClassVar[str] = "unet"  # the part that learns
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     seer: ClassVar[str] = "vae"  # the part that makes latents of pictures
+    folder: Path
     parts: dict[str, nn.Module]  # by the pipeline's names; text encoders and seer are not needed where all is cached
+    scheduler: Any  # diffusers'
     factor: int  # pixels, of a side, for a latent's point
     channels: int  # of a latent
     resolution: int  # the side in pixels that the base was made for
@@ -73,12 +79,23 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def schedule(self, settings: Any) -> Any:
-        """ᾱ(t) and what is predicted, as the base's scheduler or else the recipe says."""
-
-    @abstractmethod
     def pipeline(self) -> Any:
-        """A diffusers pipeline of these same live parts, to draw pictures with."""
+        """A diffusers pipeline of these same live parts, to draw pictures with; None where the base has no decoder."""
+
+    def schedule(self, settings: ObjectiveSettings) -> Schedule:
+        """ᾱ(t) and what is predicted, as the base's scheduler or else the recipe says."""
+        return schedule_of(self.scheduler, settings)
+
+    def digest(self, *names: str) -> str:
+        """A name for what these parts, and the tokenizers, are."""
+        folders = [self.folder / name for name in names] + sorted(self.folder.glob("tokenizer*"))
+        return sha256(" ".join(map(digest_of_base, folders)).encode()).hexdigest()
+
+    def move(self, names: Iterable[str], device: torch.device) -> None:
+        """Put parts on a device."""
+        for name in names:
+            if name in self.parts:
+                self.parts[name].to(device)
 
 
 def family_of(folder: Path) -> type[Family]:

@@ -63,9 +63,6 @@ class StableDiffusion(Family):
         answer: Tensor = unet(noisy.to(unet.dtype), t, encoder_hidden_states=text, return_dict=False)[0]
         return answer.float()
 
-    def schedule(self, settings: Any) -> Any:
-        raise NotImplementedError
-
     def pipeline(self) -> Any:
         from diffusers import StableDiffusionPipeline
 
