@@ -136,7 +136,7 @@ def _begun(
         wanted = asked(recipe)
         task = world.together(lambda: _built(recipe, build, reporter, world))
         made_of = world.first(lambda: {**task.made_of(), **circumstances(next(task.model.parameters()).device)})
-        watch = Watch(task, Stepper(task.model, recipe.train), folder, recipe, reporter, world)
+        watch = Watch(task, Stepper(task.model, recipe.train, task.rates()), folder, recipe, reporter, world)
         if again:
             world.first(lambda: refuse_changes(folder, made_of, inexact, reporter))
             outcome = watch.resume()

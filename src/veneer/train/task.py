@@ -71,6 +71,10 @@ class Task(ABC):
     def loss(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's units, in fp32."""
 
+    def rates(self) -> dict[str, float]:
+        """The highest learning rates of the model's modules that have one of their own, by path."""
+        return {}
+
     @abstractmethod
     def evaluate(self, whole: bool) -> dict[str, float]:
         """Figures on held-out rows; `whole`: also those that take longer, for before and after the training."""

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from veneer.core.errors import AdapterError
+from veneer.safe.whole import write_whole
 
 SIDE, GAP, LINE = 176, 10, 17  # points
 INK, RIGHT, WRONG = (34, 40, 46), (47, 125, 74), (190, 62, 50)
@@ -33,6 +37,17 @@ def sheet(shown: Sequence[Shown]) -> Image.Image:
         left, top = GAP + number % across * cell[0], GAP + number // across * cell[1]
         _draw(found, own, left, top, cell[0] - GAP)
     return found
+
+
+def write_sheet(shown: Sequence[Shown], path: Path) -> bool:
+    """Write all of them as a PNG file, if there are any. Raises `AdapterError` where it cannot be written."""
+    if shown:
+        picture = sheet(shown)
+        try:
+            write_whole({path: lambda temporary: picture.save(temporary, format="PNG")})
+        except OSError as error:
+            raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
+    return bool(shown)
 
 
 def small(picture: Image.Image) -> Image.Image:
