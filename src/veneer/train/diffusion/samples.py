@@ -42,11 +42,9 @@ class Samples:
 
     def painted(
         self, wishes: Sequence[Wish], carrier: PeftModel | None = None, what: str = "drawing"
-    ) -> list[Image.Image] | None:
-        """The pictures; None where the base has no decoder."""
+    ) -> list[Image.Image]:
+        """The pictures. Raises `AdapterError` where the base has no decoder."""
         pipeline = self.family.pipeline()
-        if pipeline is None:
-            return None
         pipeline.scheduler = _changed(pipeline.scheduler, self.changes)
 
         def progress(done: float, every: int) -> None:
@@ -57,18 +55,18 @@ class Samples:
     def bare(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """The base's own pictures, before it carries an adapter."""
         wishes = [Wish(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return self.painted(wishes, what="painting class pictures") or []
+        return self.painted(wishes, what="painting class pictures")
 
     def sheet(self, prompts: Sequence[str], model: PeftModel) -> list[Shown]:
         """For each prompt the base's pictures, a seed each, and then the adapter's; nothing where there is no decoder.
 
         The base's are drawn once.
         """
-        own = self._all(prompts, model, ADAPTED)
-        if own is None:
+        if not self.family.draws:
             self.reporter.say("no pictures are drawn: the base has no decoder")
             return []
-        self.before = self.before or self._all(prompts, model, BARE) or []
+        own = self._all(prompts, model, ADAPTED)
+        self.before = self.before or self._all(prompts, model, BARE)
         seeds = ", ".join(map(str, self.settings.seeds))
         line = f"{self._told(seeds)}: base, then adapter"
         count, found = len(self.settings.seeds), []
@@ -80,7 +78,7 @@ class Samples:
     def _told(self, seeds: str) -> str:
         return f"seed{'s' * (len(self.settings.seeds) > 1)} {seeds}"
 
-    def _all(self, prompts: Sequence[str], model: PeftModel, weights: Weights) -> list[Image.Image] | None:
+    def _all(self, prompts: Sequence[str], model: PeftModel, weights: Weights) -> list[Image.Image]:
         wishes = [Wish(prompt, seed, weights) for prompt in prompts for seed in self.settings.seeds]
         return self.painted(wishes, model)
 

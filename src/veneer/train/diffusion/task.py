@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veneer import zoo
 from veneer.core.adapter import Adapter
+from veneer.files.parts import is_text
 from veneer.train.bases.loading import choose_device, choose_dtype
 from veneer.train.data.rows import evenly
 from veneer.train.diffusion.captions import Captioned, read_captioned, read_class
@@ -134,6 +135,10 @@ class TextToImage(Task):
             other = partner(seed, self.step, row, len(self.kind))
             found.append(self.kind.learned(self.objective, other, self.step, turn, self.size + row, weight))
         return found
+
+    def rates(self) -> dict[str, float]:
+        own = self.recipe.text_encoder
+        return {name: own.lr for name, _ in self.model.named_children() if own.lr and is_text(name)}
 
     def loss(self, batch: Batch) -> Tensor:
         losses = self._losses(batch, self.objective) * batch.inputs["share"]
