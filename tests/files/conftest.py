@@ -17,25 +17,16 @@ Deltas = dict[str, Tensor]
 
 @pytest.fixture(scope="session")
 def _whole() -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from train.diffusion.pipelines import encoder, unet
 
     torch.manual_seed(1)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(4, 8, 12, 12),
-        layers_per_block=2,
-        norm_num_groups=4,
-        cross_attention_dim=10,
-        attention_head_dim=2,
-    )
-    sizes = {"hidden_size": 10, "intermediate_size": 14, "num_hidden_layers": 3, "num_attention_heads": 2}
-    tokens = {"vocab_size": 24, "max_position_embeddings": 6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return StableDiffusionPipeline(
         vae=None,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**sizes, **tokens)),
+        text_encoder=encoder(10, num_hidden_layers=3),
         tokenizer=None,
-        unet=unet,
+        unet=unet((True, True, True, False), (4, 8, 12, 12), cross_attention_dim=10),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,

@@ -9,50 +9,26 @@ from functools import cache
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     EulerDiscreteScheduler,
     FluxTransformer2DModel,
     PriorTransformer,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from train.diffusion.pipelines import WIDTH, WIDTH_2, encoder, sizes_told, unet, vae
 
 Deltas = dict[str, Tensor]
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-_TEXT, _TEXT_2 = 12, 16
-_CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-_PLAIN = "DownBlock2D", "UpBlock2D"
-
-
-def _encoder(width: int, projected: bool = False) -> nn.Module:
-    sizes = {"hidden_size": width, "intermediate_size": width + 8, "projection_dim": width, "num_attention_heads": 2}
-    tokens = {"vocab_size": 24, "max_position_embeddings": 6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    config = CLIPTextConfig(num_hidden_layers=2, **sizes, **tokens)
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-
-
-def _unet(crossed: tuple[bool, ...], widths: tuple[int, ...], **more: object) -> nn.Module:
-    """Blocks from the outermost to the innermost, with cross-attention or without it, of two layers each."""
-    down = tuple(_CROSS[0] if each else _PLAIN[0] for each in crossed)
-    up = tuple(_CROSS[1] if each else _PLAIN[1] for each in reversed(crossed))
-    usual = {"sample_size": 8, "attention_head_dim": 2, "cross_attention_dim": _TEXT, "norm_num_groups": 4}
-    shape = {"block_out_channels": widths, "down_block_types": down, "up_block_types": up, "layers_per_block": 2}
-    return UNet2DConditionModel(**{**usual, **shape, **more})
-
-
-def _vae() -> nn.Module:
-    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, layers_per_block=1)
 
 
 def _sd1(**more: object) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=_encoder(_TEXT),
+        vae=vae(),
+        text_encoder=encoder(WIDTH),
         tokenizer=None,
-        unet=_unet((True, True, True, False), (4, 8, 12, 12), **more),
+        unet=unet((True, True, True, False), (4, 8, 12, 12), **more),
         scheduler=EulerDiscreteScheduler(steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -62,17 +38,15 @@ def _sd1(**more: object) -> StableDiffusionPipeline:
 
 def _sdxl() -> StableDiffusionXLPipeline:
     """Its text goes in twice: side by side as the cross-attention's input, and pooled, with six numbers of the size."""
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     depths = {"transformer_layers_per_block": [1, 1, 2], "use_linear_projection": True}
-    added["projection_class_embeddings_input_dim"] = _TEXT_2 + 6 * 4
-    unet = _unet((False, True, True), (4, 8, 12), cross_attention_dim=_TEXT + _TEXT_2, **added, **depths)
+    width = WIDTH + WIDTH_2
     return StableDiffusionXLPipeline(
-        vae=_vae(),
-        text_encoder=_encoder(_TEXT),
-        text_encoder_2=_encoder(_TEXT_2, projected=True),
+        vae=vae(),
+        text_encoder=encoder(WIDTH),
+        text_encoder_2=encoder(WIDTH_2, projected=True),
         tokenizer=None,
         tokenizer_2=None,
-        unet=unet,
+        unet=unet((False, True, True), (4, 8, 12), cross_attention_dim=width, **sizes_told(), **depths),
         scheduler=EulerDiscreteScheduler(steps_offset=1),
         add_watermarker=False,
     )
@@ -80,12 +54,12 @@ def _sdxl() -> StableDiffusionXLPipeline:
 
 def _flux() -> dict[str, nn.Module]:
     sizes = {"in_channels": 8, "attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2)}
-    text = {"joint_attention_dim": _TEXT, "pooled_projection_dim": _TEXT_2}
+    text = {"joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH_2}
     return {"transformer": FluxTransformer2DModel(num_layers=2, num_single_layers=2, **sizes, **text)}
 
 
 def _prior() -> dict[str, nn.Module]:
-    return {"prior": PriorTransformer(2, 8, 2, embedding_dim=_TEXT, num_embeddings=5)}
+    return {"prior": PriorTransformer(2, 8, 2, embedding_dim=WIDTH, num_embeddings=5)}
 
 
 class Layers(nn.Module):

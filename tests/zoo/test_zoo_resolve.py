@@ -60,7 +60,7 @@ def test_a_slip_gets_the_nearest_name():
     with pytest.raises(AdapterError) as caught:
         zoo.resolve("smolm2-135m")
     assert str(caught.value).startswith(
-        "base 'smolm2-135m' is neither a folder, a name that `veneer models` lists (minilm-l6, smollm2-135m), "
+        "base 'smolm2-135m' is neither a folder, a name that `veneer models` lists (emoji, minilm-l6, smollm2-135m), "
         "nor a hub id (owner/name); did you mean 'smollm2-135m'? (as a name of the hub: HF_HUB_OFFLINE is set"
     )
 

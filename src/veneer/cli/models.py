@@ -39,6 +39,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for heading in ("name", "what it is", "parameters", "download", "licence", "here"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("parameters", "download") else "left")
     for row in rows:
-        sizes = f"{row['parameters'] / 1e6:.0f}M", f"{row['download_bytes'] / 1e6:.0f} MB"
+        download = f"{row['wheel']['download_bytes'] / 1e6:.0f} MB" if row["wheel"] else "shipped"
+        sizes = f"{row['parameters'] / 1e6:.0f}M", download
         table.add_row(row["name"], row["summary"], *sizes, row["licence"], "yes" if row["here"] else "no")
     Console().print(table)

@@ -34,7 +34,7 @@ def merge_pipeline(base: Path, adapters: Weighted, out: Path, dtype: str | None 
     The other parts are copied as they are. One part is in memory at a time, in `dtype` or as it is stored. Raises one
     `AdapterError` with all that does not fit, of all parts, or `OSError`; nothing is written then.
     """
-    kinds = _kinds(base)
+    kinds = part_kinds(base)
     if not all(adapter.parts for adapter, _ in adapters):
         raise AdapterError(
             f"{base} is a pipeline, and an adapter is for one model by itself: say which "
@@ -61,7 +61,7 @@ def merge_pipeline(base: Path, adapters: Weighted, out: Path, dtype: str | None 
     write_folder(out, fill)
 
 
-def _kinds(base: Path) -> dict[str, tuple[str, str]]:
+def part_kinds(base: Path) -> dict[str, tuple[str, str]]:
     """Part → (library, class), of the parts that there are."""
     index = parsed(read_bytes(base / INDEX), str(base / INDEX))
     return {
@@ -75,7 +75,7 @@ def _kinds(base: Path) -> dict[str, tuple[str, str]]:
 def _merge_part(
     place: Path, kind: tuple[str, str], part: str, adapters: Weighted, out: Path, dtype: str | None
 ) -> None:
-    model, variant = _loaded(place, kind, dtype)
+    model, variant = load_part(place, kind, dtype)
     merged(model, adapters, part).save_pretrained(out, variant=variant)
 
 
@@ -94,7 +94,7 @@ def merged(model: Any, adapters: Weighted, part: str = "") -> Any:
     return model.merge_and_unload(terms)
 
 
-def _loaded(place: Path, kind: tuple[str, str], dtype: str | None) -> tuple[Any, str | None]:
+def load_part(place: Path, kind: tuple[str, str], dtype: str | None) -> tuple[Any, str | None]:
     """The model of one part, in `dtype` or as it is stored, and which variant of its files was read."""
     library, name = kind
     if library not in _ROOMS:

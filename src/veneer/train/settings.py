@@ -118,7 +118,8 @@ class Recipe(Settings):
     def _named_in_full(cls, base: str) -> str:
         """A folder is named in full, so that the recipe and the adapter of a run can be used from anywhere."""
         folder = Path(base).expanduser()
-        return str(folder.resolve()) if (folder / "config.json").is_file() else base
+        is_model = any((folder / name).is_file() for name in ("config.json", "model_index.json"))
+        return str(folder.resolve()) if is_model else base
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

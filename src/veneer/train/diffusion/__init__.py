@@ -1,0 +1,1 @@
+"""Pictures from words: adapters for the denoisers and text encoders of diffusers' pipelines."""
