@@ -111,10 +111,14 @@ def _step(
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
     shares = [world.share(rows) for rows in rows_of(step, settings, task.size)]
     task.step = step
-    batches = [batch for rows in shares if rows for batch in task.batches(rows)]
+    made, wrong = world.tried(lambda: [batch for rows in shares if rows for batch in task.batches(rows)])
+    batches = made or []
     torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
-    counts = world.gathered([sum(b.units for b in batches), sum(b.tokens for b in batches), len(batches)])
+    own_counts = [sum(b.units for b in batches), sum(b.tokens for b in batches), len(batches), wrong is not None]
+    counts = world.gathered(own_counts)
+    if counts[:, 3].any():
+        world.refuse(wrong)
     units, tokens = counts[:, :2].sum(0).tolist()
     own, bad = torch.zeros((), dtype=torch.float64), []
     for batch in batches:

@@ -167,7 +167,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+    return [record for record in records if isinstance(record, dict) and _is_record(record)]
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    numbers = all(isinstance(value, int | float) for value in record.values())
+    return numbers and isinstance(record.get("step"), int)
 
 
 def is_held(folder: Path) -> bool:

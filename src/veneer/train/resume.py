@@ -22,6 +22,18 @@ def cut_short(recipe: Recipe, named: Path | None = None) -> Path | None:
     return newest if newest and facts_of(newest).get("state") in CUT_SHORT else None
 
 
+def begun_as(recipe: Recipe) -> tuple[Path | None, str]:
+    """The newest run that was begun with just this recipe, and its state: finished, or cut short."""
+    wanted = {key: value for key, value in asked(recipe).items() if key not in PLACES}
+    for folder in runs_named(recipe.output, recipe.name or recipe.task):
+        facts = facts_of(folder)
+        own = facts.get("asked", {})
+        if {key: value for key, value in own.items() if key not in PLACES} == wanted:
+            state = facts.get("state")
+            return (folder, state) if state == "finished" or state in CUT_SHORT else (None, "")
+    return None, ""
+
+
 def as_before(recipe: R, run: Run, inexact: bool, reporter: Reporter) -> R:
     """The recipe as the run has it, with all that was chosen then; its own keys where it differs and may.
 

@@ -150,7 +150,8 @@ def _begun(
             folder.allowed["inexact"] = [*facts_of(folder.folder).get("inexact", []), told]
         folder.write("recipe.yaml", as_yaml(resolved(recipe)))
         steps = count_steps(recipe.train, task.size)
-        folder.note(state="running", made_of=made_of, planned=steps, judged_by=task.judged_by, **folder.allowed)
+        judged = {"judged_by": task.judged_by, "higher_is_better": task.higher_is_better}
+        folder.note(state="running", made_of=made_of, planned=steps, **judged, **folder.allowed)
         folder.track(recipe.log, resolved(recipe), outcome.steps)
         return watch, outcome
     except BaseException:
