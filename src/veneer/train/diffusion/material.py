@@ -118,13 +118,12 @@ class Encoders:
         family, data = self.family, self.data
         seen = given_latents(latents, part) if latents else self._seen(part)
         if self.learning:
-
-            def tell(caption: str) -> dict[str, Tensor]:
-                return {name: own[0] for name, own in family.tokens([caption]).items()}
-
-        else:
-            tell = told_texts(part.spoken(), family.encode_texts, self._by("texts"), data.cache, self.reporter)
+            return Material(part, seen, self._numbers, family)
+        tell = told_texts(part.spoken(), family.encode_texts, self._by("texts"), data.cache, self.reporter)
         return Material(part, seen, tell, family)
+
+    def _numbers(self, caption: str) -> dict[str, Tensor]:
+        return {name: own[0] for name, own in self.family.tokens([caption]).items()}
 
     def _seen(self, part: Captioned) -> Seen:
         return seen_latents(part, self.family.encode_pictures, self._by("pictures"), self.data.cache, self.reporter)
@@ -136,3 +135,9 @@ class Encoders:
             own = next(self.family.parts[names[0]].parameters())
             self.made[what] = made_by(self.family.digest(*names), own.dtype, own.device)
         return self.made.get(what, {})
+
+
+def is_still(own: Material) -> bool:
+    """Whether each picture is always seen in the same part."""
+    part = own.part
+    return part.frame.still(map(part.original, range(len(part))))

@@ -39,6 +39,7 @@ class WuerstchenPrior(Family):
         prior: Any = parts["prior"]
         self.channels = prior.config.c_in
         index = parsed(read_bytes(folder / INDEX), str(folder / INDEX))
+        self.draws = bool(prior_places(part_kinds(folder)))
         # as the pipeline names them: its latents are mean · x - deviation
         self.mean, self.deviation = index.get("latent_mean", 42.0), index.get("latent_std", 1.0)
 
