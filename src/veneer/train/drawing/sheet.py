@@ -64,7 +64,7 @@ def _draw(found: Image.Image, own: Shown, left: int, top: int, width: int) -> No
     y = top + SIDE + 2
     for number, line in enumerate(own.lines):
         judged = own.right is not None and number == len(own.lines) - 1
-        pen.text((left, y), _fitting(line, pen, font, width), (RIGHT if own.right else WRONG) if judged else INK, font)
+        pen.text((left, y), fitting(line, pen, font, width), (RIGHT if own.right else WRONG) if judged else INK, font)
         y += LINE
     x = left
     for name, colour in own.colours:
@@ -76,7 +76,7 @@ def _draw(found: Image.Image, own: Shown, left: int, top: int, width: int) -> No
         x += length
 
 
-def _fitting(line: str, pen: Any, font: Any, width: int) -> str:
+def fitting(line: str, pen: Any, font: Any, width: int) -> str:
     """The line, cut where it would be too long."""
     while pen.textlength(line, font) > width and len(line) > 2:
         line = line[:-2] + "…"
