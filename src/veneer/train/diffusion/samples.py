@@ -37,15 +37,18 @@ class Samples:
         )
 
     def facts(self) -> dict[str, str]:
-        """What besides base, prompt and seed decides a picture."""
-        return {"sampling": repr(self.sampling), "scheduler": repr(sorted(self.changes.items()))}
+        """What besides base, prompt and seed decides a picture of the base."""
+        return {"sampling": repr(self.sampling)}
 
     def painted(
-        self, wishes: Sequence[Wish], carrier: PeftModel | None = None, what: str = "drawing"
+        self, wishes: Sequence[Wish], carrier: PeftModel | None = None, what: str = "drawing", own: bool = False
     ) -> list[Image.Image]:
-        """The pictures. Raises `AdapterError` where the base has no decoder."""
+        """The pictures, as what is trained is sampled, or as the base is by its `own` scheduler, which what it predicts
+        needs. Raises `AdapterError` where the base has no decoder.
+        """
         pipeline = self.family.pipeline()
-        pipeline.scheduler = _changed(pipeline.scheduler, self.changes)
+        if not own:
+            pipeline.scheduler = _changed(pipeline.scheduler, self.changes)
 
         def progress(done: float, every: int) -> None:
             self.reporter.progress(what, int(done), every)
@@ -55,7 +58,7 @@ class Samples:
     def bare(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """The base's own pictures, before it carries an adapter."""
         wishes = [Wish(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return self.painted(wishes, what="painting class pictures")
+        return self.painted(wishes, what="painting class pictures", own=True)
 
     def sheet(self, prompts: Sequence[str], model: PeftModel) -> list[Shown]:
         """For each prompt the base's pictures, a seed each, and then the adapter's; nothing where there is no decoder.
@@ -80,7 +83,7 @@ class Samples:
 
     def _all(self, prompts: Sequence[str], model: PeftModel, weights: Weights) -> list[Image.Image]:
         wishes = [Wish(prompt, seed, weights) for prompt in prompts for seed in self.settings.seeds]
-        return self.painted(wishes, model)
+        return self.painted(wishes, model, own=not weights)
 
 
 def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:

@@ -133,8 +133,9 @@ class TextToImage(Task):
         found = [self.part.learned(self.objective, row, self.step, turn)]
         if self.kind:
             seed, weight = self.recipe.train.seed, self.recipe.data.prior_weight
-            other = partner(seed, self.step, row, len(self.kind))
-            found.append(self.kind.learned(self.objective, other, self.step, turn, self.size + row, weight))
+            number = self.size + row  # which no picture of `path` has
+            other = partner(seed, self.step, number + self.size * turn, len(self.kind))
+            found.append(self.kind.learned(self.objective, other, self.step, turn, number, weight))
         return found
 
     def rates(self) -> dict[str, float]:
