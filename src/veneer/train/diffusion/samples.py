@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
-from typing import Any
 
 import torch
 from PIL import Image
 
 from veneer.core.model import PeftModel
 from veneer.train.diffusion.family import Family
-from veneer.train.diffusion.painter import Sampling, Weights, Wish, paint
+from veneer.train.diffusion.painter import Sampling, Weights, Wish, paint, rescheduled
 from veneer.train.diffusion.schedule import Schedule
 from veneer.train.diffusion.settings import SampleSettings
 from veneer.train.drawing.sheet import Shown, small
@@ -45,7 +43,7 @@ class Samples:
     ) -> list[Image.Image]:
         """The pictures. Raises `AdapterError` where the base has no decoder."""
         pipeline = self.family.pipeline()
-        pipeline.scheduler = _changed(pipeline.scheduler, self.changes)
+        pipeline.scheduler = rescheduled(pipeline.scheduler, self.changes)
 
         def progress(done: float, every: int) -> None:
             self.reporter.progress(what, int(done), every)
@@ -81,16 +79,6 @@ class Samples:
     def _all(self, prompts: Sequence[str], model: PeftModel, weights: Weights) -> list[Image.Image]:
         wishes = [Wish(prompt, seed, weights) for prompt in prompts for seed in self.settings.seeds]
         return self.painted(wishes, model)
-
-
-def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:
-    """The scheduler, as what was trained needs it; DDIM where its own kind cannot begin at SNR 0."""
-    from diffusers import DDIMScheduler
-
-    if all(scheduler.config.get(key) == value for key, value in changes.items()):
-        return scheduler
-    known = set(changes) <= set(signature(type(scheduler).__init__).parameters)
-    return (type(scheduler) if known else DDIMScheduler).from_config(scheduler.config, **changes)
 
 
 @contextmanager
