@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
-from typing import Any
 
 import torch
 from PIL import Image
 
 from veneer.core.model import PeftModel
 from veneer.train.diffusion.family import Family
-from veneer.train.diffusion.painter import Sampling, Weights, Wish, paint
+from veneer.train.diffusion.painter import Sampling, Weights, Wish, paint, rescheduled
 from veneer.train.diffusion.schedule import Schedule
 from veneer.train.diffusion.settings import SampleSettings
 from veneer.train.drawing.sheet import Shown, small
@@ -48,7 +46,7 @@ class Samples:
         """
         pipeline = self.family.pipeline()
         if not own:
-            pipeline.scheduler = _changed(pipeline.scheduler, self.changes)
+            pipeline.scheduler = rescheduled(pipeline.scheduler, self.changes)
 
         def progress(done: float, every: int) -> None:
             self.reporter.progress(what, int(done), every)
@@ -84,16 +82,6 @@ class Samples:
     def _all(self, prompts: Sequence[str], model: PeftModel, weights: Weights) -> list[Image.Image]:
         wishes = [Wish(prompt, seed, weights) for prompt in prompts for seed in self.settings.seeds]
         return self.painted(wishes, model, own=not weights)
-
-
-def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:
-    """The scheduler, as what was trained needs it; DDIM where its own kind cannot begin at SNR 0."""
-    from diffusers import DDIMScheduler
-
-    if all(scheduler.config.get(key) == value for key, value in changes.items()):
-        return scheduler
-    known = set(changes) <= set(signature(type(scheduler).__init__).parameters)
-    return (type(scheduler) if known else DDIMScheduler).from_config(scheduler.config, **changes)
 
 
 @contextmanager
