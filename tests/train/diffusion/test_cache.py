@@ -218,11 +218,13 @@ def test_latents_that_were_computed_elsewhere(tmp_path):
     tensors = {"deep/0.png": torch.randn(16, 2, 2), "deep/1": torch.randn(16, 2, 3), "deep/3": torch.zeros(1)}
     save_file(tensors, tmp_path / "latents.safetensors")
     with pytest.raises(AdapterError, match=r"1 of 3 pictures have no tensor of their name: 'deep/2.png'; did you mean"):
-        given_latents(str(tmp_path / "latents.safetensors"), part)
+        given_latents(str(tmp_path / "latents.safetensors"), part, 16)
     save_file({**tensors, "deep/2": torch.randn(16, 2, 2)}, tmp_path / "latents.safetensors")
-    found = given_latents(str(tmp_path / "latents.safetensors"), part)
+    found = given_latents(str(tmp_path / "latents.safetensors"), part, 16)
     assert torch.equal(found(0, part.view(0)), tensors["deep/0.png"])
     assert torch.equal(found(1, part.view(1)), tensors["deep/1"])
+    with pytest.raises(AdapterError, match=r"expected \(8, height, width\).*'deep/0.png' \(16, 2, 2\)"):
+        given_latents(str(tmp_path / "latents.safetensors"), part, 8)
     (tmp_path / "latents.safetensors").write_bytes(b"no")
     with pytest.raises(AdapterError, match="cannot be read as safetensors"):
-        given_latents(str(tmp_path / "latents.safetensors"), part)
+        given_latents(str(tmp_path / "latents.safetensors"), part, 16)

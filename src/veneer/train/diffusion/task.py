@@ -75,7 +75,7 @@ class TextToImage(Task):
         written(self.adapter(), folder)  # what could not be kept is told before anything is learned
         encoders = Encoders(self.family, data, bool(recipe.text_encoder.r), reporter)
         self.part = encoders.material(sources[0], data.latents)
-        self.held_out = encoders.material(sources[1]) if len(sources[1]) else None
+        self.held_out = encoders.material(sources[1], data.latents) if len(sources[1]) else None
         self.kind = encoders.material(sources[2]) if len(sources) > 2 else None
         self.size = len(self.part)
         self._rest()
