@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from veneer.core.errors import AdapterError, listed
@@ -91,6 +92,12 @@ class Captioned:
     def targets(self) -> dict[Size, int]:
         """How many pictures are learned in each size, the most first."""
         return dict(Counter(map(self.target, range(len(self)))).most_common())
+
+    def groups(self) -> Tensor | None:
+        """A number for the size of each picture `(len,)`; None where all have one."""
+        numbers = {size: number for number, size in enumerate(self.targets())}
+        found = torch.tensor([numbers[self.target(row)] for row in range(len(self))])
+        return found if len(numbers) > 1 else None
 
     def content(self, row: int) -> str:
         """A digest of the picture's bytes."""
