@@ -13,7 +13,7 @@ from veneer.core.inject import adapted_layers
 from veneer.core.model import PeftModel, get_peft_model
 from veneer.core.targets import base_modules
 from veneer.files.carriers import Carriers
-from veneer.files.parts import LEVEL, by_part, joined
+from veneer.files.parts import LEVEL, by_part, joined, prior_places
 
 Given = Adapter | str | os.PathLike[str]
 
@@ -169,9 +169,8 @@ def models_of(target: Any) -> dict[str, nn.Module]:
     own = target if isinstance(target, Mapping) else getattr(target, "components", None)
     if not isinstance(own, Mapping):
         raise AdapterError(f"expected a model, a pipeline or {{part: model}}, found {type(target).__name__}")
-    # a pipeline of a prior and a decoder names the prior so
-    names = {"prior_prior": "prior"} if "prior" not in own else {}
-    return {names.get(part, str(part)): model for part, model in own.items() if isinstance(model, nn.Module)}
+    models = {str(part): model for part, model in own.items() if isinstance(model, nn.Module)}
+    return models | {part: models.pop(place) for part, place in prior_places(models).items()}
 
 
 def _attached(model: nn.Module, adapter: Adapter, name: str, is_trainable: bool) -> PeftModel:

@@ -129,11 +129,16 @@ def _step(
     task: Task, stepper: Stepper, step: int, steps: int, settings: TrainSettings, world: World
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    batches = _batches(task, step, rows_of(step, settings, task.size, task.groups), world)
+    rows = rows_of(step, settings, task.size, task.groups)
+    made, wrong = world.tried(lambda: _batches(task, step, rows, world))
+    batches = made or []
     torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
-    counts = world.gathered([sum(b.units for b in batches), sum(b.tokens for b in batches), len(batches)])
-    units, tokens = counts[:, :2].sum(0).tolist()
+    own_counts = [sum(b.units for b in batches), sum(b.amount for b in batches), len(batches), wrong is not None]
+    counts = world.gathered(own_counts)
+    if counts[:, 3].any():
+        world.refuse(wrong)
+    units, amount = counts[:, :2].sum(0).tolist()
     own, bad = torch.zeros((), dtype=torch.float64), []
     for batch in batches:
         loss = task.loss(batch) / units
@@ -146,7 +151,7 @@ def _step(
         for _ in range(int(counts[:, 2].max()) - len(batches)):
             stepper.backward(0 * task.loss((batches or task.batches([0]))[0]))
     stepper.add_up(world, own)
-    record = {"step": step + 1, "loss": own.item(), "lr": lr, "tokens": tokens}
+    record = {"step": step + 1, "loss": own.item(), "lr": lr, task.unit: amount}
     if not math.isfinite(own):
         return record, _not_finite(step, f"the loss is {own.item()}", _flat(world.collected(bad)), lr)
     norm = stepper.step(lr)

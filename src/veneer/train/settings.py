@@ -34,6 +34,9 @@ class TrainSettings(Settings):
         description="Keep each layer's input only, and run the layer again in the backward: less memory, more time.",
     )
     lr: float = Field(2e-4, gt=0, le=10, description="The highest learning rate.")
+    loraplus_ratio: float | None = Field(
+        None, ge=1, description="How many times as fast as the rest the B of each LoRA learns (LoRA+); 16 is usual."
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
     warmup: float = Field(
         0.05, ge=0, description="Steps in which the rate rises: a share of all (below 1) or a number."

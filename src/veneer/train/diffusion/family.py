@@ -41,6 +41,7 @@ class Family(ABC):
     factor: int  # pixels, of a side, for a latent's point
     channels: int  # of a latent
     resolution: int  # the side in pixels that the base was made for
+    draws: bool = True  # its pipeline makes pictures, and not latents alone
 
     @classmethod
     @abstractmethod
@@ -80,7 +81,7 @@ class Family(ABC):
 
     @abstractmethod
     def pipeline(self) -> Any:
-        """A diffusers pipeline of these same live parts, to draw pictures with; None where the base has no decoder."""
+        """A diffusers pipeline of these same live parts, to draw pictures with."""
 
     def schedule(self, settings: ObjectiveSettings) -> Schedule:
         """ᾱ(t) and what is predicted, as the base's scheduler or else the recipe says."""
@@ -88,8 +89,12 @@ class Family(ABC):
 
     def digest(self, *names: str) -> str:
         """A name for what these parts, and the tokenizers, are."""
-        folders = [self.folder / name for name in names] + sorted(self.folder.glob("tokenizer*"))
-        return sha256(" ".join(map(digest_of_base, folders)).encode()).hexdigest()
+        folders = [self.folder / name for name in names]
+        if not all(folder.is_dir() for folder in folders):  # a family that calls them otherwise
+            return digest_of_base(self.folder)
+        return sha256(
+            " ".join(map(digest_of_base, folders + sorted(self.folder.glob("tokenizer*")))).encode()
+        ).hexdigest()
 
     def move(self, names: Iterable[str], device: torch.device) -> None:
         """Put parts on a device."""
