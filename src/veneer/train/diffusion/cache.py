@@ -7,7 +7,7 @@ anew, and a run that is killed while it encodes goes on after the last store tha
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -177,6 +177,12 @@ def given_latents(path: str, part: Captioned) -> Seen:
             f"data.latents={path}: {len(lacking):,} of {len(names):,} pictures have no tensor of their name: {told}"
         )
     return lambda row, view: file.get_tensor(str(found[row]))
+
+
+def digest_of_given(path: str) -> str:
+    """A name for the content of such a file."""
+    with Path(path).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _stem(name: str) -> str:

@@ -93,6 +93,12 @@ class Captioned:
         """How many pictures are learned in each size, the most first."""
         return dict(Counter(map(self.target, range(len(self)))).most_common())
 
+    def shapes(self) -> str:
+        """A sentence on the sizes that the pictures are learned in."""
+        told = [f"{width}×{height} ({count:,})" for (width, height), count in self.targets().items()]
+        many = f"They are learned in {len(told)} sizes, of width and height: {listed(told, say=str)}."
+        return many if len(told) > 1 else f"They are learned in one size, of width and height: {told[0]}."
+
     def groups(self) -> Tensor | None:
         """A number for the size of each picture `(len,)`; None where all have one."""
         numbers = {size: number for number, size in enumerate(self.targets())}
