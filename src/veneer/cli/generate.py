@@ -58,6 +58,7 @@ Folder = Annotated[
     Path | None,
     _option("Where <lora:name> is looked for first.", panel=_PICTURES, exists=True, file_okay=False),
 ]
+Decoder = Annotated[str | None, _option("For Würstchen's prior: the decoder's folder or hub id.", panel=_PICTURES)]
 Grid = Annotated[bool, _option("All pictures on one sheet.", "--grid", panel=_PICTURES)]
 Merged = Annotated[bool, _option("Put the adapters into the weights meanwhile: faster.", "--merged", panel=_PICTURES)]
 
@@ -85,22 +86,20 @@ def generate(
     grid: Grid = False,
     merged: Merged = False,
     lora_dir: Folder = None,
+    decoder: Decoder = None,
 ) -> None:
     """Answer prompts with an adapted language model, or draw them with an adapted pipeline.
 
     Prompts for pictures may name adapters as WebUI does: "red apple <lora:style:0.8>".
     """
     text: dict[str, Any] = {"file": file, "max_new_tokens": max_new_tokens, "temperature": temperature, "beams": beams}
-    sizes: dict[str, Any] = {
-        "width": width,
-        "height": height,
-        "guidance": guidance,
-        "guidance_rescale": guidance_rescale,
-    }
-    drawn: dict[str, Any] = {"strength": strength, "negative": negative, "steps": steps, "lora_dir": lora_dir, **sizes}
-    drawn |= {"grid": grid, "merged": merged}
+    drawn: dict[str, Any] = {"strength": strength, "negative": negative, "steps": steps, "guidance": guidance}
+    drawn |= {"guidance_rescale": guidance_rescale, "width": width, "height": height}
+    drawn |= {"grid": grid, "merged": merged, "lora_dir": lora_dir, "decoder": decoder}
     every, prompts = [weighted(name) for name in adapters or []], prompt or []
     options: dict[str, Any] = {"compare": compare, "dtype": dtype, "device": device}
+    if bool(prompts) == (file is not None):
+        raise AdapterError("generate needs --prompt TEXT or --input FILE, one of the two")
     if _is_for_pictures([name for name, _ in every], prompts, base):
         _refuse(text, "language models, and this is for pictures")
         from veneer.cli.pictures import pictures
@@ -124,8 +123,6 @@ def _answer(
 ) -> None:
     from veneer.cli.answers import answers, refuse_taken
 
-    if bool(prompts) == (asked["file"] is not None):
-        raise AdapterError("generate needs --prompt TEXT or --input FILE, one of the two")
     if len(adapters) != 1 or adapters[0][1] != 1:
         raise AdapterError("a language model answers with one adapter, as it is: `veneer combine` makes one of several")
     if not seed.isdecimal():
@@ -156,7 +153,8 @@ def _is_for_pictures(adapters: list[str], prompts: list[str], base: str | None) 
         if any("<lora:" in prompt for prompt in prompts):
             return True
         raise AdapterError("generate needs an ADAPTER, or --base with a pipeline, to draw what it does by itself")
-    held = files.read(library.find(adapters[0]))
+    path = library.find(adapters[0])
+    held = files.read(path)
     named = held.config.base_model_name_or_path
     if held.parts or not named:
         return bool(held.parts)

@@ -49,12 +49,11 @@ def pictures(
     grid: bool = False,
     merged: bool = False,
     lora_dir: Path | None = None,
+    decoder: str | None = None,
     negative: str | None = None,
     **more: Any,
 ) -> None:
     """Draw every prompt with every seed at every strength: a file each, or all on one sheet."""
-    if not prompts:
-        raise AdapterError('pictures need --prompt "…", which may be repeated')
     strengths = numbers(strength or "1", "--strength")
     strengths = [0.0] * compare + [own for own in strengths if own or not compare]
     asked, found = _asked(adapters, prompts, seeds(seed), strengths, lora_dir)
@@ -64,7 +63,7 @@ def pictures(
     from veneer.train.diffusion.adapted import AdaptedPipeline
     from veneer.train.diffusion.painter import Sampling, Wish, paint
 
-    adapted = AdaptedPipeline.load(place, found, dtype, device)
+    adapted = AdaptedPipeline.load(place, found, dtype, device, zoo.resolve(decoder) if decoder else None)
     sampling = Sampling(negative_prompt=negative, **more).over(adapted.sampling)
     wishes = [Wish(own.text, own.seed, adapted.acting(own.tags)) for own in asked]
     drawn = paint(adapted.pipeline, wishes, sampling, adapted.carriers, merged, _progress)

@@ -110,10 +110,14 @@ def _step(
     task: Task, stepper: Stepper, step: int, steps: int, settings: TrainSettings, world: World
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    batches = _batches(task, step, rows_of(step, settings, task.size), world)
+    made, wrong = world.tried(lambda: _batches(task, step, rows_of(step, settings, task.size), world))
+    batches = made or []
     torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
-    counts = world.gathered([sum(b.units for b in batches), sum(b.amount for b in batches), len(batches)])
+    own_counts = [sum(b.units for b in batches), sum(b.amount for b in batches), len(batches), wrong is not None]
+    counts = world.gathered(own_counts)
+    if counts[:, 3].any():
+        world.refuse(wrong)
     units, amount = counts[:, :2].sum(0).tolist()
     own, bad = torch.zeros((), dtype=torch.float64), []
     for batch in batches:

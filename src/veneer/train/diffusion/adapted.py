@@ -1,6 +1,5 @@
 """A pipeline with adapters from their files, to be asked for pictures."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,16 +11,17 @@ from torch import nn
 
 from veneer import files
 from veneer.core.adapter import Adapter
-from veneer.core.errors import AdapterError, collapsed, listed, shown
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.files.attach import models_of
 from veneer.files.carriers import Carriers, Weights
 from veneer.files.parts import is_text
-from veneer.files.pipeline import INDEX, is_pipeline
-from veneer.safe.stored import parsed, read_bytes
-from veneer.train.bases.loading import choose_device, choose_dtype, first_line, quiet
-from veneer.train.diffusion.painter import Sampling, said
+from veneer.files.pipeline import load_pipeline
+from veneer.train.bases.loading import choose_device, choose_dtype, quiet
+from veneer.train.diffusion.painter import Sampling, rescheduled, said
 from veneer.train.diffusion.prompts import Tag
 from veneer.train.trained import usage_of
+
+_PRIOR, _DECODER = "WuerstchenPriorPipeline", "WuerstchenDecoderPipeline"
 
 
 @dataclass
@@ -35,16 +35,21 @@ class AdaptedPipeline:
 
     @classmethod
     def load(
-        cls, place: Path, adapters: Mapping[str, Path], dtype: str = "auto", device: str = "auto"
+        cls,
+        place: Path,
+        adapters: Mapping[str, Path],
+        dtype: str = "auto",
+        device: str = "auto",
+        decoder: Path | None = None,
     ) -> "AdaptedPipeline":
         """The pipeline in `place`, and on it the adapters of any format, by names; none acts until it is asked for.
 
-        Raises one `AdapterError` with all that does not fit.
+        Its scheduler is as the first adapter needs it. Raises one `AdapterError` with all that does not fit.
         """
         held = {name: files.read(path) for name, path in adapters.items()}
         names = {name: f"adapter {number}" for number, name in enumerate(adapters, 1)}
         chosen = choose_device(device)
-        pipeline = load_pipeline(place, choose_dtype(dtype, chosen), chosen)
+        pipeline = ready(place, choose_dtype(dtype, chosen), chosen, decoder)
         faults = []
         for name, adapter in held.items():
             try:
@@ -55,9 +60,12 @@ class AdaptedPipeline:
             raise AdapterError("\n".join(faults))
         carriers = files.carriers(pipeline)
         carriers.set_adapter([])
+        usages = [usage_of(path if path.is_dir() else path.parent) for path in (*adapters.values(), place)]
         sampling = Sampling()
-        for folder in (*adapters.values(), place):
-            sampling = sampling.over(sampling_of(folder))
+        for usage in usages:
+            sampling = sampling.over(sampling_of(usage))
+        changes = next((own for usage in usages if isinstance(own := usage.get("scheduler"), dict)), {})
+        pipeline.scheduler = rescheduled(pipeline.scheduler, changes)
         return cls(pipeline, sampling, carriers, names)
 
     def acting(self, tags: Iterable[Tag]) -> Weights:
@@ -71,44 +79,51 @@ class AdaptedPipeline:
         return found
 
 
-def load_pipeline(place: Path, dtype: str, device: torch.device) -> Any:
-    """The pipeline in a folder, every part from its safetensors, as still as it was saved; it brings no programs.
+def ready(place: Path, dtype: str, device: torch.device, decoder: Path | None = None) -> Any:
+    """The pipeline in a folder, of `dtype` and on the device; of Würstchen's prior, with the decoder's folder.
 
-    Raises `AdapterError` that says what cannot be read.
+    Raises `AdapterError` that says what cannot be read, or what a prior needs.
     """
-    if not is_pipeline(place):
-        raise AdapterError(f"base {place} is no diffusers pipeline: it has no {INDEX}")
-    kind = parsed(read_bytes(place / INDEX), str(place / INDEX)).get("_class_name")
-    try:
-        diffusers = import_module("diffusers")
-    except ImportError as error:
-        raise AdapterError(f"pictures need: pip install 'veneer[diffusion]' ({error})") from None
-    variant = None if _has_plain(place) else next((path.name.split(".")[-2] for path in _weights(place)), None)
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
-    bars = diffusers.utils.logging
-    shows, level = bars.is_progress_bar_enabled(), bars.get_verbosity()
-    try:
-        bars.disable_progress_bar()
-        bars.set_verbosity_error()
-        with quiet(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)  # which older versions call it alone
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(place, torch_dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise AdapterError(f"base {place} cannot be loaded as a {shown(kind)}: {first_line(error)}") from error
-    finally:
-        bars.set_verbosity(level)
-        if shows:
-            bars.enable_progress_bar()
+    pipeline = _read(place, dtype)
+    prior = type(pipeline).__name__ == _PRIOR
+    if prior and decoder is None:
+        raise AdapterError(
+            f"base {place} is a prior, which draws no pictures: --decoder names the {_DECODER} beside it"
+        )
+    if decoder is not None:
+        other = _read(decoder, dtype)
+        if not prior or type(other).__name__ != _DECODER:
+            kinds = f"{type(pipeline).__name__} and {type(other).__name__}"
+            raise AdapterError(f"--decoder is for a {_PRIOR} and a {_DECODER}, found {kinds}")
+        held = {f"prior_{part}": own for part, own in pipeline.components.items()}
+        pipeline = import_module("diffusers").WuerstchenCombinedPipeline(**other.components, **held)
     return pipeline.to(device)
 
 
-def sampling_of(folder: Path) -> Sampling:
-    """How pictures are drawn, as the folder of an adapter or a base says in its `veneer.json`."""
-    own = usage_of(folder if folder.is_dir() else folder.parent).get("sample")
+def _read(place: Path, dtype: str) -> Any:
+    """Nothing is said by the libraries meanwhile."""
+    try:
+        bars = import_module("diffusers").utils.logging
+    except ImportError as error:
+        raise AdapterError(f"pictures need: pip install 'veneer[diffusion]' ({error})") from None
+    level = bars.get_verbosity()
+    try:
+        bars.set_verbosity_error()
+        with quiet():
+            return load_pipeline(place, dtype)
+    finally:
+        bars.set_verbosity(level)
+
+
+def sampling_of(usage: Mapping[str, Any]) -> Sampling:
+    """How pictures are drawn, as the `veneer.json` of an adapter or a base says."""
+    own, data = usage.get("sample"), usage.get("data")
     known = {key for key, _ in said(Sampling())}
-    return (
-        Sampling(**{key: value for key, value in own.items() if key in known}) if isinstance(own, dict) else Sampling()
-    )
+    found = {key: value for key, value in own.items() if key in known} if isinstance(own, dict) else {}
+    size = data.get("resolution") if isinstance(data, dict) else None
+    if isinstance(size, list) and len(size) == 2:
+        found |= {key: found.get(key) or own for key, own in zip(("width", "height"), size, strict=True)}
+    return Sampling(**found)
 
 
 def _attached(pipeline: Any, adapter: Adapter, name: str) -> None:
@@ -130,12 +145,3 @@ def _attached(pipeline: Any, adapter: Adapter, name: str) -> None:
 def _has(model: nn.Module, adapter: Adapter) -> bool:
     known = {name for name, _ in model.named_modules()}
     return all(path in known for path in adapter.tensors if path)
-
-
-def _weights(place: Path) -> list[Path]:
-    return sorted(place.glob("*/*.safetensors"))
-
-
-def _has_plain(place: Path) -> bool:
-    """Whether any weights are not of a variant (`model.fp16.safetensors`)."""
-    return any(path.name.count(".") == 1 for path in _weights(place))

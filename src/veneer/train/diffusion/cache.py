@@ -41,7 +41,7 @@ def made_by(weights: str, dtype: torch.dtype, device: torch.device) -> dict[str,
     """What besides the input decides what an encoder makes, for the name of a cache: its weights' digest, its dtype,
     the machine and the packages.
     """
-    here = circumstances(device)
+    here = circumstances(device, 1)
     here.pop("processes")  # each of which encodes alone
     return {"layout": LAYOUT, "weights": weights, "dtype": str(dtype), **here}
 

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
-from typing import Any
 
 import torch
 from PIL import Image
 
 from veneer.core.model import PeftModel
 from veneer.train.diffusion.family import Family
-from veneer.train.diffusion.painter import Sampling, Weights, Wish, paint
+from veneer.train.diffusion.painter import Sampling, Weights, Wish, paint, rescheduled
 from veneer.train.diffusion.schedule import Schedule
 from veneer.train.diffusion.settings import SampleSettings
 from veneer.train.diffusion.strengths import figures, strengths_sheet
@@ -39,15 +37,18 @@ class Samples:
         )
 
     def facts(self) -> dict[str, str]:
-        """What besides base, prompt and seed decides a picture."""
-        return {"sampling": repr(self.sampling), "scheduler": repr(sorted(self.changes.items()))}
+        """What besides base, prompt and seed decides a picture of the base."""
+        return {"sampling": repr(self.sampling)}
 
     def painted(
-        self, wishes: Sequence[Wish], carrier: PeftModel | None = None, what: str = "drawing"
+        self, wishes: Sequence[Wish], carrier: PeftModel | None = None, what: str = "drawing", own: bool = False
     ) -> list[Image.Image]:
-        """The pictures. Raises `AdapterError` where the base has no decoder."""
+        """The pictures, as what is trained is sampled, or as the base is by its `own` scheduler, which what it predicts
+        needs. Raises `AdapterError` where the base has no decoder.
+        """
         pipeline = self.family.pipeline()
-        pipeline.scheduler = _changed(pipeline.scheduler, self.changes)
+        if not own:
+            pipeline.scheduler = rescheduled(pipeline.scheduler, self.changes)
 
         def progress(done: float, every: int) -> None:
             self.reporter.progress(what, int(done), every)
@@ -57,7 +58,7 @@ class Samples:
     def bare(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """The base's own pictures, before it carries an adapter."""
         wishes = [Wish(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return self.painted(wishes, what="painting class pictures")
+        return self.painted(wishes, what="painting class pictures", own=True)
 
     def looks(
         self, prompts: Sequence[str], model: PeftModel, style: Sequence[Image.Image], learned: bool
@@ -105,17 +106,7 @@ class Samples:
 
     def _all(self, prompts: Sequence[str], model: PeftModel, weights: Weights) -> list[Image.Image]:
         wishes = [Wish(prompt, seed, weights) for prompt in prompts for seed in self.settings.seeds]
-        return self.painted(wishes, model)
-
-
-def _changed(scheduler: Any, changes: dict[str, Any]) -> Any:
-    """The scheduler, as what was trained needs it; DDIM where its own kind cannot begin at SNR 0."""
-    from diffusers import DDIMScheduler
-
-    if all(scheduler.config.get(key) == value for key, value in changes.items()):
-        return scheduler
-    known = set(changes) <= set(signature(type(scheduler).__init__).parameters)
-    return (type(scheduler) if known else DDIMScheduler).from_config(scheduler.config, **changes)
+        return self.painted(wishes, model, own=not weights)
 
 
 @contextmanager

@@ -21,6 +21,14 @@ class EncoderSettings(Settings):
         "attention", description="Which of their layers: attention, kohya (attention and MLP), all, or names."
     )
 
+    @model_validator(mode="after")
+    def _learns(self) -> "EncoderSettings":
+        idle = [name for name in ("lora_alpha", "lr") if getattr(self, name) is not None]
+        if idle and not self.r:
+            told = ", ".join(f"text_encoder.{name}" for name in idle)
+            raise AdapterError(f"{told} does nothing while the text encoders do not learn: set text_encoder.r")
+        return self
+
 
 class SampleSettings(Settings):
     """The `sample` part for text-to-image: pictures before, during and after the training, from fixed seeds."""

@@ -52,6 +52,7 @@ class TextToImage(Task):
 
     settings: ClassVar = TextToImageRecipe
     pipeline = "text-to-image"
+    unit = "pictures"
     asking = "generate {adapter} --prompt {prompt} --seed {seed} --out picture.png"
     library, python, sampled = "diffusers", USE, "A picture"
     drawn: Image.Image | None = None  # what `sample` has shown last
@@ -134,8 +135,9 @@ class TextToImage(Task):
         found = [self.part.learned(self.objective, row, self.step, turn)]
         if self.kind:
             seed, weight = self.recipe.train.seed, self.recipe.data.prior_weight
-            other = partner(seed, self.step, row, len(self.kind))
-            found.append(self.kind.learned(self.objective, other, self.step, turn, self.size + row, weight))
+            number = self.size + row  # which no picture of `path` has
+            other = partner(seed, self.step, number + self.size * turn, len(self.kind))
+            found.append(self.kind.learned(self.objective, other, self.step, turn, number, weight))
         return found
 
     def rates(self) -> dict[str, float]:
