@@ -93,7 +93,7 @@ def _show_preview(preview: "Preview") -> None:
         f"{size(memory.base)}, adapter and optimizer {size(memory.adapter)}, activations {size(memory.activations)}, "
         f"allocator and kernels {size(memory.slack)}; while loading {size(memory.loading)})"
     )
-    console.rule("tokens")
+    console.rule(preview.unit)
     for sentence in preview.facts["report"].sentences():
         print(sentence)
     print("A few rows; what is learned is green and underlined:")

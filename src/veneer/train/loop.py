@@ -113,8 +113,8 @@ def _step(
     batches = _batches(task, step, rows_of(step, settings, task.size), world)
     torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
-    counts = world.gathered([sum(b.units for b in batches), sum(b.tokens for b in batches), len(batches)])
-    units, tokens = counts[:, :2].sum(0).tolist()
+    counts = world.gathered([sum(b.units for b in batches), sum(b.amount for b in batches), len(batches)])
+    units, amount = counts[:, :2].sum(0).tolist()
     own, bad = torch.zeros((), dtype=torch.float64), []
     for batch in batches:
         loss = task.loss(batch) / units
@@ -127,7 +127,7 @@ def _step(
         for _ in range(int(counts[:, 2].max()) - len(batches)):
             stepper.backward(0 * task.loss((batches or task.batches([0]))[0]))
     stepper.add_up(world, own)
-    record = {"step": step + 1, "loss": own.item(), "lr": lr, "tokens": tokens}
+    record = {"step": step + 1, "loss": own.item(), "lr": lr, task.unit: amount}
     if not math.isfinite(own):
         return record, _not_finite(step, f"the loss is {own.item()}", _flat(world.collected(bad)), lr)
     norm = stepper.step(lr)

@@ -59,6 +59,7 @@ class Preview:
     parameters: int
     memory: Estimate
     facts: dict[str, Any]
+    unit: str  # what goes through the model
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[Task]]:
@@ -81,7 +82,9 @@ def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     facts = task.facts()
     memory = estimate(task, recipe.train)
     layers = list(filter(None, task.model.get_adapter().tensors))
-    return Preview(resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts)
+    return Preview(
+        resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts, task.unit
+    )
 
 
 def run(

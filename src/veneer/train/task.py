@@ -24,7 +24,7 @@ class Batch:
 
     inputs: dict[str, Tensor]
     units: int  # what the loss is averaged over: learned tokens, pictures, …
-    tokens: int  # what goes through the model, padding not counted
+    amount: int  # what goes through the model, padding not counted, in the task's unit
     places: list[str]  # where the rows came from, for messages
 
 
@@ -40,8 +40,8 @@ class Reporter:
     def measured(self, record: dict[str, float]) -> None:
         """Held-out figures, with the step that they were measured after."""
 
-    def step(self, record: dict[str, float], steps: int) -> None:
-        """An optimizer step of `steps` is done."""
+    def step(self, record: dict[str, float], steps: int, unit: str) -> None:
+        """An optimizer step of `steps` is done; the record says under `unit` how much went through the model."""
 
 
 class Task(ABC):
@@ -53,6 +53,7 @@ class Task(ABC):
     library: ClassVar[str] = "peft"  # which reads the adapter's files
     python: ClassVar[str] = USE  # how a model card says that it is used in Python
     sampled: ClassVar[str] = "A held-out row"  # what a model card calls a sample
+    unit: ClassVar[str] = "tokens"  # what goes through the model, as people and metrics.jsonl count it
     judged_by: str = "eval_loss"  # the figure that says which of two adapters is better
     higher_is_better: bool = False
     model: PeftModel

@@ -71,9 +71,12 @@ class Frame:
     """The sizes that pictures are learned in, and how they get there."""
 
     def __init__(self, data: CaptionedData, resolution: Size, multiple: int) -> None:
-        """`multiple`: what sides must be multiples of, the pixels of a latent point. Raises `AdapterError`."""
+        """`resolution`: the base's own, where the recipe says none; `multiple`: what sides must be multiples of, the
+        pixels of a latent point. Raises `AdapterError`.
+        """
+        resolution = data.resolution or resolution
         self.resolution, self.random, self.flip = resolution, data.crop == "random", data.flip
-        self.own, self.step = data.buckets, 1
+        self.own, self.step, self.largest = data.buckets, 1, max(resolution)
         if self.own is None:
             if any(side % multiple for side in resolution):
                 raise AdapterError(
@@ -85,15 +88,22 @@ class Frame:
         self.step = self.own.step or max(multiple, 8 if small else 64)
         if self.step % multiple:
             raise AdapterError(f"data.buckets.step={self.step}: expected a multiple of {multiple} for this base")
-        smallest, largest = self.own.smallest or min(resolution) // 2, self.own.largest or 2 * max(resolution)
-        self.sizes = bucket_sizes(resolution, self.step, smallest, largest)
+        smallest = self.own.smallest or min(resolution) // 2
+        self.largest = self.own.largest or 2 * max(resolution)
+        self.sizes = bucket_sizes(resolution, self.step, smallest, self.largest)
 
     def target(self, original: Size) -> Size:
         """The size that a picture is learned in."""
         size = nearest_size(original, self.sizes)
         if self.own is None or self.own.upscale or (size[0] <= original[0] and size[1] <= original[1]):
             return size
-        return original[0] // self.step * self.step, original[1] // self.step * self.step
+        return self._inside(original)
+
+    def _inside(self, original: Size) -> Size:
+        """The largest size in the picture itself that is no larger than buckets are; 0 where it is less than a step."""
+        width, height = (min(side, self.largest) // self.step * self.step for side in original)
+        most = self.resolution[0] * self.resolution[1] // max(1, min(width, height)) // self.step * self.step
+        return min(width, most), min(height, most)
 
     def view(self, original: Size, random: Random | None = None) -> View:
         """How a picture of that size is learned this time; without `random`, its middle as it is."""

@@ -116,7 +116,7 @@ def read_captioned(
     Raises `AdapterError` that names all pictures that cannot be read or have no caption.
     """
     reporter = reporter or Reporter()
-    frame = Frame(data, data.resolution or resolution, multiple)
+    frame = Frame(data, resolution, multiple)
     said = Said(COLUMNS, "caption", data.caption, beside=captions_beside, optional=True)
     sides = read_sides(data, seed, lambda held_out: said)
     learned, held_out = (_captioned(side, data, frame, reporter) for side in sides)
@@ -130,7 +130,7 @@ def read_class(data: CaptionedData, resolution: Size, multiple: int, reporter: R
     path, prompt = data.class_path, data.class_prompt
     if path is None or prompt is None:
         raise AdapterError("data.class_path and data.class_prompt: expected both")
-    frame = Frame(data, data.resolution or resolution, multiple)
+    frame = Frame(data, resolution, multiple)
     said = Said(COLUMNS, "caption", None, beside=lambda folder, names: [prompt] * len(names), optional=True)
     pictures = read_pictures(path, "train", data, said)
     texts: dict[int, tuple[str, ...]] = dict.fromkeys(pictures.rows.tolist(), (prompt,))

@@ -55,6 +55,7 @@ class PictureTask(Task):
     """-log p(class | picture), summed over pictures or pixels."""
 
     kind: ClassVar[str]  # transformers' class
+    unit = "pictures"
     whole: ClassVar[bool] = False  # pictures are never cropped to be measured
     data: Any
     drawn: Sequence[Shown] = ()  # what `sample` has shown last
