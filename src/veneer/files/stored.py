@@ -49,8 +49,8 @@ def adapter_file(path: Path) -> Path:
             return path.parent if path.name == WEIGHTS and (path.parent / CONFIG).is_file() else path
         if (path / CONFIG).is_file():
             return path
-        if (path / _RUN / CONFIG).is_file():
-            return path / _RUN
+        if (own := in_run(path)) != path:
+            return adapter_file(own)
         if inside(path):
             return path
         found = sorted(
@@ -69,6 +69,12 @@ def adapter_file(path: Path) -> Path:
     pickles = [name for name in there if name.endswith(PICKLES)]
     said += f"; a pickle is opened when you name the file itself: {path / pickles[0]}" if pickles else ""
     raise AdapterError(said)
+
+
+def in_run(path: Path) -> Path:
+    """Of a run's folder the adapter in it, whatever its format; else the path itself."""
+    own = path / _RUN
+    return own if any(own.glob("*.safetensors")) or any(own.glob(f"*/{CONFIG}")) else path
 
 
 def mapped(path: Path) -> Stored:

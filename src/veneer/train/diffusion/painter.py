@@ -105,6 +105,16 @@ def default_of(pipeline: Any, setting: str) -> Any:
     return value
 
 
+def rescheduled(scheduler: Any, changes: Mapping[str, Any]) -> Any:
+    """The scheduler, as what was trained needs it; DDIM where its own kind cannot begin at SNR 0."""
+    from diffusers import DDIMScheduler
+
+    if all(scheduler.config.get(key) == value for key, value in changes.items()):
+        return scheduler
+    known = set(changes) <= set(signature(type(scheduler).__init__).parameters)
+    return (type(scheduler) if known else DDIMScheduler).from_config(scheduler.config, **changes)
+
+
 def _arguments(sampling: Sampling, known: Mapping[str, Any], kind: str) -> dict[str, Any]:
     given = {key: value for key, value in said(sampling) if value not in (None, "")}
     words = {key: next((word for word in _WORDS[key] if word in known), None) for key in given}
