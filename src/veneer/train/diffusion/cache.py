@@ -7,7 +7,7 @@ anew, and a run that is killed while it encodes goes on after the last store tha
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,6 +184,12 @@ def given_latents(path: str, part: Captioned, channels: int) -> Seen:
         expected = f"expected ({channels}, height, width), as the base's encoder makes of a picture"
         raise AdapterError(f"data.latents={path}: {expected}, found {listed(strange, say=str)}")
     return lambda row, view: file.get_tensor(str(found[row]))
+
+
+def digest_of_given(path: str) -> str:
+    """A name for the content of such a file."""
+    with Path(path).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _stem(name: str) -> str:
