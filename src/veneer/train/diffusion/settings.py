@@ -48,6 +48,10 @@ class SampleSettings(Settings):
     )
     width: int | None = Field(None, ge=8, description="Of the pictures; data.resolution, if not said.")
     height: int | None = Field(None, ge=8, description="In the same way.")
+    strengths: list[float] = Field(
+        default_factory=list,
+        description="The sheet also shows the adapter at these, a row each, between the base and the adapter as it is.",
+    )
     every_steps: int | None = Field(None, ge=1, description="Also draw during the training, every so many steps.")
 
 
@@ -56,6 +60,11 @@ class HeldOutSettings(EvalSettings):
 
     rows: int | None = Field(100, ge=1, description="Held-out pictures that are measured; null for all.")
     timesteps: int = Field(8, ge=1, description="Each picture is measured at so many timesteps, evenly spread.")
+    looks: bool = Field(
+        False,
+        description="Also measure how the drawn pictures look, before and after: saturation, ink, distance to the "
+        "style's own (those held out, or else those that are learned), and what stays of the base's shapes.",
+    )
 
 
 class TextToImageRecipe(Recipe):
