@@ -68,7 +68,7 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
     every = {path: _change(own, configs.get(path)) for path, own in layers.items()}
     metadata = {key: value for key, value in about.items() if key not in (ABOUT, "format")}
     parts = [part for part in PARTS if any(path.startswith(f"{part}.") for path in layers)]
-    return adapter_of(every, metadata=metadata, parts=parts)
+    return adapter_of(every, metadata=metadata, parts=parts, base=metadata.get("base_model"))
 
 
 def write(adapter: Adapter, path: Path) -> None:

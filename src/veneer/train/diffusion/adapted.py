@@ -1,6 +1,7 @@
 """A pipeline with adapters from their files, to be asked for pictures."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -84,35 +85,41 @@ def ready(place: Path, dtype: str, device: torch.device, decoder: Path | None = 
 
     Raises `AdapterError` that says what cannot be read, or what a prior needs.
     """
-    pipeline = _read(place, dtype)
-    prior = type(pipeline).__name__ == _PRIOR
-    if prior and decoder is None:
-        raise AdapterError(
-            f"base {place} is a prior, which draws no pictures: --decoder names the {_DECODER} beside it"
-        )
-    if decoder is not None:
-        other = _read(decoder, dtype)
-        if not prior or type(other).__name__ != _DECODER:
-            kinds = f"{type(pipeline).__name__} and {type(other).__name__}"
-            raise AdapterError(f"--decoder is for a {_PRIOR} and a {_DECODER}, found {kinds}")
-        held = {f"prior_{part}": own for part, own in pipeline.components.items()}
-        pipeline = import_module("diffusers").WuerstchenCombinedPipeline(**other.components, **held)
+    with _silent():
+        pipeline = load_pipeline(place, dtype)
+        prior = type(pipeline).__name__ == _PRIOR
+        if prior and decoder is None:
+            raise AdapterError(
+                f"base {place} is a prior, which draws no pictures: --decoder names the {_DECODER} beside it"
+            )
+        if decoder is not None:
+            pipeline = _joined(pipeline, load_pipeline(decoder, dtype))
     return pipeline.to(device)
 
 
-def _read(place: Path, dtype: str) -> Any:
-    """Nothing is said by the libraries meanwhile."""
+def _joined(prior: Any, decoder: Any) -> Any:
+    """Both in one pipeline."""
+    kinds = type(prior).__name__, type(decoder).__name__
+    if kinds != (_PRIOR, _DECODER):
+        raise AdapterError(f"--decoder is for a {_PRIOR} and a {_DECODER}, found {listed(kinds, say=str)}")
+    held = {f"prior_{part}": own for part, own in prior.components.items()}
+    return import_module("diffusers").WuerstchenCombinedPipeline(**decoder.components, **held)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, diffusers and transformers say nothing of what they load."""
     try:
-        bars = import_module("diffusers").utils.logging
+        voice = import_module("diffusers").utils.logging
     except ImportError as error:
         raise AdapterError(f"pictures need: pip install 'veneer[diffusion]' ({error})") from None
-    level = bars.get_verbosity()
+    level = voice.get_verbosity()
+    voice.set_verbosity_error()
     try:
-        bars.set_verbosity_error()
         with quiet():
-            return load_pipeline(place, dtype)
+            yield
     finally:
-        bars.set_verbosity(level)
+        voice.set_verbosity(level)
 
 
 def sampling_of(usage: Mapping[str, Any]) -> Sampling:

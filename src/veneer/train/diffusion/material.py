@@ -119,7 +119,7 @@ class Encoders:
     def material(self, part: Captioned, latents: str | None = None) -> Material:
         """What the encoders make of a source; `latents` is the file that has those of its pictures."""
         family, data = self.family, self.data
-        seen = given_latents(latents, part) if latents else self._seen(part)
+        seen = given_latents(latents, part, self.family.kept) if latents else self._seen(part)
         if self.learning:
             return Material(part, seen, self._numbers, family)
         tell = told_texts(part.spoken(), family.encode_texts, self._by("texts"), data.cache, self.reporter)
@@ -135,7 +135,7 @@ class Encoders:
         """What decides what the encoders make of texts, or of pictures."""
         if what not in self.made and self.data.cache:
             names = self.family.encoders if what == "texts" else (self.family.seer,)
-            own = next(self.family.parts[names[0]].parameters())
+            own = next(self.family.part(names[0]).parameters())
             self.made[what] = made_by(self.family.digest(*names), own.dtype, own.device)
         return self.made.get(what, {})
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from PIL import Image
 
+from veneer.core.errors import AdapterError
 from veneer.core.model import PeftModel
 from veneer.train.diffusion.family import Family
 from veneer.train.diffusion.painter import Sampling, Weights, Wish, paint, rescheduled
@@ -27,13 +28,17 @@ class Samples:
     ) -> None:
         self.family, self.settings, self.reporter = family, settings, reporter
         self.changes, self.before, self.after = schedule.sampling(), list[Image.Image](), list[Image.Image]()
+        width, height = family.drawn(size)
+        said = {"width": settings.width, "height": settings.height}
+        if wrong := [f"sample.{side}={own}" for side, own in said.items() if own and own % family.step]:
+            raise AdapterError(f"{', '.join(wrong)}: expected multiples of {family.step}, as the base draws")
         self.sampling = Sampling(
             steps=settings.steps,
             guidance=settings.guidance,
             guidance_rescale=settings.guidance_rescale or None,
             negative_prompt=settings.negative_prompt or None,
-            width=settings.width or size[0],
-            height=settings.height or size[1],
+            width=settings.width or width,
+            height=settings.height or height,
         )
 
     def facts(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from veneer.files.parts import is_text
 from veneer.train.bases.loading import choose_device, choose_dtype
 from veneer.train.data.reading import read_picture
 from veneer.train.data.rows import evenly
+from veneer.train.diffusion.cache import digest_of_given
 from veneer.train.diffusion.captions import Captioned, read_captioned, read_class
 from veneer.train.diffusion.dreambooth import paint_class, partner
 from veneer.train.diffusion.family import family_of
@@ -77,9 +78,9 @@ class TextToImage(Task):
         written(self.adapter(), folder)  # what could not be kept is told before anything is learned
         encoders = Encoders(self.family, data, bool(recipe.text_encoder.r), reporter)
         self.part = encoders.material(sources[0], data.latents)
-        self.held_out = encoders.material(sources[1]) if len(sources[1]) else None
+        self.held_out = encoders.material(sources[1], data.latents) if len(sources[1]) else None
         self.kind = encoders.material(sources[2]) if len(sources) > 2 else None
-        self.size = len(self.part)
+        self.size, self.groups = len(self.part), sources[0].groups()
         self._rest()
 
     def _sources(self, resolution: tuple[int, int]) -> list[Captioned]:
@@ -210,6 +211,7 @@ class TextToImage(Task):
     def facts(self) -> dict[str, Any]:
         held_out = f"{len(self.held_out):,} are held out" if self.held_out else "none are held out"
         told = [f"{self.size:,} pictures are learned from, {held_out}."]
+        told += [self.part.part.shapes()]
         told += [f"{len(self.kind):,} pictures of its class stand beside them."] if self.kind else []
         part = self.part.part
         looks = [[(f"{part.place(row)} → ", False), (part.caption(row), True)] for row in evenly(range(self.size), 3)]
@@ -218,6 +220,8 @@ class TextToImage(Task):
     def made_of(self) -> dict[str, str]:
         sources = {"rows": self.part, "held-out rows": self.held_out, "class pictures": self.kind}
         digests = {name: own.part.digest() for name, own in sources.items() if own}
+        if self.recipe.data.latents:
+            digests["latents"] = digest_of_given(self.recipe.data.latents)
         return {**digests, "base": digest_of_base(self.folder)}
 
     def usage(self) -> dict[str, Any]:
