@@ -23,6 +23,9 @@ NAMES = {
     "exact_match": "exact match",
     "mean_iou": "mean IoU",
     "pixel_accuracy": "pixel accuracy",
+    "distance": "distance to the style",
+    "shape": "shape kept",
+    "edges": "edges kept",
 }
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 

@@ -84,8 +84,8 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
     if faults or not found:
         raise AdapterError("\n".join([f"{where}:", *(faults or ["no layer's tensors"])]))
     metadata = {key: value for key, value in about.items() if key != "format"}
-    own = [part for part in PARTS if part in parts]
-    return adapter_of(found, metadata=metadata, parts=own, base=metadata.get("base_model"))
+    held = [part for part in PARTS if part in parts]
+    return adapter_of(found, metadata=metadata, parts=held, base=metadata.get("base_model"))
 
 
 def write(adapter: Adapter, path: Path, *, sgm: bool = True) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -131,16 +131,27 @@ def load_pipeline(folder: str | os.PathLike[str], dtype: str | None = None) -> A
     index, kinds = parsed(read_bytes(folder / INDEX), str(folder / INDEX)), part_kinds(folder)
     made_by = _class(folder, ("diffusers", str(index.get("_class_name"))))
     taken = signature(made_by).parameters
-    given = {key: None if isinstance(value, list) else value for key, value in index.items() if key in taken}
-    faults = []
-    for part, kind in kinds.items():
+    given = {
+        key: None if isinstance(value, list) else value
+        for key, value in index.items()
+        if key in taken and key not in kinds
+    }
+    return made_by(**given, **load_components(folder, kinds, dtype))
+
+
+def load_components(folder: Path, parts: Iterable[str], dtype: str | None = None) -> dict[str, Any]:
+    """These parts of a pipeline's folder: models, tokenizers, schedulers. Raises one `AdapterError` for all."""
+    kinds, found, faults = part_kinds(folder), dict[str, Any](), []
+    for part in parts:
         try:
-            given[part] = _component(folder / part, kind, dtype)
+            if part not in kinds:
+                raise AdapterError(f"{folder / INDEX} names no {part}")
+            found[part] = _component(folder / part, kinds[part], dtype)
         except AdapterError as error:
             faults.append(str(error))
     if faults:
         raise AdapterError("\n".join(faults))
-    return made_by(**given)
+    return found
 
 
 def _component(place: Path, kind: tuple[str, str], dtype: str | None) -> Any:

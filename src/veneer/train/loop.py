@@ -83,22 +83,41 @@ def train(
             outcome.stopped_by = signal.SIGINT
 
 
-def rows_of(step: int, settings: TrainSettings, size: int) -> list[list[int]]:
-    """The rows of one step, a list for each batch: every epoch is a permutation that (seed, epoch) decides.
+def rows_of(step: int, settings: TrainSettings, size: int, groups: torch.Tensor | None = None) -> list[list[int]]:
+    """The rows of one step, a list for each batch: every epoch is a permutation that (seed, epoch) decides; with
+    `groups` `(size,)`, one in which a batch is of one group, but for the rows of each group that are left over.
 
     The last epoch is filled up from the next permutation, so every step has the same number of rows.
     """
     a_step = settings.batch_size * settings.accumulation
     places = range(step * a_step, (step + 1) * a_step)
-    orders = {epoch: _order(settings.seed, epoch, size) for epoch in {place // size for place in places}}
+    own = (settings.seed, size, groups, settings.batch_size if groups is not None else 1)
+    orders = {epoch: _order(epoch, *own) for epoch in {place // size for place in places}}
     rows = [int(orders[place // size][place % size]) for place in places]
     return [rows[i : i + settings.batch_size] for i in range(0, a_step, settings.batch_size)]
 
 
 @lru_cache(maxsize=2)  # a step may end one epoch and begin the next
-def _order(seed: int, epoch: int, size: int) -> torch.Tensor:
+def _order(epoch: int, seed: int, size: int, groups: torch.Tensor | None, batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_seed(seed, "epoch", epoch))
-    return torch.randperm(size, generator=generator)
+    order = torch.randperm(size, generator=generator)
+    return order if groups is None else _together(order, groups, batch, -epoch * size % batch, generator)
+
+
+def _together(
+    order: torch.Tensor, groups: torch.Tensor, batch: int, lead: int, generator: torch.Generator
+) -> torch.Tensor:
+    """The order with batches of one group each, and of what is left of the groups; its first `lead` rows fill up the
+    batch that the epoch before has begun.
+    """
+    blocks = [block for group in groups.unique() for block in order[groups[order] == group].split(batch)]
+    full, rest = [[own for own in blocks if (len(own) == batch) == whole] for whole in (True, False)]
+    while full and sum(map(len, rest)) < lead:
+        rest.append(full.pop())
+    left = torch.cat([order[:0], *rest])
+    full += left[lead:].split(batch)
+    mixed = torch.randperm(len(full), generator=generator).tolist()
+    return torch.cat([left[:lead], *sorted((full[place] for place in mixed), key=len, reverse=True)])
 
 
 def _seed(seed: int, what: str, number: int) -> int:
@@ -110,10 +129,15 @@ def _step(
     task: Task, stepper: Stepper, step: int, steps: int, settings: TrainSettings, world: World
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    batches = _batches(task, step, rows_of(step, settings, task.size), world)
+    rows = rows_of(step, settings, task.size, task.groups)
+    made, wrong = world.tried(lambda: _batches(task, step, rows, world))
+    batches = made or []
     torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
-    counts = world.gathered([sum(b.units for b in batches), sum(b.amount for b in batches), len(batches)])
+    own_counts = [sum(b.units for b in batches), sum(b.amount for b in batches), len(batches), wrong is not None]
+    counts = world.gathered(own_counts)
+    if counts[:, 3].any():
+        world.refuse(wrong)
     units, amount = counts[:, :2].sum(0).tolist()
     own, bad = torch.zeros((), dtype=torch.float64), []
     for batch in batches:

@@ -31,6 +31,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    joined: bool = False  # by `join`, and not by a library that has started the processes
 
     def first(self, call: Callable[[], T]) -> T:
         """What the first process makes of it, for all; an `AdapterError` of its is everyone's."""
@@ -48,11 +49,20 @@ class World:
         if self.size == 1:
             return call()
         made, error = _tried(call)
-        errors = self.collected(error)
-        if wrong := [(rank, text) for rank, text in enumerate(errors) if text is not None]:
+        self.refuse(error)
+        return made  # type: ignore[return-value]
+
+    def tried(self, call: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What a call makes; or the words of its `AdapterError`, which `refuse` raises once all know that there is one.
+        A process alone raises it at once.
+        """
+        return _tried(call) if self.size > 1 else (call(), None)
+
+    def refuse(self, error: str | None) -> None:
+        """Raises the `AdapterError` of the first process that has one, in all of them."""
+        if wrong := [(rank, text) for rank, text in enumerate(self.collected(error)) if text is not None]:
             rank, text = wrong[0]
             raise AdapterError(f"process {rank}: {text}" if rank else text)
-        return made  # type: ignore[return-value]
 
     def collected(self, value: T) -> list[T]:
         """The value of each process."""
@@ -86,8 +96,8 @@ class World:
         return list(rows[self.rank :: self.size])
 
     def leave(self) -> None:
-        """End the group."""
-        if self.size > 1 and dist.is_initialized():
+        """End the group, if it was made here."""
+        if self.joined and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -120,7 +130,7 @@ def join(device: str = "auto") -> World:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise AdapterError(f"the {said['WORLD_SIZE']} processes of the run do not find each other: {error}") from error
-    return World(dist.get_rank(), dist.get_world_size())
+    return World(dist.get_rank(), dist.get_world_size(), joined=True)
 
 
 def joined() -> World:

@@ -58,6 +58,7 @@ class Task(ABC):
     higher_is_better: bool = False
     model: PeftModel
     size: int  # rows to learn from
+    groups: Tensor | None = None  # of each row `(size,)`: only rows of one go through the model at once
     step: int = 0  # that `batches` makes rows for, which decides with the seed and the row what is drawn of it
     turns: Sequence[int] = ()  # how often each of these rows has come up in the step before
 

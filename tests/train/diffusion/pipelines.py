@@ -127,10 +127,12 @@ def _prior() -> DiffusionPipeline:
     from diffusers import WuerstchenPriorPipeline
     from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
 
+    prior = WuerstchenPrior(c_in=CHANNELS, c=16, c_cond=WIDTH, c_r=8, depth=2, nhead=2)
+    nn.init.normal_(prior.out[1].weight, std=0.02)  # what it says is divided by about 1, as in a trained one
     return WuerstchenPriorPipeline(
         tokenizer=tokenizer(),
         text_encoder=_reading(WIDTH),
-        prior=WuerstchenPrior(c_in=CHANNELS, c=16, c_cond=WIDTH, c_r=8, depth=2, nhead=2),
+        prior=prior,
         scheduler=DDPMWuerstchenScheduler(),
     )
 
@@ -152,8 +154,12 @@ def _decoder() -> DiffusionPipeline:
         clip_embd=WIDTH,
     )
     vqgan = PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)
-    for parameter in [decoder.clf[1].weight, *(own for name, own in vqgan.named_parameters() if "gammas" in name)]:
-        nn.init.normal_(parameter, std=0.3)  # which are zero, and would hide what they see
+    for module in decoder.modules():  # whose blocks say next to nothing when they are new, and clf nothing
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.reset_parameters()
+    for name, parameter in vqgan.named_parameters():
+        if "gammas" in name:
+            nn.init.normal_(parameter, std=0.3)  # which are zero too
     scheduler = DDPMWuerstchenScheduler()
     return WuerstchenDecoderPipeline(tokenizer(), _reading(WIDTH), decoder, scheduler, vqgan)
 

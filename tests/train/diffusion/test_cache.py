@@ -1,12 +1,12 @@
 """What frozen encoders make is kept: the same bits as computed anew, made once, whole or not at all."""
 
-import os
-import time
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TextIO
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from train.diffusion.captioned import Heard, folder, picture, read
+from train.diffusion.cutting import KEYS
 from veneer.core.errors import AdapterError
 from veneer.train.diffusion.cache import chunks, given_latents, kept, made_by, seen_latents, told_texts
 from veneer.train.diffusion.captions import Captioned
@@ -157,35 +158,17 @@ def test_one_key_more_changes_one_run(count, place, seed):
     assert len([run for run in runs if run not in others]) <= 1
 
 
-def written(made: TextIO, keys: Sequence[str]):
-    for key in keys:
-        print(key, file=made)
-        time.sleep(0.001)
-        yield {"x": torch.zeros(1)}
-
-
-def test_processes_share_what_is_to_be_encoded(tmp_path):
-    keys = [f"picture {i}" for i in range(400)]
-    begun = []
-    for rank in range(2):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                torch.distributed.init_process_group(
-                    "gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2
-                )
-                with (tmp_path / f"{rank}").open("w") as made:
-                    kept("shared", MADE_BY, keys, partial(written, made), "shared", Heard())
-                torch.distributed.barrier()
-                code = 0
-            finally:
-                os._exit(code)
-        begun.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in begun] == [0, 0]
-    made = [(tmp_path / f"{rank}").read_text().splitlines() for rank in range(2)]
-    assert sorted(made[0] + made[1]) == sorted(keys), "each once"
-    assert all(made)
+@pytest.mark.slow
+def test_a_killed_process_leaves_what_is_whole_and_two_share_the_work(tmp_path):
+    script = [sys.executable, str(Path(__file__).with_name("cutting.py")), str(tmp_path)]
+    told = json.loads(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
+    assert told["killed"] == -signal.SIGKILL
+    assert (told["torn"], told["leftovers"]) == ([], [])
+    assert told["second"] == KEYS[told["whole"] :], "it goes on after what is whole"
+    assert told["numbers"] == list(range(len(KEYS)))
+    assert told["codes"] == [0, 0]
+    assert sorted(told["together"][0] + told["together"][1]) == sorted(KEYS), "each once"
+    assert min(map(len, told["together"])) > len(KEYS) // 5
 
 
 def test_captions_are_encoded_once_each_and_the_empty_one_too(tmp_path):
@@ -218,11 +201,13 @@ def test_latents_that_were_computed_elsewhere(tmp_path):
     tensors = {"deep/0.png": torch.randn(16, 2, 2), "deep/1": torch.randn(16, 2, 3), "deep/3": torch.zeros(1)}
     save_file(tensors, tmp_path / "latents.safetensors")
     with pytest.raises(AdapterError, match=r"1 of 3 pictures have no tensor of their name: 'deep/2.png'; did you mean"):
-        given_latents(str(tmp_path / "latents.safetensors"), part)
+        given_latents(str(tmp_path / "latents.safetensors"), part, 16)
     save_file({**tensors, "deep/2": torch.randn(16, 2, 2)}, tmp_path / "latents.safetensors")
-    found = given_latents(str(tmp_path / "latents.safetensors"), part)
+    found = given_latents(str(tmp_path / "latents.safetensors"), part, 16)
     assert torch.equal(found(0, part.view(0)), tensors["deep/0.png"])
     assert torch.equal(found(1, part.view(1)), tensors["deep/1"])
+    with pytest.raises(AdapterError, match=r"expected \(8, height, width\).*'deep/0.png' \(16, 2, 2\)"):
+        given_latents(str(tmp_path / "latents.safetensors"), part, 8)
     (tmp_path / "latents.safetensors").write_bytes(b"no")
     with pytest.raises(AdapterError, match="cannot be read as safetensors"):
-        given_latents(str(tmp_path / "latents.safetensors"), part)
+        given_latents(str(tmp_path / "latents.safetensors"), part, 16)

@@ -169,3 +169,7 @@ def test_buckets_keep_more_of_pictures_and_say_so(tmp_path):
     assert wide.view(0).lost == 0
     pixels, view = wide.picture(0)
     assert pixels.shape == (3, *view.target[::-1])
+    assert wide.groups() is None
+    picture(9, (50, 50)).save(own / "1.png")
+    both, _ = read(own, buckets={"smallest": 8, "largest": 64})
+    assert both.groups().tolist() == [0, 1, 0]

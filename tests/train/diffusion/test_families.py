@@ -17,7 +17,10 @@ from veneer.train.diffusion.efficient_net import EfficientNetEncoder
 from veneer.train.diffusion.family import Family, family_of
 from veneer.train.diffusion.objective import Objective
 from veneer.train.diffusion.objective_settings import ObjectiveSettings
+from veneer.train.diffusion.samples import Samples
 from veneer.train.diffusion.schedule import schedule_of
+from veneer.train.diffusion.settings import SampleSettings
+from veneer.train.task import Reporter
 
 CAPTIONS = ["a red apple", "two", ""]
 SIZES = torch.tensor([[64.0, 48, 0, 3, 32, 32], [33, 32, 1, 0, 32, 32], [512, 400, 7, 9, 32, 32]])
@@ -220,6 +223,8 @@ def test_wuerstchens_prior_beside_its_decoder(tmp_path):
     assert isinstance(pipe, WuerstchenCombinedPipeline)
     assert pipe.prior_prior is family.parts["prior"]
     assert pipe.prior_text_encoder is family.parts["text_encoder"]
+    assert family.pipeline().decoder is pipe.decoder  # read once
+    assert family.drawn((768, 512)) == (1024, 640)  # its 24 × 16 latents, up to what the decoder can draw
     said = family.encode_texts(CAPTIONS)["text"]
     assert torch.equal(said, prior.encode_prompt("cpu", 1, False, prompt=CAPTIONS)[0])
 
@@ -228,6 +233,20 @@ def test_without_an_image_encoder_it_says_what_to_do(tmp_path):
     family = load(saved("wuerstchen-prior", tmp_path))
     with pytest.raises(AdapterError, match=r"(?s)no image_encoder.*data\.latents"):
         family.encode_pictures(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_size_that_the_base_cannot_draw_is_told_at_once(folders):
+    def samples(kind: str, **said: int) -> Samples:
+        family = load(folders[kind])
+        schedule = schedule_of(family.scheduler, ObjectiveSettings())
+        return Samples(family, schedule, SampleSettings(**said), (64, 32), Reporter())
+
+    with pytest.raises(AdapterError, match=r"sample\.width=832: expected multiples of 128"):
+        samples("wuerstchen-prior", width=832, height=768)
+    with pytest.raises(AdapterError, match=r"sample\.height=36: expected multiples of 8"):
+        samples("sd1", width=32, height=36)
+    own = samples("sd1").sampling
+    assert (own.width, own.height) == (64, 32)
 
 
 def test_an_image_encoder_that_is_none_is_named(tmp_path):

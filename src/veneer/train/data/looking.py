@@ -38,10 +38,11 @@ def look(pictures: Pictures, reporter: Reporter) -> Looks:
     Raises `AdapterError` that names all that cannot be read.
     """
     rows = np.unique(pictures.rows).tolist()
+    if not rows:
+        return Looks(np.zeros((0, 2), np.int64), np.zeros(0, bool), {})
     made_of = {"pictures": _listing(pictures, rows), "rows": len(rows), "pillow": __version__}
     store = prepared("looks", made_of, COLUMNS, lambda: _read(pictures, rows, reporter), reporter.say)
-    most = rows[-1] + 1 if rows else 0
-    sizes, moves = np.zeros((most, 2), np.int64), np.zeros(most, bool)
+    sizes, moves = np.zeros((rows[-1] + 1, 2), np.int64), np.zeros(rows[-1] + 1, bool)
     sizes[rows] = np.stack([store.table["width"], store.table["height"]], axis=1)
     moves[rows] = store.table["moves"]
     return Looks(sizes, moves, dict(zip(rows, (piece.hex() for piece in store), strict=True)))
@@ -49,14 +50,22 @@ def look(pictures: Pictures, reporter: Reporter) -> Looks:
 
 def _listing(pictures: Pictures, rows: list[int]) -> str:
     """What tells whether a picture has changed, without reading it: of files their names, sizes and times."""
-    if not rows or isinstance(pictures.picture(rows[0]), bytes):
+    if isinstance(pictures.picture(rows[0]), bytes):
         return f"{pictures.content()} {sha256(repr(rows).encode()).hexdigest()}"
     digest = sha256()
     for row in rows:
         raw = pictures.picture(row)
-        told = (os.stat(raw).st_size, os.stat(raw).st_mtime_ns) if not isinstance(raw, bytes) else len(raw)
-        digest.update(f"{row} {raw if not isinstance(raw, bytes) else ''} {told}\n".encode("utf-8", "surrogatepass"))
+        told = sha256(raw).hexdigest() if isinstance(raw, bytes) else f"{raw} {_stamp(raw)}"
+        digest.update(f"{row} {told}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def _stamp(path: str | Path) -> str:
+    try:
+        now = os.stat(path)
+    except OSError:  # which is told of when it is read
+        return "gone"
+    return f"{now.st_size} {now.st_mtime_ns}"
 
 
 def _read(pictures: Pictures, rows: list[int], reporter: Reporter) -> Pieces:

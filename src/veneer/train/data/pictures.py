@@ -19,7 +19,8 @@ from veneer.train.data.tables import table_of
 LISTS = tuple(f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet"))  # in the folder of their pictures
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 IMAGES = ("image", "img", "picture", "file_name", "file", "path", "filename")
-LOOKED_INTO = 256  # pictures whose bytes are in the digest
+LOOKED_INTO = 256  # pictures all of whose bytes are in the digest
+END = 256  # of each picture's bytes, so many of the last are: the checksums of a PNG are there
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,16 @@ def _folder(folder: Path, data: Any, said: Said) -> Pictures:
     if said.beside:
         return _files(folder, names, said.beside(folder, names))
     if not said.of_folder:
-        raise AdapterError(f"{folder}: where are the masks of its pictures? say data.{said.key}s=FOLDER")
+        raise AdapterError(
+            f"{folder}: where are the masks of its pictures? say data.{said.key}s=FOLDER, and "
+            f"data.eval_{said.key}s=FOLDER of those in data.eval_path"
+        )
     if alone := [name for name in names if "/" not in name]:
         raise AdapterError(
             f"{folder}: expected a folder for each class; {listed(alone)} lie in none. Move them into folders, or "
             f"write {LISTS[0]} with file_name and label"
         )
-    return _files(folder, names, [name.partition("/")[0] for name in names])
+    return _files(folder, names, [name.partition("/")[0] for name in names], masks=False)
 
 
 def inside(folder: Path) -> Iterable[str]:
@@ -171,7 +175,7 @@ def _list(file: Path, data: Any, said: Said) -> Pictures:
         labels.append(str(file.parent / str(label)) if said.is_picture else label)
     if problems:
         raise AdapterError(listed(problems, say=str, between="; "))
-    return _files(file.parent, names, labels, said.is_picture)
+    return _files(file.parent, names, labels, masks=said.is_picture)
 
 
 def _said_in(columns: Sequence[str], said: Said, source: str) -> str | None:
@@ -185,15 +189,22 @@ def _files(folder: Path, names: Sequence[str], said: Sequence[Any], masks: bool 
     def content() -> str:
         digest = sha256()
         for number, (name, label) in enumerate(zip(names, said, strict=True)):
-            own = Path(label) if masks else None
-            told = own.stat().st_size if own else label
-            digest.update(f"{name} {(folder / name).stat().st_size} {told!r}\n".encode("utf-8", "surrogatepass"))
-            if number % max(1, len(names) // LOOKED_INTO) == 0:
-                digest.update((folder / name).read_bytes() + (own.read_bytes() if own else b""))
+            digest.update(f"{name} {'' if masks else repr(label)}\n".encode("utf-8", "surrogatepass"))
+            whole = number % max(1, len(names) // LOOKED_INTO) == 0
+            for path in (folder / name, *([Path(label)] if masks else [])):
+                digest.update(_looked_into(path, whole))
         return digest.hexdigest()
 
     rows = np.arange(len(names))
     return Pictures(str(folder), names.__getitem__, lambda row: folder / names[row], said.__getitem__, rows, content)
+
+
+def _looked_into(path: Path, whole: bool) -> bytes:
+    """The size of a file with all of its bytes, or with the last of them."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0 if whole else max(0, size - END))
+        return b"%d %s" % (size, file.read())
 
 
 def _table(path: str, split: str, data: Any, said: Said) -> Pictures:

@@ -7,7 +7,7 @@ anew, and a run that is killed while it encodes goes on after the last store tha
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ def made_by(weights: str, dtype: torch.dtype, device: torch.device) -> dict[str,
     """What besides the input decides what an encoder makes, for the name of a cache: its weights' digest, its dtype,
     the machine and the packages.
     """
-    here = circumstances(device)
+    here = circumstances(device, 1)
     here.pop("processes")  # each of which encodes alone
     return {"layout": LAYOUT, "weights": weights, "dtype": str(dtype), **here}
 
@@ -160,9 +160,10 @@ def told_texts(
     return kept("texts", made_of, captions, lambda own: map(one, own), "encoding captions", reporter).__getitem__
 
 
-def given_latents(path: str, part: Captioned) -> Seen:
-    """Latents that were computed elsewhere: one tensor of a safetensors file for each picture, by its name with or
-    without its ending. Raises `AdapterError` that names all that lack.
+def given_latents(path: str, part: Captioned, channels: int) -> Seen:
+    """Latents that were computed elsewhere, `(channels, height, width)` as the base's encoder makes them: one tensor of
+    a safetensors file for each picture, by its name with or without its ending. Raises `AdapterError` that names all
+    that lack, or are of another shape.
     """
     try:
         file = safe_open(path, framework="pt")
@@ -176,7 +177,19 @@ def given_latents(path: str, part: Captioned) -> Seen:
         raise AdapterError(
             f"data.latents={path}: {len(lacking):,} of {len(names):,} pictures have no tensor of their name: {told}"
         )
+    shapes = {str(own): file.get_slice(own).get_shape() for own in found}
+    if strange := [
+        f"{own!r} {tuple(shape)}" for own, shape in shapes.items() if len(shape) != 3 or shape[0] != channels
+    ]:
+        expected = f"expected ({channels}, height, width), as the base's encoder makes of a picture"
+        raise AdapterError(f"data.latents={path}: {expected}, found {listed(strange, say=str)}")
     return lambda row, view: file.get_tensor(str(found[row]))
+
+
+def digest_of_given(path: str) -> str:
+    """A name for the content of such a file."""
+    with Path(path).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _stem(name: str) -> str:

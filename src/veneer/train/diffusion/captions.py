@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from veneer.core.errors import AdapterError, listed
@@ -91,6 +92,18 @@ class Captioned:
     def targets(self) -> dict[Size, int]:
         """How many pictures are learned in each size, the most first."""
         return dict(Counter(map(self.target, range(len(self)))).most_common())
+
+    def shapes(self) -> str:
+        """A sentence on the sizes that the pictures are learned in."""
+        told = [f"{width}×{height} ({count:,})" for (width, height), count in self.targets().items()]
+        many = f"They are learned in {len(told)} sizes, of width and height: {listed(told, say=str)}."
+        return many if len(told) > 1 else f"They are learned in one size, of width and height: {told[0]}."
+
+    def groups(self) -> Tensor | None:
+        """A number for the size of each picture `(len,)`; None where all have one."""
+        numbers = {size: number for number, size in enumerate(self.targets())}
+        found = torch.tensor([numbers[self.target(row)] for row in range(len(self))])
+        return found if len(numbers) > 1 else None
 
     def content(self, row: int) -> str:
         """A digest of the picture's bytes."""

@@ -40,8 +40,10 @@ class Family(ABC):
     scheduler: Any  # diffusers'
     factor: int  # pixels, of a side, for a latent's point
     channels: int  # of a latent
+    kept: int  # channels of what is kept of a picture
     resolution: int  # the side in pixels that the base was made for
     draws: bool = True  # its pipeline makes pictures, and not latents alone
+    step: ClassVar[int] = 8  # of the widths and heights that it draws
 
     @classmethod
     @abstractmethod
@@ -86,6 +88,14 @@ class Family(ABC):
     def schedule(self, settings: ObjectiveSettings) -> Schedule:
         """ᾱ(t) and what is predicted, as the base's scheduler or else the recipe says."""
         return schedule_of(self.scheduler, settings)
+
+    def part(self, name: str) -> nn.Module:
+        """The part of that name. Raises `AdapterError` where the base has none."""
+        return self.parts[name]
+
+    def drawn(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of what is drawn where pictures of `size` were learned."""
+        return size
 
     def digest(self, *names: str) -> str:
         """A name for what these parts, and the tokenizers, are."""

@@ -43,18 +43,21 @@ class Material:
     def __len__(self) -> int:
         return len(self.part)
 
-    def learned(self, objective: Objective, row: int, step: int, turn: int, begin: int = 0, share: float = 1.0) -> Item:
-        """A picture as it is learned when it comes up in a step for the so-manieth time. Its draws are those of the row
-        `begin + row`, and with a `share` of its own it is no unit of its own.
+    def learned(
+        self, objective: Objective, row: int, step: int, turn: int, number: int | None = None, share: float = 1.0
+    ) -> Item:
+        """A picture as it is learned when it comes up in a step for the so-manieth time. With a `number` other than
+        its row's, by which all is drawn, it stands beside another picture and is no unit of its own.
         """
-        seed, number = objective.settings.seed, begin + row
+        beside, number = number is not None, row if number is None else number
+        seed = objective.settings.seed
         random = Random(f"{seed} seen {step} {number} {turn}")
         view = self.part.view(row, random)
         kept, told = self.seen(row, view), self.tell(self.part.caption(row, random))
         shape = self._shape(kept)
         draw = objective.draw(shape, step, number, turn)
         spread = torch.randn(*shape, generator=generator(seed, "spread", step, number, turn))
-        return Item(kept, told, view.sizes, draw, spread, share, 0 if begin else 1, self.part.place(row))
+        return Item(kept, told, view.sizes, draw, spread, share, 0 if beside else 1, self.part.place(row))
 
     def measured(self, objective: Objective, row: int, rows: int, number: int, times: int) -> list[Item]:
         """A picture, number `number` of `rows`, as it is measured: always in the same way."""
@@ -116,7 +119,7 @@ class Encoders:
     def material(self, part: Captioned, latents: str | None = None) -> Material:
         """What the encoders make of a source; `latents` is the file that has those of its pictures."""
         family, data = self.family, self.data
-        seen = given_latents(latents, part) if latents else self._seen(part)
+        seen = given_latents(latents, part, self.family.kept) if latents else self._seen(part)
         if self.learning:
             return Material(part, seen, self._numbers, family)
         tell = told_texts(part.spoken(), family.encode_texts, self._by("texts"), data.cache, self.reporter)
@@ -132,7 +135,7 @@ class Encoders:
         """What decides what the encoders make of texts, or of pictures."""
         if what not in self.made and self.data.cache:
             names = self.family.encoders if what == "texts" else (self.family.seer,)
-            own = next(self.family.parts[names[0]].parameters())
+            own = next(self.family.part(names[0]).parameters())
             self.made[what] = made_by(self.family.digest(*names), own.dtype, own.device)
         return self.made.get(what, {})
 

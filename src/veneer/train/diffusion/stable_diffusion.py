@@ -22,7 +22,7 @@ class StableDiffusion(Family):
     def __init__(self, folder: Path, parts: dict[str, nn.Module], tokenizer: Any, scheduler: Any) -> None:
         self.folder, self.parts, self.tokenizer, self.scheduler = folder, parts, tokenizer, scheduler
         unet, vae = self.config("unet"), self.config("vae")
-        self.channels = unet.in_channels
+        self.channels, self.kept = unet.in_channels, 2 * unet.in_channels
         if self.channels != vae.latent_channels:
             raise AdapterError(
                 f"base {folder}: its unet takes {self.channels} channels and its vae makes {vae.latent_channels}: "

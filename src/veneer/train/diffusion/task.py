@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from veneer import zoo
 from veneer.core.adapter import Adapter
 from veneer.files.parts import is_text
 from veneer.train.bases.loading import choose_device, choose_dtype
+from veneer.train.data.reading import read_picture
 from veneer.train.data.rows import evenly
+from veneer.train.diffusion.cache import digest_of_given
 from veneer.train.diffusion.captions import Captioned, read_captioned, read_class
 from veneer.train.diffusion.dreambooth import paint_class, partner
 from veneer.train.diffusion.family import family_of
@@ -22,7 +25,7 @@ from veneer.train.diffusion.objective import Objective
 from veneer.train.diffusion.parts import adapted
 from veneer.train.diffusion.samples import Samples, at_hand
 from veneer.train.diffusion.settings import TextToImageRecipe
-from veneer.train.drawing.sheet import Shown, write_sheet
+from veneer.train.drawing.sheet import write_picture
 from veneer.train.sameness import digest_of_base
 from veneer.train.task import Batch, Reporter, Task
 
@@ -50,9 +53,10 @@ class TextToImage(Task):
 
     settings: ClassVar = TextToImageRecipe
     pipeline = "text-to-image"
+    unit = "pictures"
     asking = "generate {adapter} --prompt {prompt} --seed {seed} --out picture.png"
     library, python, sampled = "diffusers", USE, "A picture"
-    drawn: Sequence[Shown] = ()  # what `sample` has shown last
+    drawn: Image.Image | None = None  # what `sample` has shown last
     resting: Sequence[str] = ()  # parts that are not needed at each step, in main memory
 
     def __init__(self, recipe: TextToImageRecipe, reporter: Reporter) -> None:
@@ -74,9 +78,9 @@ class TextToImage(Task):
         written(self.adapter(), folder)  # what could not be kept is told before anything is learned
         encoders = Encoders(self.family, data, bool(recipe.text_encoder.r), reporter)
         self.part = encoders.material(sources[0], data.latents)
-        self.held_out = encoders.material(sources[1]) if len(sources[1]) else None
+        self.held_out = encoders.material(sources[1], data.latents) if len(sources[1]) else None
         self.kind = encoders.material(sources[2]) if len(sources) > 2 else None
-        self.size = len(self.part)
+        self.size, self.groups = len(self.part), sources[0].groups()
         self._rest()
 
     def _sources(self, resolution: tuple[int, int]) -> list[Captioned]:
@@ -132,8 +136,9 @@ class TextToImage(Task):
         found = [self.part.learned(self.objective, row, self.step, turn)]
         if self.kind:
             seed, weight = self.recipe.train.seed, self.recipe.data.prior_weight
-            other = partner(seed, self.step, row, len(self.kind))
-            found.append(self.kind.learned(self.objective, other, self.step, turn, self.size + row, weight))
+            number = self.size + row  # which no picture of `path` has
+            other = partner(seed, self.step, number + self.size * turn, len(self.kind))
+            found.append(self.kind.learned(self.objective, other, self.step, turn, number, weight))
         return found
 
     def rates(self) -> dict[str, float]:
@@ -152,6 +157,11 @@ class TextToImage(Task):
 
     @torch.no_grad()
     def evaluate(self, whole: bool) -> dict[str, float]:
+        """The held-out loss; and of the whole, where it is asked for, how the drawn pictures look."""
+        looks = whole and self.recipe.eval.looks and self.family.draws and self.prompts()
+        return {**self._held_out_loss(), **(self._looks() if looks else {})}
+
+    def _held_out_loss(self) -> dict[str, float]:
         """The mean square of what the denoiser is off, at fixed timesteps and noises."""
         if self.held_out is None:
             return {}
@@ -170,6 +180,16 @@ class TextToImage(Task):
         self.model.train(was_training)
         return {"eval_loss": total / count}
 
+    def _looks(self) -> dict[str, float]:
+        with at_hand(self.family, self.resting, self.device):
+            return self.samples.looks(self.prompts(), self.model, self.style(), learned=self.step > 0)
+
+    def style(self) -> list[Image.Image]:
+        """The pictures that the drawn ones ought to look like."""
+        part = (self.held_out or self.part).part
+        rows = evenly(range(len(part)), self.recipe.eval.rows or len(part))
+        return [read_picture(part.pictures.raw(row), part.place(row)) for row in rows]
+
     def prompts(self) -> list[str]:
         """What is drawn: the recipe's prompts, or captions of held-out pictures, or else of those that are learned."""
         own = self.recipe.sample
@@ -180,16 +200,18 @@ class TextToImage(Task):
     def sample(self) -> list[dict[str, str]]:
         prompts = self.prompts()
         with at_hand(self.family, self.resting, self.device):
-            self.drawn = self.samples.sheet(prompts, self.model) if prompts else []
+            style = self.style() if self.recipe.sample.strengths else []
+            self.drawn = self.samples.sheet(prompts, self.model, style) if prompts else None
         seed = str(self.recipe.sample.seeds[0])
         return [{"prompt": prompt, "seed": seed} for prompt in prompts] if self.drawn else []
 
     def draw(self, path: Path) -> bool:
-        return write_sheet(self.drawn, path)
+        return write_picture(self.drawn, path)
 
     def facts(self) -> dict[str, Any]:
         held_out = f"{len(self.held_out):,} are held out" if self.held_out else "none are held out"
         told = [f"{self.size:,} pictures are learned from, {held_out}."]
+        told += [self.part.part.shapes()]
         told += [f"{len(self.kind):,} pictures of its class stand beside them."] if self.kind else []
         part = self.part.part
         looks = [[(f"{part.place(row)} → ", False), (part.caption(row), True)] for row in evenly(range(self.size), 3)]
@@ -198,6 +220,8 @@ class TextToImage(Task):
     def made_of(self) -> dict[str, str]:
         sources = {"rows": self.part, "held-out rows": self.held_out, "class pictures": self.kind}
         digests = {name: own.part.digest() for name, own in sources.items() if own}
+        if self.recipe.data.latents:
+            digests["latents"] = digest_of_given(self.recipe.data.latents)
         return {**digests, "base": digest_of_base(self.folder)}
 
     def usage(self) -> dict[str, Any]:

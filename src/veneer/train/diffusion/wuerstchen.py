@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from veneer.core.errors import AdapterError
 from veneer.files.parts import prior_places
-from veneer.files.pipeline import INDEX, load_pipeline, part_kinds
+from veneer.files.pipeline import INDEX, load_components, part_kinds
 from veneer.safe.stored import parsed, read_bytes
 from veneer.train.bases.loading import load_tokenizer, quiet
 from veneer.train.diffusion.efficient_net import FACTOR, EfficientNetEncoder
 from veneer.train.diffusion.family import Conditions, Family
-from veneer.train.diffusion.schedule import Schedule, schedule_of
 from veneer.train.diffusion.stable_diffusion import load_parts, load_scheduler
 
 SEER = "image_encoder"
+STEP = 128  # of the widths and heights that the decoder can draw
 _DECODER = ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")
 
 
@@ -32,16 +32,18 @@ class WuerstchenPrior(Family):
     denoiser = "prior"
     seer = SEER
     factor = FACTOR
-    resolution = 768
+    resolution, step = 768, STEP
 
     def __init__(self, folder: Path, parts: dict[str, nn.Module], tokenizer: Any, scheduler: Any) -> None:
         self.folder, self.parts, self.tokenizer, self.scheduler = folder, parts, tokenizer, scheduler
         prior: Any = parts["prior"]
-        self.channels = prior.config.c_in
+        self.channels = self.kept = prior.config.c_in
         index = parsed(read_bytes(folder / INDEX), str(folder / INDEX))
         self.draws = bool(prior_places(part_kinds(folder)))
         # as the pipeline names them: its latents are mean · x - deviation
         self.mean, self.deviation = index.get("latent_mean", 42.0), index.get("latent_std", 1.0)
+        self.multiple = index.get("resolution_multiple", 42.67)  # pixels that are drawn of a latent's point
+        self.draws, self.decoder = bool(prior_places(part_kinds(folder))), dict[str, Any]()
 
     @classmethod
     def load(cls, folder: Path, dtype: str | None, device: torch.device) -> "WuerstchenPrior":
@@ -58,13 +60,16 @@ class WuerstchenPrior(Family):
         tokenizer = load_tokenizer(folder / f"{level}tokenizer")
         return cls(folder, parts, tokenizer, load_scheduler(folder, f"{level}scheduler"))
 
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
-        if SEER not in self.parts:
+    def part(self, name: str) -> nn.Module:
+        if name == SEER and name not in self.parts:
             raise AdapterError(
                 f"base {self.folder} has no {SEER}, which makes latents of pictures: put the safetensors file of "
                 f"Würstchen's EfficientNet into {self.folder / SEER}, or say data.latents, computed elsewhere"
             )
-        encoder: Any = self.parts[SEER]
+        return super().part(name)
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        encoder = self.part(SEER)
         with torch.no_grad():
             kept: Tensor = encoder(pixels.to(next(encoder.parameters()).device, torch.float32))
         return kept
@@ -90,19 +95,26 @@ class WuerstchenPrior(Family):
         answer: Tensor = prior(noisy.to(prior.dtype), t.to(prior.dtype), text)
         return answer.float()
 
-    def schedule(self, settings: Any) -> Schedule:
-        return schedule_of(self.scheduler, settings)
+    def drawn(self, size: tuple[int, int]) -> tuple[int, int]:
+        """As large as its decoder makes of so many latents, 42.67 pixels of each side of one."""
+        width, height = (STEP * max(1, round(side / self.factor * self.multiple / STEP)) for side in size)
+        return width, height
 
     def pipeline(self) -> Any:
         """The prior's, which draws latents; with the decoder too, which draws pictures, where the folder has it."""
         from diffusers import WuerstchenCombinedPipeline, WuerstchenPriorPipeline
 
-        own = {"prior": self.parts["prior"], "text_encoder": self.parts["text_encoder"]}
+        prior: Any = self.parts["prior"]
+        own = {"prior": prior, "text_encoder": self.parts["text_encoder"]}
         own |= {"tokenizer": self.tokenizer, "scheduler": self.scheduler}
         with quiet():
-            if not prior_places(part_kinds(self.folder)):
-                return WuerstchenPriorPipeline(**own, latent_mean=self.mean, latent_std=self.deviation)
-            dtype = str(self.parts["prior"].dtype).removeprefix("torch.")
-            held = load_pipeline(self.folder, dtype).components
-            decoder = {part: held[part] for part in _DECODER}
-            return WuerstchenCombinedPipeline(**decoder, **{f"prior_{part}": one for part, one in own.items()})
+            if not self.draws:
+                numbers = {"latent_mean": self.mean, "latent_std": self.deviation}
+                return WuerstchenPriorPipeline(**own, **numbers, resolution_multiple=self.multiple)
+            if not self.decoder:
+                dtype = str(prior.dtype).removeprefix("torch.")
+                self.decoder = load_components(self.folder, _DECODER, dtype)
+            for part in self.decoder.values():
+                if isinstance(part, nn.Module):
+                    part.requires_grad_(False).to(prior.device)
+            return WuerstchenCombinedPipeline(**self.decoder, **{f"prior_{part}": one for part, one in own.items()})

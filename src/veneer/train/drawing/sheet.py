@@ -41,13 +41,17 @@ def sheet(shown: Sequence[Shown]) -> Image.Image:
 
 def write_sheet(shown: Sequence[Shown], path: Path) -> bool:
     """Write all of them as a PNG file, if there are any. Raises `AdapterError` where it cannot be written."""
-    if shown:
-        picture = sheet(shown)
+    return write_picture(sheet(shown) if shown else None, path)
+
+
+def write_picture(picture: Image.Image | None, path: Path) -> bool:
+    """Write a picture as a PNG file, if there is one. Raises `AdapterError` where it cannot be written."""
+    if picture is not None:
         try:
             write_whole({path: lambda temporary: picture.save(temporary, format="PNG")})
         except OSError as error:
             raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
-    return bool(shown)
+    return picture is not None
 
 
 def small(picture: Image.Image) -> Image.Image:
