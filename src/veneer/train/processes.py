@@ -91,7 +91,7 @@ class World:
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view(tensor.shape))
 
-    def share(self, rows: Sequence[int]) -> list[int]:
+    def share(self, rows: Sequence[T]) -> list[T]:
         """This process's rows of those that go through the model at once."""
         return list(rows[self.rank :: self.size])
 
