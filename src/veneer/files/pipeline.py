@@ -172,10 +172,14 @@ def _class(place: Path, kind: tuple[str, str]) -> Any:
         if not library.isidentifier() or find_spec(homes[0]) is None:
             known = " and ".join(_ROOMS)
             raise AdapterError(f"{place} is a {shown(name)} of {shown(library)}; models of {known} are read")
+    said = ""
     for home, own in ((home, own) for home in homes for own in (name, _RENAMED.get(name, name))):
         with suppress(ImportError, AttributeError):
-            return getattr(import_module(home), own)
-    raise AdapterError(f"{place}: {listed(homes, say=str, between=' and ')} have no {shown(name)}")
+            try:
+                return getattr(import_module(home), own)
+            except RuntimeError as error:  # what a class of diffusers needs cannot be imported
+                said = f": {str(error).splitlines()[-1]}"
+    raise AdapterError(f"{place}: {listed(homes, say=str, between=' and ')} have no {shown(name)}{said}")
 
 
 def _made(made_by: Any, place: Path, **more: Any) -> Any:
