@@ -52,7 +52,7 @@ def test_a_recipe_by_its_name_runs_on_a_tiny_base_of_its_kind(bases, things, tmp
     ends = {path.rpartition("attn")[2] if "attn" in path else path for path in adapter.tensors}
     assert {end.partition(".")[2] for end in ends} >= {"to_q", "to_k", "to_v", "to_out.0"} or kind.startswith("w")
     assert all(own["B"].any() for own in adapter.tensors.values())
-    sheets = [path.name for path in result.run.samples.glob("*.png")]
+    sheets = [path.name for path in (result.run.folder / "samples").glob("*.png")]
     assert sheets == ([] if kind.startswith("wuerstchen") else ["answers.png"])
     assert adapter.metadata.get("instance_prompt") == ("a photo of sks dog" if dog else None)
 
