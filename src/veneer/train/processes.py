@@ -152,7 +152,8 @@ def spread(model: nn.Module) -> None:
     if largest is None:
         raise AdapterError(f"train.shard: {type(model).__name__} has no list of layers that could be spread")
     own = {parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".adapters." in name}
-    for layer in largest:
+    # parts that others than the model call too are whole while they run as well
+    for layer in (*largest, *getattr(model, "called_alone", ())):
         fully_shard(layer, ignored_params=own)
     fully_shard(model, ignored_params=own)
 

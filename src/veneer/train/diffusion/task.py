@@ -233,5 +233,6 @@ class TextToImage(Task):
         sample = self.recipe.sample.model_dump(
             mode="json", include={"negative_prompt", "steps", "guidance", "guidance_rescale", "width", "height"}
         )
+        sample |= {"width": self.samples.sampling.width, "height": self.samples.sampling.height}
         more = {"sample": sample, "scheduler": self.objective.schedule.sampling()}
         return {"task": self.recipe.task, "base": self.recipe.base, "family": self.family.name, "data": data, **more}
