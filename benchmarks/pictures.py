@@ -76,8 +76,8 @@ def drawn(pipeline: Any, size: int) -> Tensor:
 
 
 def opened(folder: Path) -> Any:
-    """The pipeline as veneer loads it, which says nothing."""
-    pipeline = load_pipeline(folder)
+    """The pipeline as veneer loads it, in float32, which says nothing."""
+    pipeline = load_pipeline(folder, "float32")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -107,7 +107,7 @@ def compared(base: Path, dora: bool, steps: int, size: int) -> Outcome:
         files.attach(ours, held)
         theirs.load_lora_weights(adapter)
         one, two = drawn(ours, size), drawn(theirs, size)
-        merge_pipeline(base, [(held, 1.0)], folder / "merged")
+        merge_pipeline(base, [(held, 1.0)], folder / "merged", "float32")
         merged = opened(folder / "merged")
         theirs.fuse_lora(components=list(held.parts))
         theirs.unload_lora_weights()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from veneer import AdapterError, LoraConfig
 from veneer.core.adapter import Adapter
@@ -56,11 +57,11 @@ def test_others_are_as_they_were(kind, tmp_path, bits):
             assert bits(found.components[part]) == bits(model)
 
 
-def test_a_folder_of_old_with_a_safety_checker(tmp_path):
+def test_a_folder_of_old_with_a_safety_checker(tmp_path, bits):
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    from train.diffusion.pipelines import saved
+    from train.diffusion.pipelines import made, saved
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     vision = {**sizes, "image_size": 8, "patch_size": 4, "projection_dim": 6}
@@ -74,7 +75,17 @@ def test_a_folder_of_old_with_a_safety_checker(tmp_path):
         "tokenizer": ["transformers", "CLIPTokenizerFast"],
     }
     (folder / INDEX).write_text(json.dumps(index))
+    tensors = load_file(path := folder / "text_encoder" / "model.safetensors")
+    old = {f"text_model.{name.removeprefix('text_model.')}": own for name, own in tensors.items()}
+    save_file({**old, "text_model.embeddings.position_ids": torch.arange(24)[None]}, path, {"format": "pt"})
+    tensors = load_file(path := folder / "vae" / "diffusion_pytorch_model.safetensors")
+    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, past in words.items():
+        tensors = {name.replace(f".{new}.", f".{past}."): own for name, own in tensors.items()}
+    save_file(tensors, path, {"format": "pt"})
     found = load_pipeline(folder)
+    assert bits(found.vae) == bits(made("sd1").vae)
+    assert bits(found.text_encoder) == bits(made("sd1").text_encoder)
     assert isinstance(found.safety_checker, StableDiffusionSafetyChecker)
     assert isinstance(found.feature_extractor, CLIPImageProcessor)
     (folder / INDEX).write_text(json.dumps({**index, "safety_checker": ["os.path", "StableDiffusionSafetyChecker"]}))
@@ -93,8 +104,6 @@ def test_all_that_lacks_is_told(base, tmp_path):
 
 
 def test_a_weight_that_lacks_is_never_a_random_one(base, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(base, tmp_path / "prior")
     tensors = load_file(path := folder / "prior" / "diffusion_pytorch_model.safetensors")
     del tensors["projection.bias"]

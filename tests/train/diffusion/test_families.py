@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -194,6 +194,11 @@ def test_wuerstchens_prior_beside_its_decoder(tmp_path):
     assert family.drawn((768, 512)) == (1024, 640)  # its 24 × 16 latents, up to what the decoder can draw
     with pytest.raises(AdapterError, match="multiples of 128, not 832×768"):
         paint(pipe, [Wish("an apple")], Sampling(steps=1, width=832, height=768))
+    before = family.digest("text_encoder")  # which names what is cached: of the prior's, not of the decoder's
+    for part, same in (("text_encoder", True), ("prior_text_encoder", False)):
+        tensors = load_file(path := tmp_path / part / "model.safetensors")
+        save_file({name: own + 1 for name, own in tensors.items()}, path, {"format": "pt"})
+        assert (family.digest("text_encoder") == before) == same
     said = family.encode_texts(CAPTIONS)["text"]
     assert torch.equal(said, prior.encode_prompt("cpu", 1, False, prompt=CAPTIONS)[0])
 

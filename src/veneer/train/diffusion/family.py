@@ -103,7 +103,7 @@ class Family(ABC):
         if not all(folder.is_dir() for folder in folders):  # a family that calls them otherwise
             return digest_of_base(self.folder)
         return sha256(
-            " ".join(map(digest_of_base, folders + sorted(self.folder.glob("tokenizer*")))).encode()
+            " ".join(map(digest_of_base, folders + sorted(self.folder.glob("*tokenizer*")))).encode()
         ).hexdigest()
 
     def move(self, names: Iterable[str], device: torch.device) -> None:

@@ -43,7 +43,8 @@ class WuerstchenPrior(Family):
         # as the pipeline names them: its latents are mean · x - deviation
         self.mean, self.deviation = index.get("latent_mean", 42.0), index.get("latent_std", 1.0)
         self.multiple = index.get("resolution_multiple", 42.67)  # pixels that are drawn of a latent's point
-        self.draws, self.decoder = bool(prior_places(part_kinds(folder))), dict[str, Any]()
+        self.places = prior_places(part_kinds(folder))
+        self.draws, self.decoder = bool(self.places), dict[str, Any]()
 
     @classmethod
     def load(cls, folder: Path, dtype: str | None, device: torch.device) -> "WuerstchenPrior":
@@ -94,6 +95,9 @@ class WuerstchenPrior(Family):
         text = conditions["text"].to(prior.dtype)
         answer: Tensor = prior(noisy.to(prior.dtype), t.to(prior.dtype), text)
         return answer.float()
+
+    def digest(self, *names: str) -> str:
+        return super().digest(*(self.places.get(name, name) for name in names))
 
     def drawn(self, size: tuple[int, int]) -> tuple[int, int]:
         """As large as its decoder makes of so many latents, 42.67 pixels of each side of one."""
