@@ -60,6 +60,8 @@ def test_what_is_said_and_seen_is_decided_by_the_step(tmp_path):
     assert abs(said[""] / 4000 - 0.25) < 0.03
     assert abs(said["sks, one 2"] - said["sks, two 2"]) < 300
     assert found.caption(2) == "sks, one 2"
+    for trigger, said in (("one", "one 2"), ("on", "on, one 2"), ("2", "one 2")):
+        assert read(own, trigger=trigger)[0].caption(2) == said, "what has the trigger keeps its words"
     assert found.spoken() == ["", *(f"sks, {word} {i}" for i in range(4) for word in ("one", "two"))]
     pixels, view = found.picture(1, Random(7))
     again, same = found.picture(1, Random(7))
@@ -89,10 +91,14 @@ def test_pictures_without_captions_are_named_with_the_ways_out(tmp_path):
     assert [found.caption(row) for row in range(4)] == ["a", *["a photo of sks dog"] * 3]
     (own / "a.txt").write_bytes("é".encode("latin-1"))
     (own / "b.txt").write_bytes(b"\xff")
-    assert problem(own).count("is not UTF-8") == 2
+    (own / "c.png").write_bytes(b"no picture")
+    told = problem(own, eval_share=0.5)
+    assert told.count("is not UTF-8") == 2, "all faults of both sides are in one error"
+    assert "c.png: is no picture" in told
+    assert told.count("pictures have no caption") >= 1
     listed = folder(tmp_path / "listed", {"a.png": None})
     (listed / "metadata.jsonl").write_text('{"file_name": "a.png", "text": {"en": 1}}')
-    assert "expected a caption, or a list of them: a.png: {'en': 1}" in problem(listed)
+    assert "a.png: expected a caption, or a list of them, found {'en': 1}" in problem(listed)
     (listed / "metadata.jsonl").write_text('{"file_name": "a.png"}')
     assert "1 of 1 pictures have no caption" in problem(listed)
     assert "expected the column caption='txet'" in problem(listed, caption="txet")

@@ -47,7 +47,9 @@ class CaptionedData(PicturesData):
         description="The caption of every picture that has none, as in DreamBooth: a photo of sks dog.",
     )
     trigger: str | None = Field(
-        None, min_length=1, description="A word that is put before every caption, and kept with the adapter."
+        None,
+        min_length=1,
+        description="A word that is put before every caption that has it nowhere, and kept with the adapter.",
     )
     caption_dropout: float = Field(
         0.0, ge=0, le=1, description="The share of the steps in which a picture is learned with an empty caption."
