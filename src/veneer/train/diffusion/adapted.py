@@ -141,10 +141,10 @@ def _attached(pipeline: Any, adapter: Adapter, name: str) -> None:
     models = models_of(pipeline)
     fitting = [model for model in models.values() if _has(model, adapter)]
     if len(fitting) != 1:
+        found = f"{len(fitting) or 'none'} have"
         raise AdapterError(
-            f"it is for one model by itself, and of the pipeline's parts {listed(models)} "
-            f"{len(fitting) or 'none'} {'have' if fitting else 'has'} its layers {collapsed(adapter.tensors, 3)}: "
-            "say which part it is for (`veneer convert IN OUT --to diffusers --part unet`)"
+            f"it is for one model alone, and of the pipeline's parts ({listed(models, say=str)}) {found} its layers "
+            f"{collapsed(adapter.tensors, 3)}; say which it is for (`veneer convert IN OUT --to diffusers --part unet`)"
         )
     files.attach(fitting[0], adapter, name)
 
