@@ -48,6 +48,7 @@ def test_the_sizes_are_those_that_people_know():
         *((576, 448), (640, 384), (768, 320), (1024, 256)),
     )
     assert set(frame((64, 64), buckets=True).sizes) >= {(64, 64), (32, 128), (128, 32), (56, 72)}
+    assert all(side % 48 == 0 for size in frame((768, 768), 48, buckets=True).sizes for side in size)
     assert frame((64, 64), resolution=[96, 48]).sizes == ((96, 48),)
 
 

@@ -85,8 +85,8 @@ class Frame:
                 )
             self.sizes: tuple[Size, ...] = (resolution,)
             return
-        small = min(resolution) < 256
-        self.step = self.own.step or max(multiple, 8 if small else 64)
+        usual = 8 if min(resolution) < 256 else 64
+        self.step = self.own.step or math.ceil(usual / multiple) * multiple
         if self.step % multiple:
             raise AdapterError(f"data.buckets.step={self.step}: expected a multiple of {multiple} for this base")
         smallest = self.own.smallest or min(resolution) // 2

@@ -16,7 +16,9 @@ class BucketSettings(Settings):
     """Shapes that pictures are learned in, each about as large as `resolution`."""
 
     step: Points | None = Field(
-        None, description="Widths and heights are multiples of this: 64, or 8 where the resolution is under 256."
+        None,
+        description="Widths and heights are multiples of this: 64, or 8 where the resolution is under 256; rounded up "
+        "to what the base takes.",
     )
     smallest: Points | None = Field(None, description="The shortest side; half of the resolution's, if not said.")
     largest: Points | None = Field(None, description="The longest side; twice the resolution's, if not said.")
