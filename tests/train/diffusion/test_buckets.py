@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from train.diffusion.captioned import folder
 from veneer.core.errors import AdapterError
 from veneer.train.diffusion.buckets import Frame, View, bucket_sizes, centred, nearest_size
 from veneer.train.diffusion.data_settings import CaptionedData
-from veneer.train.settings import checked
+from veneer.train.loop import _batches, rows_of
+from veneer.train.processes import ALONE
+from veneer.train.settings import TrainSettings, checked
 
 SIDES = st.integers(1, 3000)
 STEPS = st.sampled_from([8, 16, 64])
@@ -131,3 +134,18 @@ def test_whether_pictures_are_always_seen_in_the_same_part():
 def test_settings_that_cannot_be_are_told(more, told):
     with pytest.raises(AdapterError, match=told):
         frame(**more)
+
+
+def test_a_batch_goes_through_the_model_once(built, tmp_path):
+    own = folder(tmp_path / "both", dict.fromkeys(("a.png", "b.png", "c.png", "d.png"), "wide"), (64, 32))
+    folder(tmp_path / "both/high", dict.fromkeys(("a.png", "b.png", "c.png", "d.png"), "high"), (32, 64))
+    task = built(data={"path": str(own), "buckets": True})
+    settings = TrainSettings(batch_size=4)
+    batches = [_batches(task, step, rows_of(step, settings, task.size, task.groups), ALONE) for step in range(8)]
+    assert [len(passes) for passes in batches] == [1] * 8
+    shapes = {tuple(batch.inputs["x"].shape) for passes in batches for batch in passes}
+    assert shapes == {(4, 4, 6, 10), (4, 4, 10, 6)}, "24 by 40 pixels, of all in steps of 8 the nearest to 32 by 64"
+    (together,) = _batches(task, 0, [[0, 1, 2, 3]], ALONE)
+    mixed = _batches(task, 0, [[0, 1, 7, 2, 3, 4]], ALONE)
+    assert [len(batch.places) for batch in mixed] == [4, 2]
+    assert together.inputs["sizes"][:, :2].tolist() == [[32, 64]] * 4
