@@ -84,6 +84,8 @@ def ended(child: int) -> bool:
 def ready(recipe: str) -> None:
     """Import all that a run needs, with nothing begun that a fork would break."""
     torch.set_num_threads(1)
+    import matplotlib.figure  # noqa: F401
+
     from veneer.train.run import read_recipe
 
     if read_recipe(recipe)[0].task == "causal-lm":

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.core.adapter import CONFIG, WEIGHTS
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest, shown
 from veneer.files.peft import inside
+from veneer.safe.ordered import save_ordered
 from veneer.safe.stored import read_header, read_tensors
 
 _ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, now and before torch 1.6
@@ -110,7 +110,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) ->
         own[name] = tensor.clone() if home in homes else tensor
         homes.add(home)
     try:
-        save_file(own, path, metadata={**about, "format": "pt"})
+        save_ordered(own, path, {**about, "format": "pt"})
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot be written: {error}") from error
 

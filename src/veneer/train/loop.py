@@ -1,6 +1,7 @@
 """The loop: a step is a pure function of (recipe, seed, step number)."""
 
 import hashlib
+import itertools
 import math
 import signal
 import threading
@@ -166,12 +167,13 @@ def _step(
 def _batches(task: Task, step: int, rows: list[list[int]], world: World) -> list[Batch]:
     """This process's share of the step's rows, ready for the model."""
     found, turns, task.step = [], Counter[int](), step
+    places, count = itertools.count(), sum(map(len, rows))
     for own in rows:
         seen = []
         for row in own:  # the end of an epoch and the beginning of the next may have it, or a small epoch twice
             seen.append(turns[row])
             turns[row] += 1
-        task.turns = world.share(seen)
+        task.turns, task.strata = world.share(seen), world.share([(next(places), count) for _ in own])
         if share := world.share(own):
             found += task.batches(share)
     return found

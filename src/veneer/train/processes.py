@@ -91,7 +91,7 @@ class World:
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view(tensor.shape))
 
-    def share(self, rows: Sequence[int]) -> list[int]:
+    def share(self, rows: Sequence[T]) -> list[T]:
         """This process's rows of those that go through the model at once."""
         return list(rows[self.rank :: self.size])
 
@@ -152,7 +152,8 @@ def spread(model: nn.Module) -> None:
     if largest is None:
         raise AdapterError(f"train.shard: {type(model).__name__} has no list of layers that could be spread")
     own = {parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".adapters." in name}
-    for layer in largest:
+    # parts that others than the model call too are whole while they run as well
+    for layer in (*largest, *getattr(model, "called_alone", ())):
         fully_shard(layer, ignored_params=own)
     fully_shard(model, ignored_params=own)
 

@@ -61,6 +61,7 @@ class Task(ABC):
     groups: Tensor | None = None  # of each row `(size,)`: only rows of one go through the model at once
     step: int = 0  # that `batches` makes rows for, which decides with the seed and the row what is drawn of it
     turns: Sequence[int] = ()  # how often each of these rows has come up in the step before
+    strata: Sequence[tuple[int, int]] = ()  # the place of each of these rows in the step, of so many
 
     @abstractmethod
     def __init__(self, recipe: Any, reporter: Reporter) -> None: ...

@@ -3,7 +3,7 @@
 import torch
 from diffusers import DDPMScheduler
 
-from veneer.train.diffusion.draws import stacked
+from veneer.train.diffusion.draws import Moment, stacked
 from veneer.train.diffusion.objective import Objective
 from veneer.train.diffusion.objective_settings import ObjectiveSettings
 from veneer.train.diffusion.schedule import schedule_of
@@ -27,4 +27,4 @@ def batch(own, rows=4, dtype=torch.float64):
     """Latents, what is drawn for them, and a denoiser's answer."""
     source = torch.Generator().manual_seed(7)
     x, answer = torch.randn(2, rows, *SHAPE, generator=source, dtype=dtype)
-    return x, stacked([own.draw(SHAPE, 3, row) for row in range(rows)]), answer
+    return x, stacked([own.draw(SHAPE, row, Moment(3)) for row in range(rows)]), answer

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from train.diffusion.pipelines import CHANNELS, FACTOR, WIDTH, WIDTH_2, made, saved
+from train.diffusion.pipelines import CHANNELS, FACTOR, WIDTH, WIDTH_2, efficient_net, made, saved, seeing
 from veneer import AdapterError
 from veneer.files.pipeline import INDEX
 from veneer.train.diffusion.draws import Draw
@@ -32,46 +32,12 @@ CPU = torch.device("cpu")
 def folders(tmp_path_factory) -> dict[str, Path]:
     kinds = (*KINDS, "wuerstchen-prior")
     found = {kind: saved(kind, tmp_path_factory.mktemp("bases") / kind) for kind in kinds}
-    (seeing := found["wuerstchen-prior"] / "image_encoder").mkdir()
-    save_file(efficient_net(), seeing / "model.safetensors")
+    seeing(found["wuerstchen-prior"])
     return found
 
 
 def load(folder: Path, dtype: str | None = None) -> Family:
     return family_of(folder).load(folder, dtype, CPU)
-
-
-def efficient_net() -> dict[str, Tensor]:
-    """A tiny EfficientNetV2's weights by torchvision's names: three stages fused, two with gates, and the mapper."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def normed(name: str, *shape: int) -> None:
-        shapes[f"{name}.0.weight"] = shape
-        shapes.update({f"{name}.1.{own}": shape[:1] for own in ("weight", "bias", "running_mean", "running_var")})
-        shapes[f"{name}.1.num_batches_tracked"] = ()
-
-    normed("backbone.0", 4, 3, 3, 3)
-    normed("backbone.1.0.block.0", 4, 4, 3, 3)
-    for stage, seen, made_of in ((2, 4, 6), (3, 6, 6)):
-        normed(f"backbone.{stage}.0.block.0", 8, seen, 3, 3)
-        normed(f"backbone.{stage}.0.block.1", made_of, 8, 1, 1)
-    for stage, block, seen, made_of in ((4, 0, 6, 8), (5, 0, 8, 8), (6, 0, 8, 8), (6, 1, 8, 8)):
-        name = f"backbone.{stage}.{block}.block"
-        normed(f"{name}.0", 12, seen, 1, 1)
-        normed(f"{name}.1", 12, 1, 3, 3)
-        shapes.update({f"{name}.2.fc1.weight": (2, 12, 1, 1), f"{name}.2.fc1.bias": (2,)})
-        shapes.update({f"{name}.2.fc2.weight": (12, 2, 1, 1), f"{name}.2.fc2.bias": (12,)})
-        normed(f"{name}.3", made_of, 12, 1, 1)
-    normed("backbone.7", 10, 8, 1, 1)
-    normed("mapper", CHANNELS, 10, 1, 1)
-    torch.manual_seed(5)
-    return {name: _drawn(name, shape) for name, shape in shapes.items()}
-
-
-def _drawn(name: str, shape: tuple[int, ...]) -> Tensor:
-    if name.endswith("tracked"):
-        return torch.tensor(0)
-    return torch.rand(shape) + 0.5 if name.endswith((".1.weight", "var")) else torch.randn(shape) / 3
 
 
 def draw(kind: str, shape: tuple[int, ...]) -> Draw:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.diffusion.objectives import SHAPE, STABLE, T, batch, objective
+from veneer.train.diffusion.draws import Moment
 
 
 def snr(own, t):
@@ -104,13 +105,15 @@ def test_smooth_losses_of_small_errors_are_squares_and_keep_float32():
 
 def test_offset_noise_is_learned_and_moves_whole_channels():
     own, plain = objective(offset_noise=0.1), objective()
-    draw, was = own.draw(SHAPE, 3, 1), plain.draw(SHAPE, 3, 1)
+    draw, was = own.draw(SHAPE, 1, Moment(3)), plain.draw(SHAPE, 1, Moment(3))
     offset = draw.noise - was.noise
     assert torch.allclose(offset, offset.mean((1, 2), keepdim=True).expand(SHAPE), atol=1e-6)
     assert len(set(offset.mean((1, 2)).tolist())) == SHAPE[0]
     assert draw.mixed is draw.noise
     assert torch.equal(draw.t, was.t)
-    many = torch.stack([own.draw((256, 1, 1), 0, row).noise - plain.draw((256, 1, 1), 0, row).noise for row in (0, 1)])
+    tall = (256, 1, 1)
+    pairs = [(own.draw(tall, row, Moment(0)), plain.draw(tall, row, Moment(0))) for row in (0, 1)]
+    many = torch.stack([offset.noise - noise.noise for offset, noise in pairs])
     assert many.std().item() == pytest.approx(0.1, rel=0.15)
 
 
@@ -128,10 +131,10 @@ def test_input_perturbation_is_mixed_in_and_not_learned():
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=8), st.integers(0, 10**6), st.integers(1, 4))
 def test_a_rows_draw_is_its_own_however_the_batch_is_split(rows, step, processes):
     own = objective(offset_noise=0.1, input_perturbation=0.1, seed=5)
-    whole = {row: own.draw((2, 3), step, row) for row in rows}
+    whole = {row: own.draw((2, 3), row, Moment(step)) for row in rows}
     for rank in range(processes):
         for row in rows[rank::processes]:
-            again = own.draw((2, 3), step, row)
+            again = own.draw((2, 3), row, Moment(step))
             assert again.t == whole[row].t
             assert torch.equal(again.noise, whole[row].noise)
             assert torch.equal(again.mixed, whole[row].mixed)
@@ -140,14 +143,21 @@ def test_a_rows_draw_is_its_own_however_the_batch_is_split(rows, step, processes
 def test_draws_differ_by_seed_step_row_and_time():
     own = objective()
     draws = [
-        own.draw(SHAPE, 0, 0),
-        own.draw(SHAPE, 1, 0),
-        own.draw(SHAPE, 0, 1),
-        own.draw(SHAPE, 0, 0, again=1),
-        objective(seed=1).draw(SHAPE, 0, 0),
+        own.draw(SHAPE, 0, Moment(0)),
+        own.draw(SHAPE, 0, Moment(1)),
+        own.draw(SHAPE, 1, Moment(0)),
+        own.draw(SHAPE, 0, Moment(0, 1)),
+        objective(seed=1).draw(SHAPE, 0, Moment(0)),
     ]
     assert len({tuple(draw.noise.flatten().tolist()) for draw in draws}) == len(draws)
     assert len({draw.t.item() for draw in draws}) > 1
+
+
+def test_the_timesteps_of_a_step_lie_in_a_stratum_each_and_the_noise_does_not_care():
+    own = objective(timesteps=(200, 1000))
+    draws = [own.draw(SHAPE, row, Moment(3, 0, (row, 8))) for row in range(8)]
+    assert [(draw.t.item() - 200) // 100 for draw in draws] == list(range(8))
+    assert all(torch.equal(draw.noise, own.draw(SHAPE, row, Moment(3)).noise) for row, draw in enumerate(draws))
 
 
 def test_held_out_pictures_are_measured_at_the_middles_of_strata_the_same_whatever_is_learned():

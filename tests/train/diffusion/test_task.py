@@ -56,6 +56,14 @@ def test_the_two_that_come_up_in_one_step_are_told_apart(built):
     assert torch.equal(task_of_second[0].inputs["noise"][0], batch.inputs["noise"][1])
 
 
+def test_the_timesteps_of_a_step_are_spread_evenly_over_batches_and_processes(built):
+    task, rows = built(), [[0, 1, 2], [3, 4]]
+    alone = [t for batch in _batches(task, 0, rows, ALONE) for t in batch.inputs["t"].tolist()]
+    assert [t // 200 for t in alone] == list(range(5))
+    shares = [[t for batch in _batches(task, 0, rows, World(r, 2)) for t in batch.inputs["t"].tolist()] for r in (0, 1)]
+    assert shares == [[alone[0], alone[2], alone[3]], [alone[1], alone[4]]]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_min_snr_with_prior_preservation(built, kind_of_things, kind):

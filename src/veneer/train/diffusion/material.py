@@ -11,7 +11,7 @@ from torch import Tensor
 from veneer.train.diffusion.cache import Seen, given_latents, made_by, seen_latents, told_texts
 from veneer.train.diffusion.captions import Captioned
 from veneer.train.diffusion.data_settings import CaptionedData
-from veneer.train.diffusion.draws import Draw, generator, stacked
+from veneer.train.diffusion.draws import Draw, Moment, generator, stacked
 from veneer.train.diffusion.family import Family
 from veneer.train.diffusion.objective import Objective
 from veneer.train.task import Batch, Reporter
@@ -44,19 +44,19 @@ class Material:
         return len(self.part)
 
     def learned(
-        self, objective: Objective, row: int, step: int, turn: int, number: int | None = None, share: float = 1.0
+        self, objective: Objective, row: int, moment: Moment, number: int | None = None, share: float = 1.0
     ) -> Item:
-        """A picture as it is learned when it comes up in a step for the so-manieth time. With a `number` other than
-        its row's, by which all is drawn, it stands beside another picture and is no unit of its own.
+        """A picture as it is learned this time. With a `number` other than its row's, by which all is drawn, it stands
+        beside another picture and is no unit of its own.
         """
         beside, number = number is not None, row if number is None else number
         seed = objective.settings.seed
-        random = Random(f"{seed} seen {step} {number} {turn}")
+        random = Random(f"{seed} seen {moment.step} {number} {moment.turn}")
         view = self.part.view(row, random)
         kept, told = self.seen(row, view), self.tell(self.part.caption(row, random))
         shape = self._shape(kept)
-        draw = objective.draw(shape, step, number, turn)
-        spread = torch.randn(*shape, generator=generator(seed, "spread", step, number, turn))
+        draw = objective.draw(shape, number, moment)
+        spread = torch.randn(*shape, generator=generator(seed, "spread", moment.step, number, moment.turn))
         return Item(kept, told, view.sizes, draw, spread, share, 0 if beside else 1, self.part.place(row))
 
     def measured(self, objective: Objective, row: int, rows: int, number: int, times: int) -> list[Item]:

@@ -41,6 +41,11 @@ class Parts(nn.Module):
         conditions = self.family.encode_tokens(told) if self.reads else told
         return self.family.predict(noisy, t, conditions, sizes)
 
+    @property
+    def called_alone(self) -> list[nn.Module]:
+        """The parts: a pipeline that draws pictures calls them by themselves."""
+        return list(self.children())
+
     def enable_gradient_checkpointing(self) -> None:
         """Each part's layers run again in the backward."""
         for part in self.children():

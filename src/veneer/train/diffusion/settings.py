@@ -1,5 +1,7 @@
 """What a recipe of text-to-image says."""
 
+from typing import Annotated
+
 from pydantic import Field, field_validator, model_validator
 
 from veneer.core.config import LoraConfig
@@ -48,7 +50,7 @@ class SampleSettings(Settings):
     )
     width: int | None = Field(None, ge=8, description="Of the pictures; data.resolution, if not said.")
     height: int | None = Field(None, ge=8, description="In the same way.")
-    strengths: list[float] = Field(
+    strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(
         default_factory=list,
         description="The sheet also shows the adapter at these, a row each, between the base and the adapter as it is.",
     )

@@ -64,9 +64,9 @@ class StableDiffusion(Family):
         return answer.float()
 
     def pipeline(self) -> Any:
-        from diffusers import StableDiffusionPipeline
+        with quiet():  # also while diffusers is imported
+            from diffusers import StableDiffusionPipeline
 
-        with quiet():
             return StableDiffusionPipeline(
                 **self.parts,
                 tokenizer=self.tokenizer,

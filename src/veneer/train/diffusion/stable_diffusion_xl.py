@@ -74,12 +74,12 @@ class StableDiffusionXL(StableDiffusion):
         return answer.float()
 
     def pipeline(self) -> Any:
-        from diffusers import StableDiffusionXLPipeline
-
         vae: Any = self.parts["vae"]
         dtype: Any = self.parts["unet"].dtype
         parts = self.parts if vae.dtype == dtype else {**self.parts, "vae": deepcopy(vae).to(dtype)}  # as it draws
-        with quiet():
+        with quiet():  # also while diffusers is imported
+            from diffusers import StableDiffusionXLPipeline
+
             return StableDiffusionXLPipeline(
                 **parts,
                 tokenizer=self.tokenizer,

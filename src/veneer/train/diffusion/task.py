@@ -17,6 +17,7 @@ from veneer.train.data.reading import read_picture
 from veneer.train.data.rows import evenly
 from veneer.train.diffusion.cache import digest_of_given
 from veneer.train.diffusion.captions import Captioned, read_captioned, read_class
+from veneer.train.diffusion.draws import Moment
 from veneer.train.diffusion.dreambooth import paint_class, partner
 from veneer.train.diffusion.family import family_of
 from veneer.train.diffusion.kept import adapter_of_parts, exchange, keep, written
@@ -128,17 +129,19 @@ class TextToImage(Task):
 
     def batches(self, rows: Sequence[int]) -> list[Batch]:
         turns = self.turns if len(self.turns) == len(rows) else [0] * len(rows)
-        items = [item for row, turn in zip(rows, turns, strict=True) for item in self._learned(row, turn)]
+        strata = self.strata if len(self.strata) == len(rows) else [(0, 1)] * len(rows)
+        moments = [Moment(self.step, *own) for own in zip(turns, strata, strict=True)]
+        items = [item for row, moment in zip(rows, moments, strict=True) for item in self._learned(row, moment)]
         return batches(items, self.family, self.device)
 
-    def _learned(self, row: int, turn: int) -> list[Item]:
+    def _learned(self, row: int, moment: Moment) -> list[Item]:
         """A picture, and one of its class beside it, as they are learned this time."""
-        found = [self.part.learned(self.objective, row, self.step, turn)]
+        found = [self.part.learned(self.objective, row, moment)]
         if self.kind:
             seed, weight = self.recipe.train.seed, self.recipe.data.prior_weight
             number = self.size + row  # which no picture of `path` has
-            other = partner(seed, self.step, number + self.size * turn, len(self.kind))
-            found.append(self.kind.learned(self.objective, other, self.step, turn, number, weight))
+            other = partner(seed, self.step, number + self.size * moment.turn, len(self.kind))
+            found.append(self.kind.learned(self.objective, other, moment, number, weight))
         return found
 
     def rates(self) -> dict[str, float]:
@@ -230,5 +233,6 @@ class TextToImage(Task):
         sample = self.recipe.sample.model_dump(
             mode="json", include={"negative_prompt", "steps", "guidance", "guidance_rescale", "width", "height"}
         )
+        sample |= {"width": self.samples.sampling.width, "height": self.samples.sampling.height}
         more = {"sample": sample, "scheduler": self.objective.schedule.sampling()}
         return {"task": self.recipe.task, "base": self.recipe.base, "family": self.family.name, "data": data, **more}

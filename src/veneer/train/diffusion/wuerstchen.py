@@ -102,12 +102,12 @@ class WuerstchenPrior(Family):
 
     def pipeline(self) -> Any:
         """The prior's, which draws latents; with the decoder too, which draws pictures, where the folder has it."""
-        from diffusers import WuerstchenCombinedPipeline, WuerstchenPriorPipeline
-
         prior: Any = self.parts["prior"]
         own = {"prior": prior, "text_encoder": self.parts["text_encoder"]}
         own |= {"tokenizer": self.tokenizer, "scheduler": self.scheduler}
-        with quiet():
+        with quiet():  # also while diffusers is imported
+            from diffusers import WuerstchenCombinedPipeline, WuerstchenPriorPipeline
+
             if not self.draws:
                 numbers = {"latent_mean": self.mean, "latent_std": self.deviation}
                 return WuerstchenPriorPipeline(**own, **numbers, resolution_multiple=self.multiple)
