@@ -147,6 +147,9 @@ def test_how_pictures_are_drawn_is_in_the_adapters_folder(veneer, base, place):
     assert negative == "Negative prompt: a dog"
     for fact in ("Steps: 3", "Sampler: DDIM", "CFG scale: 3", "CFG Rescale: 0.5", "Size: 40x32"):
         assert fact in line
+    assert veneer("library", "add", "run", "--name", "kept").code == 0
+    said = veneer("generate", "kept", "--base", base, "--prompt", "a cat", "--out", "b.png", "--guidance", 3)
+    assert opened("a.png").tobytes() == opened("b.png").tobytes(), said.err
 
 
 @pytest.mark.parametrize(
