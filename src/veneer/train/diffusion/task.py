@@ -185,7 +185,12 @@ class TextToImage(Task):
 
     def _looks(self) -> dict[str, float]:
         with at_hand(self.family, self.resting, self.device):
-            return self.samples.looks(self.prompts(), self.model, self.style(), learned=self.step > 0)
+            return self.samples.looks(self.prompts(), self.model, self.style(), self._differs())
+
+    def _differs(self) -> bool:
+        """Whether an adapter acts that is no longer as it began."""
+        own = self.model.get_adapter("default").tensors.values() if self.model.active_adapters else ()
+        return any(bool(tensors["B"].any()) if "B" in tensors else True for tensors in own)
 
     def style(self) -> list[Image.Image]:
         """The pictures that the drawn ones ought to look like."""
