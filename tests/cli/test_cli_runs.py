@@ -1,6 +1,7 @@
 """Runs listed, shown and compared; an adapter measured again; a sweep; samples between steps."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,6 +46,29 @@ def test_runs_are_listed_shown_and_compared(veneer, runs, tmp_path):
     assert "--force" in again.err
 
 
+def test_a_damaged_run_does_not_hide_the_others(veneer, runs):
+    for file, content in (
+        ("metrics.jsonl", '{"step": 1, "loss": "a"}\n{"step": 2, "eval_loss": null}\n[]\n{"st'),
+        ("run.json", '{"state": [], "planned": "x", "made_of": 1, "inexact": {}, "judged_by": []}'),
+        ("run.json", "[]"),
+    ):
+        (runs / "small-1" / file).write_text(content)
+        said = veneer("runs", "--in", runs)
+        assert said.code == 0
+        assert "small-2" in said.out
+        assert veneer("runs", "show", runs / "small-1").code == (2 if content == "[]" else 0)
+
+
+def test_an_adapter_that_left_its_run_is_measured_on_rows(veneer, runs, rows, tmp_path):
+    shutil.copytree(runs / "small-1/adapter", tmp_path / "alone")
+    wanted = json.loads(veneer("evaluate", runs / "small-1", "--data", rows, "--json").out)
+    found = json.loads(veneer("evaluate", tmp_path / "alone", "--data", rows, "--set", "dtype=float32", "--json").out)
+    assert found["adapted"]["eval_loss"] == pytest.approx(wanted["adapted"]["eval_loss"], rel=1e-6)
+    said = veneer("evaluate", tmp_path / "alone")
+    assert said.code == 2
+    assert "name some with --data" in said.err
+
+
 def test_samples_are_taken_between_the_steps_and_change_nothing(veneer, runs, recipe, tmp_path):
     assert [path.name for path in sorted((runs / "small-1/samples").iterdir())] == [
         "answers.jsonl",
@@ -69,10 +93,11 @@ def test_an_adapter_is_measured_again(veneer, runs, rows):
     [
         (("runs", "--in", "nowhere"), "nowhere does not exist"),
         (("runs", "show", "nowhere"), "nowhere does not exist"),
-        (("evaluate", "nowhere"), "nowhere is no run"),
+        (("evaluate", "./nowhere"), "nowhere"),
         (("train", "causal-lm", "--sweep", "train.lr=1,1"), "values that differ"),
         (("train", "causal-lm", "--sweep", "train.lr"), "expected KEY=VALUE"),
-        (("train", "causal-lm", "--sweep", "train.lr=1", "--resume"), "leave --dry-run and --resume out"),
+        (("train", "causal-lm", "--sweep", "train.lr=1", "--dry-run"), "leave --dry-run and --allow-inexact out"),
+        (("train", "causal-lm", "--sweep", "train.lr=1", "--sweep", "train.lr=2"), "train.lr is said twice"),
     ],
 )
 def test_what_is_not_there_is_said(veneer, arguments, words):

@@ -1,8 +1,8 @@
 """The command line: one subcommand, one file. A command's own imports are made when it is called."""
 
-import os
 import sys
 
+from veneer.cli.lines import speaks
 from veneer.core.errors import AdapterError
 
 
@@ -20,10 +20,15 @@ def main() -> None:
     except AdapterError as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        if speaks():
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if debug:
+            raise
+        print(f"error: {error.filename or sys.argv[1]}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
         if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
-            print("interrupted; nothing is left behind", file=sys.stderr)
+            print("interrupted; what is there is whole", file=sys.stderr)
         raise

@@ -1,15 +1,12 @@
 """`veneer evaluate`: the held-out figures of a run's adapter, and of its base, on other rows."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from veneer.core.errors import AdapterError
-
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or an adapter's.")],
     data: Annotated[
         str | None,
         typer.Option("--data", help="A file or hub dataset with rows; the run's held-out ones, if not said."),
@@ -26,8 +23,6 @@ def evaluate(
     from veneer.cli.terminal import NAMES, TerminalReporter
     from veneer.train.evaluate import measured
 
-    if not (run / "recipe.yaml").is_file():
-        raise AdapterError(f"{run} is no run: evaluate reads its recipe.yaml")
     with TerminalReporter() as reporter:
         found = measured(run, data, overrides or (), base, reporter)
     if as_json:

@@ -21,7 +21,7 @@ def listing(
     folder: Annotated[Path, typer.Option("--in", help="The folder that holds the runs.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the runs: state, steps, lowest held-out loss, size (also: show RUN, compare RUN RUN …)."""
+    """List the runs: state, steps, best figure, size (also: show RUN, compare RUN RUN …)."""
     if context.invoked_subcommand is not None:
         return
     from veneer.train.runs import summaries
@@ -38,6 +38,7 @@ def listing(
 @app.command()
 def show(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """What one run was asked, what it came to, and what it keeps."""
+    from veneer.cli.terminal import NAMES
     from veneer.train.record import facts_of
     from veneer.train.runs import summary
 
@@ -45,12 +46,15 @@ def show(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     _print_table([found])
     print()
     for key, value in found.figures.items():
-        print(f"{key:14}{value:.4g}")
+        print(f"{NAMES.get(key, key):14}{value:.4g}")
     if why := facts.get("why"):
         print(f"it ended with: {why}")
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     print(f"checkpoints   {', '.join(kept) or 'none'}")
-    for key, value in facts.get("made_of", {}).items():
+    for change in _list(facts.get("inexact")):
+        print(f"went on though {change}")
+    made_of = facts.get("made_of")
+    for key, value in (made_of if isinstance(made_of, dict) else {}).items():
         print(f"{key:14}{value}")
     if found.state in ("cut short", "failed"):
         print(f"to go on      veneer train {run} --resume")
@@ -93,17 +97,24 @@ def _print_table(found: "list[Summary]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from veneer.cli.terminal import size
+    from veneer.cli.terminal import NAMES, size
     from veneer.train.runs import when
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("run", "state", "steps", "held-out loss", "seconds", "size", "last written"):
+    judges = {NAMES.get(run.judged_by, run.judged_by) for run in found}
+    judge = judges.pop() if len(judges) == 1 else "best"
+    for heading in ("run", "state", "steps", judge, "seconds", "size", "last written"):
         table.add_column(heading, overflow="fold", no_wrap=heading in ("steps", "last written"))
     for run in found:
         steps = f"{run.steps} of {run.planned}" if run.planned else str(run.steps)
-        best = "" if run.best is None else f"{run.best:.3f}"
+        what = f"{NAMES.get(run.judged_by, run.judged_by)} " if judge == "best" else ""
+        best = "" if run.best is None else f"{what}{run.best:.3f}"
         table.add_row(run.name, run.state, steps, best, f"{run.seconds:.0f}", size(run.bytes), when(run.changed))
     Console(highlight=False).print(table)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _plain(run: "Summary") -> dict[str, Any]:

@@ -1,34 +1,71 @@
 """`veneer train … --sweep KEY=V1,V2`: a run for every combination of values, and a table of what they came to."""
 
+import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import typer
+
+from veneer.cli.lines import speaks
 from veneer.core.errors import AdapterError
 
-if TYPE_CHECKING:
-    from veneer.train.run import Result
-
 _COMMAS = re.compile(r",(?![^\[{]*[\]}])")  # between values, and not inside of a list or mapping
+Came = Path | AdapterError  # a run's folder, or why there is nothing to compare
 
 
-def sweep(recipe: str, overrides: Sequence[str], axes: Sequence[str]) -> None:
-    """Train all combinations, one after the other. Raises `AdapterError` for values that are none, before the first."""
+def sweep(recipe: str, overrides: Sequence[str], axes: Sequence[str], resume: bool) -> None:
+    """Train all combinations, one after the other; what goes wrong in one does not end the others.
+
+    With `resume` (or where the recipe says so) runs that came to their end are taken as they are, and one that was cut
+    short goes on. Raises `AdapterError` for values that are none, before the first run, and in the end for runs that
+    failed.
+    """
     from veneer.cli.terminal import TerminalReporter
     from veneer.train import run
+    from veneer.train.resume import begun_as
+    from veneer.train.task import Reporter
 
+    keys = [axis.partition("=")[0] for axis in axes]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise AdapterError(f"--sweep: {', '.join(sorted(twice))} is said twice: name all of its values in one")
     combinations = [list(each) for each in product(*map(values_of, axes))]
     ready = [run.read_recipe(recipe, [*overrides, *own]) for own in combinations]
-    results: list[run.Result] = []
-    with TerminalReporter() as reporter:
+    came: list[Came] = []
+    stopped_by = 0
+    with TerminalReporter() if speaks() else nullcontext(Reporter()) as reporter:
         for number, (own, (settings, task)) in enumerate(zip(combinations, ready, strict=True), 1):
             reporter.say(f"run {number} of {len(combinations)}: {' '.join(own)}")
-            results.append(run.run(settings, task, reporter))
-            if results[-1].outcome.interrupted:
+            earlier, state = begun_as(settings) if resume or settings.resume == "auto" else (None, "")
+            settings.resume = "never"  # of this recipe's name there are others
+            if earlier and state == "finished":
+                reporter.say(f"{earlier} came to its end before")
+                came.append(earlier)
+                continue
+            try:
+                result = run.run(settings, task, reporter, earlier or False)
+            except AdapterError as error:
+                if len(combinations) == 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the others may be gone
+                    raise
+                reporter.say(f"error: {error}")
+                came.append(error)
+                continue
+            came.append(result.run.folder)
+            stopped_by = result.outcome.stopped_by
+            if stopped_by:
                 break
-    if all(result.run.writes for result in results):
-        _show(combinations, results)
+    if speaks():
+        _show(combinations, came)
+    _end(came, stopped_by)
+
+
+def _end(came: Sequence[Came], stopped_by: int) -> None:
+    if stopped_by:
+        raise typer.Exit(128 + stopped_by)
+    if failed := [error for error in came if isinstance(error, AdapterError)]:
+        raise AdapterError(f"{len(failed)} of {len(came)} runs failed; the first: {failed[0]}")
 
 
 def values_of(axis: str) -> list[str]:
@@ -40,32 +77,28 @@ def values_of(axis: str) -> list[str]:
     return [f"{key}={value}" for value in values]
 
 
-def _show(combinations: list[list[str]], results: "list[Result]") -> None:
+def _show(combinations: list[list[str]], came: Sequence[Came]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from veneer.cli.terminal import NAMES
+    from veneer.train.runs import best_of, summary
 
-    figures = list(dict.fromkeys(key for result in results for key in result.after))
+    found = [None if isinstance(own, AdapterError) else summary(own) for own in came]
+    ended = [own for own in found if own and own.state == "finished"]
+    figures = list(dict.fromkeys(key for own in ended for key in own.figures))
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in (
-        *(own.partition("=")[0] for own in combinations[0]),
-        *(NAMES.get(key, key) for key in figures),
-        "run",
-    ):
+    names = [own.partition("=")[0] for own in combinations[0]]
+    for heading in (*names, *(NAMES.get(key, key) for key in figures), "run"):
         table.add_column(heading, overflow="fold")
-    best = _best(results)
-    for own, result in zip(combinations, results, strict=False):
+    best = best_of(ended)
+    for own, one in zip(combinations, found, strict=False):
         values = [value.partition("=")[2] for value in own]
-        measured = [f"{result.after[key]:.4f}" if key in result.after else "" for key in figures]
-        table.add_row(*values, *measured, str(result.run.folder), style="bold" if result is best else None)
+        of_end = one.figures if one in ended and one else {}
+        measured = [f"{of_end[key]:.4f}" if key in of_end else "" for key in figures]
+        name = "failed" if one is None else one.name if one in ended else f"{one.name} ({one.state})"
+        table.add_row(*values, *measured, name, style="bold" if one is best and best else None)
     console = Console(highlight=False)
     console.print(table)
     if best is not None:
-        console.print(f"best: {best.run.folder}", markup=False, soft_wrap=True)
-
-
-def _best(results: "list[Result]") -> "Result | None":
-    measured = [result for result in results if result.judged_by in result.after]
-    sign = -1 if any(result.higher_is_better for result in measured) else 1
-    return min(measured, key=lambda result: sign * result.after[result.judged_by], default=None)
+        console.print(f"best: {best.folder}", markup=False, soft_wrap=True)

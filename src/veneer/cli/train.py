@@ -5,16 +5,21 @@ import shlex
 import shutil
 import sys
 from collections import defaultdict
+from contextlib import nullcontext
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veneer.cli.lines import speaks
 from veneer.cli.sweep import sweep
 from veneer.core.errors import AdapterError
 
 if TYPE_CHECKING:
     from veneer.train.run import Preview, Result
+
+ASKED = {"prompt", "seed"}  # of a sample: what the model was asked
 
 
 def train(
@@ -40,15 +45,18 @@ def train(
     _launch()
     from veneer.cli.terminal import TerminalReporter
     from veneer.train import run
+    from veneer.train.task import Reporter
 
     if axes:
-        if dry_run or resume:
-            raise AdapterError("--sweep begins new runs: leave --dry-run and --resume out")
-        sweep(recipe, overrides or (), axes)
+        if dry_run or allow_inexact:
+            raise AdapterError("--sweep trains each run by its own recipe: leave --dry-run and --allow-inexact out")
+        sweep(recipe, overrides or (), axes, resume)
         return
     settings, task = run.read_recipe(recipe, overrides or ())
-    with TerminalReporter() as reporter:
+    with TerminalReporter() if speaks() else nullcontext(Reporter()) as reporter:
         reporter.say(f"recipe {recipe}: {settings.task} on {settings.base}")
+        if dry_run and not speaks():
+            return
         if dry_run:
             _show_preview(run.preview(settings, task, reporter))
             return
@@ -65,10 +73,21 @@ def _launch() -> None:
     asked = os.environ.get("NPROC_PER_NODE", "1")
     if asked == "1" or "RANK" in os.environ:
         return
-    if not asked.isdigit():
+    if not asked.isdecimal() or not int(asked):
         raise AdapterError(f"NPROC_PER_NODE is {asked!r}: expected how many processes are to run on this machine")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", asked, "-m", "veneer"]
-    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv[1:]])
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    getLogger("torch.distributed.elastic").setLevel(ERROR)
+    try:
+        torchrun.main(["--standalone", "--nproc-per-node", asked, "-m", "veneer", *sys.argv[1:]])
+    except ChildFailedError as error:  # which has said why
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
 
 
 def _show_preview(preview: "Preview") -> None:
@@ -93,7 +112,7 @@ def _show_preview(preview: "Preview") -> None:
         f"{size(memory.base)}, adapter and optimizer {size(memory.adapter)}, activations {size(memory.activations)}, "
         f"allocator and kernels {size(memory.slack)}; while loading {size(memory.loading)})"
     )
-    console.rule("tokens")
+    console.rule(preview.unit)
     for sentence in preview.facts["report"].sentences():
         print(sentence)
     print("A few rows; what is learned is green and underlined:")
@@ -113,7 +132,7 @@ def _show_result(result: "Result") -> None:
     from veneer.cli.terminal import NAMES
 
     console = Console(highlight=False)
-    if result.samples:
+    if result.samples and not set(result.samples[0]) <= ASKED:  # what was drawn is on the sheet
         shown = [key for key in result.samples[0] if key != "reference"]
         table = Table(*shown, show_lines=True)
         for sample in result.samples:
@@ -139,6 +158,8 @@ def _show_facts(result: "Result") -> None:
     print(f"time                  {result.seconds:.0f} s, {outcome.seconds:.0f} s of it for {outcome.steps} steps")
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     print(f"the run               {folder}: {files}")
+    if (sheet := folder / "samples" / "answers.png").is_file():
+        print(f"to look at            {sheet}")
     if outcome.interrupted:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
         print(f"to go on              {_command()} train {folder} --resume")

@@ -38,7 +38,11 @@ def find(name: str, beside: Path | None = None) -> Path:
 
 def load(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The recipe as plain values: what it extends, then its own keys, then `key.sub=value` overrides."""
-    values = _read(find(name), ())
+    return overridden(_read(find(name), ()), overrides)
+
+
+def overridden(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The values with `key.sub=value` overrides in their place."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

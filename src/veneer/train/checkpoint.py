@@ -15,6 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,8 +93,9 @@ class Checkpoints:
         for place in whole[self.most :]:
             if _step(place) != best:
                 hidden = place.with_name(f".{place.name}.{uuid.uuid4().hex}.part")
-                os.replace(place, hidden)  # first, so that nobody finds it half there
-                shutil.rmtree(hidden, ignore_errors=True)
+                with suppress(OSError):  # then it goes the next time
+                    os.replace(place, hidden)  # first, so that nobody finds it half there
+                    shutil.rmtree(hidden, ignore_errors=True)
 
     def _newest_first(self) -> list[Path]:
         found = self.folder.glob("step-*") if self.folder.is_dir() else ()

@@ -1,26 +1,38 @@
-"""The held-out figures of a run that is done."""
+"""The held-out figures of an adapter, measured again."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from veneer import library, recipes
+from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError
+from veneer.train.record import USAGE
 from veneer.train.run import read_recipe
-from veneer.train.task import Reporter
+from veneer.train.settings import Recipe, checked
+from veneer.train.task import Reporter, Task
+from veneer.train.tasks import task_named
+from veneer.train.trained import usage_of
 
 
 def measured(
-    run: Path, data: str | None, overrides: Iterable[str], base: bool, reporter: Reporter
+    name: str, data: str | None, overrides: Iterable[str], base: bool, reporter: Reporter
 ) -> dict[str, dict[str, float]]:
-    """The figures of the run's adapter, and of the base, on the rows of `data` or else on those that the run held out.
+    """The figures of an adapter, and of its base, on the rows of `data`, or else on those that its run held out.
 
-    Raises `AdapterError` where there are none.
+    `name` is a run's folder, an adapter's folder that says how it was trained, or a name of the library. Raises
+    `AdapterError` where there are no rows.
     """
     own = [] if data is None else [f"data.path={data}", f"data.eval_path={data}", "data.eval_split=null"]
-    recipe, build = read_recipe(str(run), [*own, *overrides])
+    adapter = library.find(name)
+    run = adapter.parent
+    if (run / "recipe.yaml").is_file():
+        recipe, build = read_recipe(str(run), [*own, *overrides])
+    else:
+        recipe, build = _recipe_of(adapter, [*own, *overrides], rows=data is not None)
     task = build(recipe, reporter)
-    task.model.delete_adapter("default")
-    task.model.load_adapter(run / "adapter", "default")
-    task.model.set_adapter("default")
+    task.load(adapter)
     found = {"adapted": task.evaluate(whole=True)}
     if not found["adapted"]:
         raise AdapterError(f"{run} holds no rows out: name some with --data")
@@ -28,3 +40,17 @@ def measured(
         with task.model.disable_adapter():
             found = {"base": task.evaluate(whole=True), **found}
     return found
+
+
+def _recipe_of(adapter: Path, overrides: Iterable[str], rows: bool) -> tuple[Recipe, type[Task]]:
+    """The recipe that an adapter's own words make, with its task."""
+    usage = usage_of(adapter)
+    if "task" not in usage or "base" not in usage:
+        raise AdapterError(f"{adapter} does not say what it was trained on: expected a run, or {USAGE} in the folder")
+    if not rows:
+        raise AdapterError(f"{adapter} is no run, which would know held-out rows: name some with --data")
+    task = task_named(usage["task"])
+    said: dict[str, Any] = {key: usage[key] for key in ("task", "base", "data") if key in usage}
+    recipe = checked(task.settings, recipes.overridden(said, overrides), str(adapter / USAGE))
+    recipe.adapter = replace(read_config(adapter), init_lora_weights=True)
+    return recipe, task

@@ -31,6 +31,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    joined: bool = False  # by `join`, and not by a library that has started the processes
 
     def first(self, call: Callable[[], T]) -> T:
         """What the first process makes of it, for all; an `AdapterError` of its is everyone's."""
@@ -48,11 +49,20 @@ class World:
         if self.size == 1:
             return call()
         made, error = _tried(call)
-        errors = self.collected(error)
-        if wrong := [(rank, text) for rank, text in enumerate(errors) if text is not None]:
+        self.refuse(error)
+        return made  # type: ignore[return-value]
+
+    def tried(self, call: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What a call makes; or the words of its `AdapterError`, which `refuse` raises once all know that there is one.
+        A process alone raises it at once.
+        """
+        return _tried(call) if self.size > 1 else (call(), None)
+
+    def refuse(self, error: str | None) -> None:
+        """Raises the `AdapterError` of the first process that has one, in all of them."""
+        if wrong := [(rank, text) for rank, text in enumerate(self.collected(error)) if text is not None]:
             rank, text = wrong[0]
             raise AdapterError(f"process {rank}: {text}" if rank else text)
-        return made  # type: ignore[return-value]
 
     def collected(self, value: T) -> list[T]:
         """The value of each process."""
@@ -81,13 +91,13 @@ class World:
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view(tensor.shape))
 
-    def share(self, rows: Sequence[int]) -> list[int]:
+    def share(self, rows: Sequence[T]) -> list[T]:
         """This process's rows of those that go through the model at once."""
         return list(rows[self.rank :: self.size])
 
     def leave(self) -> None:
-        """End the group."""
-        if self.size > 1 and dist.is_initialized():
+        """End the group, if it was made here."""
+        if self.joined and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -99,8 +109,8 @@ def join(device: str = "auto") -> World:
 
     Raises `AdapterError` where what the launcher says is not whole, or the others do not come.
     """
-    if dist.is_available() and dist.is_initialized():  # by a launcher that is a library, as Ray Train is
-        return World(dist.get_rank(), dist.get_world_size())
+    if (world := joined()) is not ALONE:  # by a launcher that is a library, as Ray Train is
+        return world
     said = {name: os.environ[own] for name, own in _SLURM.items() if own in os.environ} if _by_srun() else {}
     said |= {name: os.environ[name] for name in _TORCHRUN if name in os.environ}
     if int(said.get("WORLD_SIZE", 1)) < 2:
@@ -120,7 +130,14 @@ def join(device: str = "auto") -> World:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise AdapterError(f"the {said['WORLD_SIZE']} processes of the run do not find each other: {error}") from error
-    return World(dist.get_rank(), dist.get_world_size())
+    return World(dist.get_rank(), dist.get_world_size(), joined=True)
+
+
+def joined() -> World:
+    """The processes that this one has joined by now."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return ALONE
 
 
 def spread(model: nn.Module) -> None:
@@ -135,7 +152,8 @@ def spread(model: nn.Module) -> None:
     if largest is None:
         raise AdapterError(f"train.shard: {type(model).__name__} has no list of layers that could be spread")
     own = {parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".adapters." in name}
-    for layer in largest:
+    # parts that others than the model call too are whole while they run as well
+    for layer in (*largest, *getattr(model, "called_alone", ())):
         fully_shard(layer, ignored_params=own)
     fully_shard(model, ignored_params=own)
 

@@ -6,8 +6,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from veneer.core.errors import AdapterError
 from veneer.safe.whole import to_disk, write_whole
-from veneer.train.trackers import Tracker
+from veneer.train.trackers import About, Tracker, trackers
 
 USAGE = "veneer.json"  # beside an adapter: how it is used
 METRICS, FACTS, LOCK = "metrics.jsonl", "run.json", ".lock"
@@ -30,6 +31,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         """Take hold of a run's folder. Raises `AdapterError` when another process has it."""
         self.folder = folder
+        self.allowed: dict[str, Any] = {}  # what is noted of a run that goes on though something has changed
         self._lock = FileLock(folder / LOCK, timeout=0)
         try:
             self._lock.acquire()
@@ -44,16 +46,32 @@ class Run:
         parent = Path(output).expanduser()
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            return cls(_next_folder(parent, name))
+            folder = _next_folder(parent, name)
         except OSError as error:
             raise AdapterError(f"output {parent}: cannot make the run's folder: {error.strerror or error}") from error
+        try:
+            return cls(folder)
+        except AdapterError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def release(self) -> None:
         """Let other processes have it."""
-        for tracker in self.trackers:
-            tracker.end()
-        self.trackers = ()
+        with suppress(AdapterError):  # of a run that ends with an error of its own
+            self.untrack()
         self._lock.release()
+
+    def track(self, names: Sequence[str], recipe: Mapping[str, Any], step: int) -> None:
+        """Tell what is measured from `step` on to the trackers of these names too."""
+        identity = facts_of(self.folder).get("identity") or uuid.uuid4().hex[:12]
+        self.note(identity=identity)
+        self.trackers = trackers(names, About(self.folder, identity, recipe, step))
+
+    def untrack(self) -> None:
+        """Let the trackers write what they still hold."""
+        ended, self.trackers = self.trackers, ()
+        for tracker in ended:
+            tracker.end()
 
     def discard(self) -> None:
         """Take the folder away again, for a run that could not begin."""
@@ -69,35 +87,40 @@ class Run:
         """Where the adapter is."""
         return self.folder / "adapter"
 
-    @property
-    def samples(self) -> Path:
-        """Where the samples are."""
-        return self.folder / "samples"
-
     def write(self, name: str, text: str) -> Path:
         """Write a text file of the run, whole or not at all."""
-        path = self.folder / name
-        try:
+        with self._writing(name) as path:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
+        return path
+
+    def draw(self, name: str, draw: Callable[[Path], object]) -> None:
+        """Let `draw` make a picture of the run, which it writes whole or not at all."""
+        with self._writing(name) as path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(path)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """The path of a file; it is the one that an `OSError` is about, which becomes an `AdapterError`."""
+        path = self.folder / name
+        try:
+            yield path
         except OSError as error:
             raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
-        return path
 
     def measure(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and tell the trackers."""
+        with self._writing(METRICS) as path, path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.tell({key: value for key, value in record.items() if key != "step"}, record["step"])
-        try:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise AdapterError(f"cannot write {self.folder / METRICS}: {error.strerror or error}") from error
 
     def flush(self) -> None:
         """Wait until what was measured is on the disk."""
-        if (self.folder / METRICS).exists():
-            to_disk(self.folder / METRICS)
+        with self._writing(METRICS) as path:
+            if path.exists():
+                to_disk(path)
 
     def metrics(self) -> list[dict[str, Any]]:
         """What was measured so far."""
@@ -115,15 +138,21 @@ class Elsewhere(Run):
     writes = False
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.allowed = folder, {}
 
     def release(self) -> None:
         pass
 
-    discard = flush = release
+    discard = flush = untrack = release
+
+    def track(self, names: Sequence[str], recipe: Mapping[str, Any], step: int) -> None:
+        pass
 
     def write(self, name: str, text: str) -> Path:
         return self.folder / name
+
+    def draw(self, name: str, draw: Callable[[Path], object]) -> None:
+        pass
 
     def measure(self, record: dict[str, Any]) -> None:
         pass
@@ -138,7 +167,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+    return [record for record in records if isinstance(record, dict) and _is_record(record)]
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    numbers = all(isinstance(value, int | float) for value in record.values())
+    return numbers and isinstance(record.get("step"), int)
 
 
 def is_held(folder: Path) -> bool:

@@ -19,13 +19,13 @@ from veneer.train.memory import Estimate, bytes_of, estimate
 from veneer.train.optimizers import Stepper
 from veneer.train.processes import ALONE, World, fits, join, spread
 from veneer.train.recompute import recompute_layers
-from veneer.train.record import USAGE, Elsewhere, Run, peak_memory
+from veneer.train.record import USAGE, Elsewhere, Run, facts_of, peak_memory
 from veneer.train.resume import as_before, cut_short, refuse_changes
 from veneer.train.sameness import asked, circumstances
 from veneer.train.settings import Recipe, as_yaml, checked, resolved
 from veneer.train.task import Reporter, Task
 from veneer.train.tasks import task_named
-from veneer.train.trackers import trackers
+from veneer.train.trackers import refuse_missing
 from veneer.train.watch import Watch
 
 
@@ -59,6 +59,7 @@ class Preview:
     parameters: int
     memory: Estimate
     facts: dict[str, Any]
+    unit: str  # what goes through the model
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[Task]]:
@@ -81,7 +82,9 @@ def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     facts = task.facts()
     memory = estimate(task, recipe.train)
     layers = list(filter(None, task.model.get_adapter().tensors))
-    return Preview(resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts)
+    return Preview(
+        resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts, task.unit
+    )
 
 
 def run(
@@ -106,7 +109,7 @@ def run(
         path, recipe, again = world.first(place)
         folder = held[0] if held else Elsewhere(path)
         watch, outcome = _begun(recipe, build, reporter, folder, again, inexact, world)
-        return _carried_out(watch, outcome, began)
+        return _carried_out(watch, outcome, began, again)
     finally:
         for folder in held:
             folder.release()
@@ -134,18 +137,25 @@ def _begun(
     """Everything loaded, and the adapter where it starts from, or goes on from."""
     try:
         wanted = asked(recipe)
+        refuse_missing(recipe.log)
         task = world.together(lambda: _built(recipe, build, reporter, world))
-        made_of = world.first(lambda: {**task.made_of(), **circumstances(next(task.model.parameters()).device)})
-        watch = Watch(task, Stepper(task.model, recipe.train), folder, recipe, reporter, world)
+        device = next(task.model.parameters()).device
+        made_of = world.first(lambda: {**task.made_of(), **circumstances(device, world.size)})
+        watch = Watch(task, Stepper(task.model, recipe.train, task.rates()), folder, recipe, reporter, world)
         if again:
             world.first(lambda: refuse_changes(folder, made_of, inexact, reporter))
             outcome = watch.resume()
         else:
             outcome = watch.begin()
-            folder.write("recipe.yaml", as_yaml(resolved(recipe)))
-            folder.note(asked=wanted)
-        folder.trackers = trackers(recipe.log if folder.writes else (), folder.folder, resolved(recipe))
-        folder.note(state="running", made_of=made_of, planned=count_steps(recipe.train, task.size))
+            folder.allowed["asked"] = wanted
+        if changed := folder.allowed.pop("inexact", None):
+            told = f"from step {outcome.steps} on: {'; '.join(changed)}"
+            folder.allowed["inexact"] = [*facts_of(folder.folder).get("inexact", []), told]
+        folder.write("recipe.yaml", as_yaml(resolved(recipe)))
+        steps = count_steps(recipe.train, task.size)
+        judged = {"judged_by": task.judged_by, "higher_is_better": task.higher_is_better}
+        folder.note(state="running", made_of=made_of, planned=steps, **judged, **folder.allowed)
+        folder.track(recipe.log, resolved(recipe), outcome.steps)
         return watch, outcome
     except BaseException:
         if not again:
@@ -153,13 +163,14 @@ def _begun(
         raise
 
 
-def _carried_out(watch: Watch, outcome: Outcome, began: float) -> Result:
+def _carried_out(watch: Watch, outcome: Outcome, began: float, again: bool) -> Result:
     task, recipe, folder = watch.task, watch.recipe, watch.run
     try:
         before = watch.before()
-        enough = watch.measure(outcome.steps)[1]  # where a run was cut short while it measured
+        last = outcome.steps == count_steps(recipe.train, task.size)
+        enough = watch.measure(outcome.steps, last)[1]  # where a run was cut short while it measured
     except BaseException:
-        if not outcome.steps and not watch.kept:
+        if not again:
             folder.discard()
         raise
     trainable, parameters = task.model.get_nb_trainable_parameters()
@@ -180,6 +191,7 @@ def _carried_out(watch: Watch, outcome: Outcome, began: float) -> Result:
     result.peak_bytes = peak_memory()
     result.seconds = time.perf_counter() - began
     _save(task, recipe, result)
+    folder.untrack()
     folder.note(state="interrupted" if outcome.interrupted else "finished", steps=outcome.steps, figures=result.after)
     return result
 
@@ -218,8 +230,7 @@ def _built(recipe: Recipe, build: type[Task], reporter: Reporter, world: World) 
 
 
 def _draw(folder: Run) -> None:
-    if folder.writes:
-        draw_losses(folder.metrics(), folder.folder / "loss.png", folder.folder.name)
+    folder.draw("loss.png", lambda path: draw_losses(folder.metrics(), path, folder.folder.name))
 
 
 def _save(task: Task, recipe: Recipe, result: Result) -> None:
@@ -228,7 +239,7 @@ def _save(task: Task, recipe: Recipe, result: Result) -> None:
     if not folder.writes:
         return
     usage = _keep(task, folder)
-    result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.glob("adapter_model*"))
+    result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.rglob("*.safetensors"))
     rows = _figures(recipe, result)
     text = card(task, folder.folder.name, recipe.base, rows, usage, result.samples)
     folder.write(f"{folder.adapter.name}/README.md", text)
@@ -238,7 +249,7 @@ def _keep(task: Task, folder: Run) -> dict[str, Any]:
     """The adapter, and how to use it, which is returned."""
     if not folder.writes:
         return {}
-    task.model.save_pretrained(folder.adapter)
+    task.save(folder.adapter)
     usage = task.usage()
     folder.write(f"{folder.adapter.name}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")
     return usage

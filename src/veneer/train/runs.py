@@ -1,6 +1,9 @@
 """The runs of a folder: what each came to."""
 
+import os
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ class Summary:
     steps: int
     planned: int
     figures: dict[str, float]  # the last held-out figures
-    best: float | None  # the lowest held-out loss
+    best: float | None  # the best of the figure that judges
+    judged_by: str
+    higher_is_better: bool
     bytes: int  # of the whole folder
     seconds: float
     changed: float  # when something was last written, in seconds since 1970
@@ -35,9 +40,10 @@ def summary(folder: Path) -> Summary:
     records = read_metrics(folder)
     steps = [record for record in records if "loss" in record]
     measured = [record for record in records if "loss" not in record]
-    losses = [record["eval_loss"] for record in measured if "eval_loss" in record]
-    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    state = facts.get("state", "cut short")
+    judged_by, higher = str(facts.get("judged_by", "eval_loss")), facts.get("higher_is_better") is True
+    judged = [record[judged_by] for record in measured if judged_by in record]
+    files = _files(folder)
+    state = str(facts.get("state", "cut short"))
     if state in ("running", "interrupted"):
         state = "running" if is_held(folder) else "cut short"
     return Summary(
@@ -45,9 +51,11 @@ def summary(folder: Path) -> Summary:
         folder,
         state,
         steps[-1]["step"] if steps else 0,
-        int(facts.get("planned", 0)),
+        planned if isinstance(planned := facts.get("planned"), int) else 0,
         {key: value for key, value in (measured[-1] if measured else {}).items() if key != "step"},
-        min(losses, default=None),
+        max(judged, default=None) if higher else min(judged, default=None),
+        judged_by,
+        higher,
         sum(file.st_size for file in files),
         steps[-1].get("seconds", 0.0) if steps else 0.0,
         max((file.st_mtime for file in files), default=0.0),
@@ -60,6 +68,23 @@ def summaries(parent: Path) -> list[Summary]:
         raise AdapterError(f"{parent} does not exist: `veneer train` makes it, or name the folder of your runs")
     found = [summary(path) for path in parent.iterdir() if path.is_dir() and facts_of(path)]
     return sorted(found, key=lambda run: run.changed)
+
+
+def best_of(runs: Sequence[Summary]) -> Summary | None:
+    """The run that is best by the figure that judges it."""
+    judged = [run for run in runs if run.judged_by in run.figures]
+    higher = any(run.higher_is_better for run in judged)
+    return min(judged, key=lambda run: run.figures[run.judged_by] * (-1 if higher else 1), default=None)
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """Those of the folder; a run at work may take one away at any time."""
+    found = list[os.stat_result]()
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            if path.is_file():
+                found.append(path.stat())
+    return found
 
 
 def differing(folders: list[Path]) -> dict[str, list[Any]]:

@@ -1,6 +1,5 @@
 """What must be the same for a resumed run to end with the bits of an undisturbed one."""
 
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -15,17 +14,19 @@ from veneer.core.errors import shown
 from veneer.core.fused import has_matrix_units
 from veneer.train.settings import Recipe
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "diffusers", "bitsandbytes")
+_PACKAGES = ("torch", "transformers", "diffusers", "tokenizers", "safetensors", "bitsandbytes", "pillow")
 _BLOCK, _BLOCKS = 1 << 20, 64  # of a large file, so many blocks of so many bytes are read
 FREE = ("output", "name", "resume", "checkpoint", "log")  # keys of a recipe that do not touch the numbers
+# where something is, which digests hold to what it was: a run may go on on another machine
+PLACES = ("base", "data.path", "data.eval_path", "data.masks", "data.eval_masks")
 
 
-def circumstances(device: torch.device) -> dict[str, str]:
+def circumstances(device: torch.device, processes: int) -> dict[str, str]:
     """What besides recipe, data and base decides the bits of a run: the machine, its threads, the packages."""
     here = {
         "veneer": __version__,
         "threads": str(torch.get_num_threads()),
-        "processes": os.environ.get("WORLD_SIZE", "1"),
+        "processes": str(processes),
     }
     if device.type == "cpu":
         units = " with matrix units" if has_matrix_units() else ""

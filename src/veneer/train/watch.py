@@ -48,6 +48,12 @@ class Watch(Watcher):
         """Whether layers are spread over the processes, so that all run them or none."""
         return self.recipe.train.shard == "always"
 
+    @property
+    def enough(self) -> bool:
+        """Whether so many measurements in a row were no better that the training ends."""
+        patience = self.recipe.eval.patience
+        return patience is not None and self.counters.worse >= patience
+
     def begin(self) -> Outcome:
         """Let all processes begin with the adapter that the first has drawn."""
         if self.world.size > 1:
@@ -70,7 +76,7 @@ class Watch(Watcher):
 
     def stepped(self, record: dict[str, float], steps: int) -> bool:
         self.run.measure(record)
-        self.reporter.step(record, steps)
+        self.reporter.step(record, steps, self.task.unit)
         step = int(record["step"])
         better, enough = self.measure(step, last=step == steps)
         every = getattr(getattr(self.recipe, "sample", None), "every_steps", None)
@@ -86,21 +92,20 @@ class Watch(Watcher):
         chosen = own.keep == "best"  # then the last step is measured like the others
         due = own.every_steps and step and step % own.every_steps == 0
         if not due or counters.measured == step or (last and not chosen):
-            return False, False
+            return False, self.enough
         figures = self.figures(step, whole=False)
         counters.measured = step
         if self.task.judged_by not in figures:
-            return False, False
+            return False, self.enough
         value = figures[self.task.judged_by] * (-1 if self.task.higher_is_better else 1)
         better = counters.best is None or value < counters.best
         if better:
             counters.best, counters.best_step, counters.worse = value, step, 0
         else:
             counters.worse += 1
-        enough = own.patience is not None and counters.worse >= own.patience
-        if enough:
+        if self.enough:
             self.reporter.say(f"no better since step {counters.best_step}: the training ends (eval.patience)")
-        return better, enough
+        return better, self.enough
 
     def before(self) -> dict[str, float]:
         """All figures before the first step, measured once."""
@@ -134,8 +139,7 @@ class Watch(Watcher):
         found = self.task.sample() if self.run.writes or self.spread else []
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found]
         self.run.write(f"samples/{name}.jsonl", "".join(lines))
-        if self.run.writes:
-            self.task.draw(self.run.samples / f"{name}.png")
+        self.run.draw(f"samples/{name}.png", self.task.draw)
         self.world.first(lambda: None)  # the others wait
         return found
 
@@ -154,7 +158,11 @@ class Watch(Watcher):
         best = self.counters.best_step
         if self.recipe.eval.keep != "best" or best is None or best == step:
             return step
-        state = self.world.first(lambda: self.checkpoints.at(best))
+        try:
+            state = self.world.first(lambda: self.checkpoints.at(best))
+        except AdapterError as error:
+            self.reporter.say(f"{error}; the adapter is that of step {step}, the last, and not that of step {best}")
+            return step
         self.stepper.restore(state.tensors, state.plain["stepper"])
         self.reporter.say(f"the adapter is that of step {best}, the best measured (eval.keep)")
         return best

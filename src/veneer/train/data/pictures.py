@@ -19,7 +19,8 @@ from veneer.train.data.tables import table_of
 LISTS = tuple(f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet"))  # in the folder of their pictures
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 IMAGES = ("image", "img", "picture", "file_name", "file", "path", "filename")
-LOOKED_INTO = 256  # pictures whose bytes are in the digest
+LOOKED_INTO = 256  # pictures all of whose bytes are in the digest
+END = 256  # of each picture's bytes, so many of the last are: the checksums of a PNG are there
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Said:
     masks: str | None = None
     of_folder: bool = False  # where it is in no column
     is_picture: bool = False
+    beside: Callable[[Path, Sequence[str]], Sequence[Any]] | None = None  # of a folder's pictures, in no list
+    optional: bool = False  # nothing may be said of a picture: None
 
 
 @dataclass(frozen=True)
@@ -112,15 +115,20 @@ def _folder(folder: Path, data: Any, said: Said) -> Pictures:
         raise AdapterError(f"{folder}: expected pictures, or {listed(LISTS, say=str)} that names them; found none")
     if said.masks:
         masks = _masks(folder, names, Path(said.masks))
-        return _files(folder, names, [str(Path(said.masks) / masks[name]) for name in names])
+        return _files(folder, names, [str(Path(said.masks) / masks[name]) for name in names], masks=True)
+    if said.beside:
+        return _files(folder, names, said.beside(folder, names))
     if not said.of_folder:
-        raise AdapterError(f"{folder}: where are the masks of its pictures? say data.{said.key}s=FOLDER")
+        raise AdapterError(
+            f"{folder}: where are the masks of its pictures? say data.{said.key}s=FOLDER, and "
+            f"data.eval_{said.key}s=FOLDER of those in data.eval_path"
+        )
     if alone := [name for name in names if "/" not in name]:
         raise AdapterError(
             f"{folder}: expected a folder for each class; {listed(alone)} lie in none. Move them into folders, or "
             f"write {LISTS[0]} with file_name and label"
         )
-    return _files(folder, names, [name.partition("/")[0] for name in names])
+    return _files(folder, names, [name.partition("/")[0] for name in names], masks=False)
 
 
 def inside(folder: Path) -> Iterable[str]:
@@ -153,48 +161,65 @@ def _list(file: Path, data: Any, said: Said) -> Pictures:
     rows = list(read_rows(str(file)))
     columns = list(dict.fromkeys(name for row in rows[:100] for name in row.values))
     image = column(data.image, ("file_name", *IMAGES), columns, "image", file.name)
-    own = column(said.asked, said.columns, columns, said.key, file.name)
+    own = _said_in(columns, said, file.name)
     problems, names, labels = [], [], []
     for row in rows:
-        name, label = row.values.get(image), row.values.get(own)
+        name, label = row.values.get(image), row.values.get(own) if own else None
         if not isinstance(name, str) or not (file.parent / name).is_file():
             problems.append(f"{row.place}: {image} is {name!r:.80}, and no file beside the list")
         if said.is_picture and (not isinstance(label, str) or not (file.parent / label).is_file()):
             problems.append(f"{row.place}: {own} is {label!r:.80}, and no file beside the list")
-        elif label is None or label == "":
+        elif (label is None or label == "") and not said.optional:
             problems.append(f"{row.place}: {own} is missing")
         names.append(str(name))
         labels.append(str(file.parent / str(label)) if said.is_picture else label)
     if problems:
         raise AdapterError(listed(problems, say=str, between="; "))
-    return _files(file.parent, names, labels)
+    return _files(file.parent, names, labels, masks=said.is_picture)
 
 
-def _files(folder: Path, names: Sequence[str], said: Sequence[Any]) -> Pictures:
+def _said_in(columns: Sequence[str], said: Said, source: str) -> str | None:
+    """The column of what is said; None where nothing needs to be said, and no column is asked for or has its name."""
+    if said.optional and said.asked is None and not set(said.columns) & set(columns):
+        return None
+    return column(said.asked, said.columns, columns, said.key, source)
+
+
+def _files(folder: Path, names: Sequence[str], said: Sequence[Any], masks: bool = False) -> Pictures:
     def content() -> str:
         digest = sha256()
-        masks = [Path(own) for own in said] if said and Path(str(said[0])).is_absolute() else []
         for number, (name, label) in enumerate(zip(names, said, strict=True)):
-            own = masks[number] if masks else None
-            told = own.stat().st_size if own else label
-            digest.update(f"{name} {(folder / name).stat().st_size} {told!r}\n".encode("utf-8", "surrogatepass"))
-            if number % max(1, len(names) // LOOKED_INTO) == 0:
-                digest.update((folder / name).read_bytes() + (own.read_bytes() if own else b""))
+            digest.update(f"{name} {'' if masks else repr(label)}\n".encode("utf-8", "surrogatepass"))
+            whole = number % max(1, len(names) // LOOKED_INTO) == 0
+            for path in (folder / name, *([Path(label)] if masks else [])):
+                digest.update(_looked_into(path, whole))
         return digest.hexdigest()
 
     rows = np.arange(len(names))
     return Pictures(str(folder), names.__getitem__, lambda row: folder / names[row], said.__getitem__, rows, content)
 
 
+def _looked_into(path: Path, whole: bool) -> bytes:
+    """The size of a file with all of its bytes, or with the last of them."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0 if whole else max(0, size - END))
+        return b"%d %s" % (size, file.read())
+
+
 def _table(path: str, split: str, data: Any, said: Said) -> Pictures:
     """Pictures in the rows of a Parquet file or a hub dataset, which stay on the disk."""
     table = table_of(path, split, data.subset)
     image = column(data.image, table.pictures or IMAGES, table.columns, "image", path)
-    own = column(said.asked, said.columns, table.columns, said.key, path)
+    own = _said_in(table.columns, said, path)
     folder = Path(path).parent
     rows = np.arange(len(table))
-    pictures, others = table.raw(image, folder), table.raw(own, folder) if said.is_picture else table.label(own)
-    return Pictures(table.source, lambda row: f"row {row + 1}", pictures, others, rows, table.content)
+    others = table.raw(own, folder) if own and said.is_picture else table.label(own, said.optional)
+
+    def content() -> str:
+        return f"{table.content()} {image} {own}"
+
+    return Pictures(table.source, lambda row: f"row {row + 1}", table.raw(image, folder), others, rows, content)
 
 
 def counted(labels: Iterable[str]) -> Mapping[str, int]:

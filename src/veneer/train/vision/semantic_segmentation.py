@@ -34,7 +34,9 @@ class SemanticSegmentation(PictureTask):
 
     def where(self, held_out: bool) -> Said:
         data = self.data
-        return Said(MASKS, "mask", data.mask, data.eval_masks if held_out else data.masks, is_picture=True)
+        same = data.eval_masks is None and data.eval_path == data.path
+        masks = data.eval_masks if held_out and not same else data.masks
+        return Said(MASKS, "mask", data.mask, masks, is_picture=True)
 
     def settle_labels(self) -> None:
         if self.data.labels:
