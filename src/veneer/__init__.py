@@ -13,6 +13,9 @@ _HOMES = {
     "AdapterError": "veneer.core.errors",
     "LoraConfig": "veneer.core.config",
     "PeftModel": "veneer.core.model",
+    "attach": "veneer.files.attach",
+    "carriers": "veneer.files.attach",
+    "detach": "veneer.files.attach",
     "files": "veneer.files",
     "get_peft_model": "veneer.core.model",
     "initialize_lora_eva_weights": "veneer.starts.eva",
@@ -26,6 +29,9 @@ __all__ = [
     "LoraConfig",
     "PeftModel",
     "__version__",
+    "attach",
+    "carriers",
+    "detach",
     "files",
     "get_peft_model",
     "initialize_lora_eva_weights",
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
     from veneer.core.config import LoraConfig
     from veneer.core.errors import AdapterError
     from veneer.core.model import PeftModel, get_peft_model
+    from veneer.files.attach import attach, carriers, detach
     from veneer.starts.eva import initialize_lora_eva_weights
     from veneer.starts.lora_ga import initialize_lora_ga_weights
     from veneer.train.optimizers import lora_plus_groups

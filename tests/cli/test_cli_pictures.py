@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from train.vision.drawing import draw_all, tiny
+from veneer.train.record import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,10 @@ def test_a_classifier_of_pictures_is_trained_resumed_measured_asked_and_merged(
     said = veneer("train", file, "--resume")
     assert said.code == 0, said.err
     assert "goes on from step 3" in said.err
+    assert " pictures/s " in said.err
+    steps = [record for record in read_metrics(run) if "loss" in record]
+    assert {record["pictures"] for record in steps} == {8}
+    assert all(record.keys() == {"step", "loss", "lr", "pictures", "seconds"} for record in steps)
     assert sha(run) == sha(tmp_path / "whole/seeing-1")
     with Image.open(run / "samples/answers.png") as sheet:
         assert sheet.width > sheet.height

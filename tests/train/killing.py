@@ -81,7 +81,7 @@ def _kill_at_write(number: int) -> None:
 
 def result_of(output: Path) -> str:
     """The sha256 of the adapter of the only run there."""
-    (adapter,) = output.glob("*/adapter/adapter_model.safetensors")
+    (adapter,) = output.glob("*/adapter/*.safetensors")
     return hashlib.sha256(adapter.read_bytes()).hexdigest()
 
 
@@ -95,16 +95,22 @@ def ended(child: int) -> bool:
     return True
 
 
-def ready() -> None:
+def ready(recipe: str) -> None:
     """Import all that a run needs, with nothing begun that a fork would break."""
     torch.set_num_threads(1)
-    import veneer.train.tasks  # noqa: F401
-    from veneer.train.language import causal_lm, speaker  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+
+    from veneer.train.run import read_recipe
+
+    if read_recipe(recipe)[0].task == "causal-lm":
+        from veneer.train.language import speaker  # noqa: F401
+    else:
+        import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: F401
 
 
 def main(recipe: str, kills: int, seed: int) -> dict:
     """Half of the kills at random moments, half at calls that change the disk."""
-    ready()
+    ready(recipe)
     folder = Path(recipe).parent
     began = time.perf_counter()
     assert ended(attempt(recipe, folder / "undisturbed"))

@@ -64,7 +64,7 @@ def unreadable_in_the_second() -> None:
 
 
 def main(recipe: str) -> dict[str, list[int]]:
-    ready()
+    ready(recipe)
     folder = Path(recipe).parent
     plain = ("adapter.lora_dropout=0", "train.batch_size=3")
     codes = {"alone": [os.waitstatus_to_exitcode(os.waitpid(attempt(recipe, folder / "alone", *plain), 0)[1])]}

@@ -1,4 +1,6 @@
-"""LoRA+: B learns faster, everything that trains is in exactly one group. Over fp16 the loss is scaled."""
+"""Parts learn at rates of their own and LoRA+'s B faster; everything that trains is in exactly one group. Over fp16
+the loss is scaled.
+"""
 
 import math
 
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from veneer import AdapterError, LoraConfig, get_peft_model, lora_plus_groups
-from veneer.train.optimizers import Stepper
+from veneer.train.optimizers import Stepper, optimizer
 from veneer.train.settings import TrainSettings
 
 
@@ -29,6 +31,68 @@ def test_a_model_without_b_is_refused():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"], peft_type="LOHA"))
     with pytest.raises(AdapterError, match="trains none"):
         lora_plus_groups(model, 1e-3)
+
+
+def in_parts(**keys):
+    """Two parts, the first of which has a part of its own that is called like the beginning of the second."""
+    torch.manual_seed(0)
+    parts = nn.ModuleDict({"unet": nn.Linear(6, 6), "text": nn.Sequential(nn.Linear(6, 6)), "text_2": nn.Linear(6, 6)})
+    config = LoraConfig(r=2, target_modules=".*", init_lora_weights=False, bias="all")
+    return get_peft_model(parts, config), TrainSettings(lr=1e-2, weight_decay=0, **keys)
+
+
+def stepped(model, stepper, lr):
+    """How far a first step of AdamW moves each parameter whose gradient is 1: its rate."""
+    before = trained(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    stepper.step(lr)
+    return {name: (before[name] - after).abs().mean().item() for name, after in trained(model).items()}
+
+
+@pytest.mark.parametrize("lr", [1e-2, 2.5e-3], ids=str)
+@pytest.mark.parametrize("ratio", [None, 16.0], ids=str)
+def test_parts_learn_at_rates_of_their_own_at_each_point_of_the_schedule(ratio, lr):
+    model, settings = in_parts(max_grad_norm=0, loraplus_ratio=ratio)
+    stepper = Stepper(model, settings, {"text": 1e-3, "text.0": 5e-3, "text_2": 4e-2})
+    for name, moved in stepped(model, stepper, lr).items():
+        own = {"unet": 1e-2, "text": 5e-3, "text_2": 4e-2}[name.split(".")[0]]
+        faster = ratio if ratio and name.endswith(".B") else 1.0
+        assert moved == pytest.approx(own * faster * lr / settings.lr, rel=1e-3), name
+
+
+def test_everything_that_trains_is_in_one_group_and_matrices_alone_decay():
+    model, settings = in_parts(loraplus_ratio=8)
+    groups = optimizer(model, settings.model_copy(update={"weight_decay": 0.1}), {"text": 1e-3}).param_groups
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    for group in groups:
+        assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_a_run_with_own_rates_goes_on_to_the_same_bits():
+    rates, ends = {"text": 1e-3}, []
+    for cut in (False, True):
+        model, settings = in_parts(loraplus_ratio=4)
+        stepper = Stepper(model, settings, rates)
+        stepped(model, stepper, 1e-2)
+        if cut:
+            kept = stepper.state()
+            model, _ = in_parts(loraplus_ratio=4)
+            stepper = Stepper(model, settings, rates)
+            stepper.restore(*kept)
+        stepped(model, stepper, 5e-3)
+        ends.append(trained(model))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_rate_for_what_does_not_train_is_refused():
+    model, settings = in_parts()
+    with pytest.raises(AdapterError, match="'vae' should have a learning rate of its own"):
+        Stepper(model, settings, {"text": 1e-3, "vae": 1e-3})
+    without = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"], peft_type="LOHA"))
+    with pytest.raises(AdapterError, match="trains none"):
+        Stepper(without, TrainSettings(loraplus_ratio=16))
 
 
 TOKENS = torch.arange(24).view(2, 12)

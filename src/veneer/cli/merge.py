@@ -39,7 +39,7 @@ def merge(
 
     named = [(library.find(name), weight) for name, weight in map(weighted, adapters)]
     held = [(files.read(path), weight) for path, weight in named]
-    place = zoo.resolve(base or _base_of([adapter for adapter, _ in held]))
+    place = zoo.resolve(base or base_of([adapter for adapter, _ in held]))
     try:
         _write(place, held, out, dtype, named[0][0])
     except OSError as error:
@@ -65,7 +65,7 @@ def _write(place: Path, held: "Sequence[tuple[Adapter, float]]", out: Path, dtyp
     write_merged(place, held, out, dtype, path)
 
 
-def _base_of(adapters: "Sequence[Adapter]") -> str:
+def base_of(adapters: "Sequence[Adapter]") -> str:
     """The base that the adapters name, all the same one. Raises `AdapterError`."""
     said = {adapter.config.base_model_name_or_path for adapter in adapters} - {None}
     if len(said) != 1:

@@ -23,6 +23,9 @@ NAMES = {
     "exact_match": "exact match",
     "mean_iou": "mean IoU",
     "pixel_accuracy": "pixel accuracy",
+    "distance": "distance to the style",
+    "shape": "shape kept",
+    "edges": "edges kept",
 }
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 
@@ -34,7 +37,7 @@ class TerminalReporter(Reporter):
         self.console = Console(stderr=True, highlight=False)
         self._status: Status | None = None
         self._last_line = 0.0
-        self._recent: deque[tuple[float, float]] = deque(maxlen=20)  # (seconds, tokens) of the last steps
+        self._recent: deque[tuple[float, float]] = deque(maxlen=20)  # (seconds, what went through) of the last steps
 
     def __enter__(self) -> "TerminalReporter":
         return self
@@ -58,21 +61,21 @@ class TerminalReporter(Reporter):
         figures = ", ".join(f"{NAMES.get(key, key)} {value:.3f}" for key, value in record.items() if key != "step")
         self.say(f"after step {record['step']}: {figures}")
 
-    def step(self, record: dict[str, float], steps: int) -> None:
+    def step(self, record: dict[str, float], steps: int, unit: str) -> None:
         done = int(record["step"])
-        self._recent.append((record["seconds"], record["tokens"]))
+        self._recent.append((record["seconds"], record[unit]))
         a_step = record["seconds"] / done
         text = (
-            f"step {done}/{steps}  loss {record['loss']:.3f}  {self._tokens_a_second():.0f} tokens/s  "
+            f"step {done}/{steps}  loss {record['loss']:.3f}  {_rate(self._a_second())} {unit}/s  "
             f"{_clock((steps - done) * a_step)} left  {peak_memory() / 1e9:.1f} GB"
         )
         self._live(text, last=done == steps)
 
-    def _tokens_a_second(self) -> float:
+    def _a_second(self) -> float:
         (first, _), (last, _) = self._recent[0], self._recent[-1]
         if last == first:
             return self._recent[-1][1] / max(last, 1e-9)
-        return sum(tokens for _, tokens in list(self._recent)[1:]) / (last - first)
+        return sum(amount for _, amount in list(self._recent)[1:]) / (last - first)
 
     def _live(self, text: str, last: bool = False) -> None:
         if self.console.is_terminal:
@@ -90,6 +93,10 @@ class TerminalReporter(Reporter):
         if self._status is not None:
             self._status.stop()
             self._status = None
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _clock(seconds: float) -> str:

@@ -19,6 +19,8 @@ from veneer.core.errors import AdapterError
 if TYPE_CHECKING:
     from veneer.train.run import Preview, Result
 
+ASKED = {"prompt", "seed"}  # of a sample: what the model was asked
+
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe (`veneer recipes` lists them) or a file.")],
@@ -110,7 +112,7 @@ def _show_preview(preview: "Preview") -> None:
         f"{size(memory.base)}, adapter and optimizer {size(memory.adapter)}, activations {size(memory.activations)}, "
         f"allocator and kernels {size(memory.slack)}; while loading {size(memory.loading)})"
     )
-    console.rule("tokens")
+    console.rule(preview.unit)
     for sentence in preview.facts["report"].sentences():
         print(sentence)
     print("A few rows; what is learned is green and underlined:")
@@ -130,7 +132,7 @@ def _show_result(result: "Result") -> None:
     from veneer.cli.terminal import NAMES
 
     console = Console(highlight=False)
-    if result.samples:
+    if result.samples and not set(result.samples[0]) <= ASKED:  # what was drawn is on the sheet
         shown = [key for key in result.samples[0] if key != "reference"]
         table = Table(*shown, show_lines=True)
         for sample in result.samples:
@@ -156,6 +158,8 @@ def _show_facts(result: "Result") -> None:
     print(f"time                  {result.seconds:.0f} s, {outcome.seconds:.0f} s of it for {outcome.steps} steps")
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     print(f"the run               {folder}: {files}")
+    if (sheet := folder / "samples" / "answers.png").is_file():
+        print(f"to look at            {sheet}")
     if outcome.interrupted:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
         print(f"to go on              {_command()} train {folder} --resume")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.core.config import LoraConfig, judged
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.methods import file_names
+from veneer.safe.ordered import save_ordered
 from veneer.safe.stored import existing, is_finite, parsed, read_bytes, read_header, read_tensors
 from veneer.safe.whole import Write, write_whole
 
@@ -83,7 +83,7 @@ class Adapter:
         text = json.dumps(dict(sorted(self.config.to_dict().items())), indent=2) + "\n"
         about = {**self.metadata, _FORMAT: "pt", **_succession(folder, text)}
         return {
-            folder / WEIGHTS: lambda path: save_file(flat, path, metadata=about),
+            folder / WEIGHTS: lambda path: save_ordered(flat, path, about),
             folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
         }
 

@@ -16,12 +16,12 @@ from typing import Any
 from veneer.apart.changes import changes, checked
 from veneer.core.adapter import CONFIG, Adapter
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
-from veneer.files.attach import adapter_on, attach, detach
+from veneer.files.attach import adapter_on, attach, carriers, detach
 from veneer.files.stored import PICKLES, Stored, adapter_file, mapped
 from veneer.safe.stored import is_finite
 from veneer.safe.whole import write_whole
 
-__all__ = ["FORMATS", "adapter_on", "attach", "detach", "detect", "read", "recognised", "write"]
+__all__ = ["FORMATS", "adapter_on", "attach", "carriers", "detach", "detect", "read", "recognised", "write"]
 
 FORMATS = ("cloneofsimo", "diffusers", "kohya", "loralib", "lycoris", "peft")
 FOLDERS = ("peft",)  # whose adapter is a folder

@@ -1,5 +1,6 @@
 """An adapter onto a model, or onto the parts of a pipeline: all of them, or none."""
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, overload
 
@@ -11,37 +12,43 @@ from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.model import PeftModel, get_peft_model
 from veneer.core.targets import base_modules
-from veneer.files.parts import LEVEL, by_part, joined
+from veneer.files.carriers import Carriers
+from veneer.files.parts import LEVEL, by_part, joined, prior_places
 
-Models = dict[str, PeftModel]
+Given = Adapter | str | os.PathLike[str]
 
 
 @overload
 def attach(  # type: ignore[overload-overlap]  # a model is an object too
-    target: nn.Module, adapter: Adapter, name: str = ..., is_trainable: bool = ..., parts: Iterable[str] | None = ...
+    target: nn.Module, adapter: Given, name: str = ..., is_trainable: bool = ..., parts: Iterable[str] | None = ...
 ) -> PeftModel: ...
 @overload
 def attach(
-    target: object, adapter: Adapter, name: str = ..., is_trainable: bool = ..., parts: Iterable[str] | None = ...
-) -> Models: ...
+    target: object, adapter: Given, name: str = ..., is_trainable: bool = ..., parts: Iterable[str] | None = ...
+) -> Carriers: ...
 def attach(
     target: Any,
-    adapter: Adapter,
+    adapter: Given,
     name: str = "default",
     is_trainable: bool = False,
     parts: Iterable[str] | None = None,
-) -> PeftModel | Models:
-    """Put an adapter on a model, on a diffusers pipeline, or on `{part: model}`; returns the models that carry it now.
+) -> PeftModel | Carriers:
+    """Put an adapter, or what `read` finds at a path, on a model, on a diffusers pipeline, or on `{part: model}`.
 
-    A model's first adapter acts at once, as after `from_pretrained`; others act from `set_adapter` on. `parts` names
-    those of the adapter that are wanted, if not all. A layer's path may lack or have CLIP's level `text_model`, and may
-    be flat, with `_` for dots, where one layer alone is meant so.
+    Returns the model, or the `Carriers`: all parts that carry adapters now, which are asked together. A model's first
+    adapter acts at once, as after `from_pretrained`; others act from `set_adapter` on. `parts` names those of the
+    adapter that are wanted, if not all. A layer's path may lack or have CLIP's level `text_model`, and may be flat,
+    with `_` for dots, where one layer alone is meant so.
 
     Raises one `AdapterError` with all that does not fit, of all parts; nothing is changed then anywhere.
     """
+    if not isinstance(adapter, Adapter):
+        from veneer.files import read  # which is above
+
+        adapter = read(adapter)
     wanted = _parts(adapter, parts)
     models = _models(target, wanted)
-    faults, added, frozen = [], Models(), _Grads(models.values())
+    faults, added, frozen = [], Carriers(), _Grads(models.values())
     for part, model in models.items():
         try:
             added[part] = _attached(model, matched(model, wanted[part]), name, is_trainable)
@@ -53,7 +60,12 @@ def attach(
     if faults:
         _undo(added, name, frozen)
         raise AdapterError("\n".join(faults))
-    return next(iter(added.values())) if isinstance(target, nn.Module) else added
+    return next(iter(added.values())) if isinstance(target, nn.Module) else carriers(target)
+
+
+def carriers(target: Any) -> Carriers:
+    """The parts of a pipeline, or of `{part: model}`, that carry adapters, to be asked together."""
+    return Carriers((part, model) for part, model in models_of(target).items() if isinstance(model, PeftModel))
 
 
 def detach(target: Any, name: str | None = None) -> None:
@@ -61,11 +73,11 @@ def detach(target: Any, name: str | None = None) -> None:
 
     Without any left, the parts are the plain base models again. Raises `AdapterError` where none carries it.
     """
-    carriers = [model for model in models_of(target).values() if isinstance(model, PeftModel)]
-    meant = [model for model in carriers if name is None or name in model.peft_config]
+    found = carriers(target)
+    meant = [model for model in found.values() if name is None or name in model.peft_config]
     if not meant:
-        known = list(dict.fromkeys(own for model in carriers for own in model.peft_config))
-        raise AdapterError(f"no adapter {'' if name is None else repr(name) + ' '}is on it; it carries {listed(known)}")
+        said = "" if name is None else repr(name) + " "
+        raise AdapterError(f"no adapter {said}is on it; it carries {listed(found.peft_config)}")
     for model in meant:
         _take_off(model, name)
 
@@ -75,13 +87,10 @@ def adapter_on(target: Any, name: str | None = None) -> Adapter:
 
     Its tensors are the live ones. Raises `AdapterError` where none carries it, or something else is trained whole.
     """
-    held = models_of(target).items()
-    carriers = {part: model for part, model in held if isinstance(model, PeftModel)}
-    own = {part: model for part, model in carriers.items() if name is None or name in model.peft_config}
+    found = carriers(target)
+    own = {part: model for part, model in found.items() if name is None or name in model.peft_config}
     if not own:
-        raise AdapterError(
-            f"no adapter {'' if name is None else repr(name) + ' '}is on it; {listed(carriers)} carry any"
-        )
+        raise AdapterError(f"no adapter {'' if name is None else repr(name) + ' '}is on it; {listed(found)} carry any")
     if isinstance(target, nn.Module):
         return own[""].get_adapter(name)
     return joined({part: model.get_adapter(name) for part, model in own.items()})
@@ -161,8 +170,7 @@ def models_of(target: Any) -> dict[str, nn.Module]:
     if not isinstance(own, Mapping):
         raise AdapterError(f"expected a model, a pipeline or {{part: model}}, found {type(target).__name__}")
     models = {str(part): model for part, model in own.items() if isinstance(model, nn.Module)}
-    # a pipeline of a prior and a decoder names the prior's parts so
-    return models | {"prior": models["prior_prior"]} if "prior_prior" in models and "prior" not in models else models
+    return models | {part: models.pop(place) for part, place in prior_places(models).items()}
 
 
 def _attached(model: nn.Module, adapter: Adapter, name: str, is_trainable: bool) -> PeftModel:
@@ -190,7 +198,7 @@ class _Grads:
             parameter.requires_grad_(was)
 
 
-def _undo(added: Models, name: str, frozen: _Grads) -> None:
+def _undo(added: Carriers, name: str, frozen: _Grads) -> None:
     for model in added.values():
         _take_off(model, name)
         frozen.restore(model)

@@ -68,7 +68,7 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
     every = {path: _change(own, configs.get(path)) for path, own in layers.items()}
     metadata = {key: value for key, value in about.items() if key not in (ABOUT, "format")}
     parts = [part for part in PARTS if any(path.startswith(f"{part}.") for path in layers)]
-    return adapter_of(every, metadata=metadata, parts=parts)
+    return adapter_of(every, metadata=metadata, parts=parts, base=metadata.get("base_model"))
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -76,6 +76,12 @@ def write(adapter: Adapter, path: Path) -> None:
 
     Raises `AdapterError` with all that the format cannot hold.
     """
+    flat, about = content(adapter)
+    save(flat, path, about)
+
+
+def content(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and what it says of itself. Raises `AdapterError` as `write` does."""
     if not adapter.parts:
         raise AdapterError(
             "diffusers files say of which part of a pipeline their layers are, and this adapter is of one model: "
@@ -90,7 +96,7 @@ def write(adapter: Adapter, path: Path) -> None:
             continue
         flat |= _spelt(part, layers := of_one_rank(layers))
         config |= {f"{part}.{key}": value for key, value in _config(part, layers).items()}
-    save(flat, path, {**adapter.metadata, ABOUT: json.dumps(config, indent=2, sort_keys=True)})
+    return flat, {**adapter.metadata, ABOUT: json.dumps(config, indent=2, sort_keys=True)}
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

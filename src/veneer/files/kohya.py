@@ -84,7 +84,8 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str) ->
     if faults or not found:
         raise AdapterError("\n".join([f"{where}:", *(faults or ["no layer's tensors"])]))
     metadata = {key: value for key, value in about.items() if key != "format"}
-    return adapter_of(found, metadata=metadata, parts=[part for part in PARTS if part in parts])
+    held = [part for part in PARTS if part in parts]
+    return adapter_of(found, metadata=metadata, parts=held, base=metadata.get("base_model"))
 
 
 def write(adapter: Adapter, path: Path, *, sgm: bool = True) -> None:

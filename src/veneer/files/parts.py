@@ -1,7 +1,7 @@
 """The parts of a diffusers pipeline: what they and their text encoders' layers are called; an adapter by part."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from veneer.apart.changes import Change, adapter_of, beside, changes
 from veneer.core.adapter import Adapter
@@ -22,6 +22,12 @@ def part_of(path: str) -> str:
 def is_text(part: str) -> bool:
     """Whether the part is a text encoder."""
     return part.startswith("text_encoder")
+
+
+def prior_places(names: Collection[str]) -> dict[str, str]:
+    """What adapters call a prior's parts → what a pipeline of these parts does, where it is a prior and a decoder."""
+    places = {"prior": "prior_prior", "text_encoder": "prior_text_encoder"}
+    return places if "prior" not in names and set(places.values()) <= set(names) else {}
 
 
 def levelled(name: str) -> str:

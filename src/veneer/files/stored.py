@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.core.adapter import CONFIG, WEIGHTS
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest, shown
 from veneer.files.peft import inside
+from veneer.safe.ordered import save_ordered
 from veneer.safe.stored import read_header, read_tensors
 
 _ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, now and before torch 1.6
@@ -49,8 +49,8 @@ def adapter_file(path: Path) -> Path:
             return path.parent if path.name == WEIGHTS and (path.parent / CONFIG).is_file() else path
         if (path / CONFIG).is_file():
             return path
-        if (path / _RUN / CONFIG).is_file():
-            return path / _RUN
+        if (own := in_run(path)) != path:
+            return adapter_file(own)
         if inside(path):
             return path
         found = sorted(
@@ -69,6 +69,12 @@ def adapter_file(path: Path) -> Path:
     pickles = [name for name in there if name.endswith(PICKLES)]
     said += f"; a pickle is opened when you name the file itself: {path / pickles[0]}" if pickles else ""
     raise AdapterError(said)
+
+
+def in_run(path: Path) -> Path:
+    """Of a run's folder the adapter in it, whatever its format; else the path itself."""
+    own = path / _RUN
+    return own if any(own.glob("*.safetensors")) or any(own.glob(f"*/{CONFIG}")) else path
 
 
 def mapped(path: Path) -> Stored:
@@ -104,7 +110,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) ->
         own[name] = tensor.clone() if home in homes else tensor
         homes.add(home)
     try:
-        save_file(own, path, metadata={**about, "format": "pt"})
+        save_ordered(own, path, {**about, "format": "pt"})
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot be written: {error}") from error
 

@@ -19,9 +19,9 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     text = os.fspath(name_or_path)
     path = Path(os.path.expanduser(text))
     if text and os.path.exists(path):
-        from veneer.library.source import adapter_in
+        from veneer.files.stored import in_run
 
-        return adapter_in(path)
+        return in_run(path)
     if not text:
         raise AdapterError("expected an adapter's file, folder or name, found an empty one")
     if text.startswith("~") or any(separator in text for separator in (os.sep, os.altsep) if separator):

@@ -63,11 +63,6 @@ def source(path: Path) -> Source:
         raise AdapterError(f"{path} cannot be read: {error}") from error
 
 
-def adapter_in(path: Path) -> Path:
-    """The adapter's own file or folder: of a run, its adapter/."""
-    return path / RUN_ADAPTER if (path / RUN_ADAPTER / CONFIG).is_file() else path
-
-
 def sheet(folder: Path) -> Entry:
     """The entry that a library sent with an adapter. Raises `AdapterError`."""
     return Entry.of(parsed(read_bytes(folder / SHEET), str(folder / SHEET)), str(folder / SHEET))

@@ -10,7 +10,7 @@ from veneer.train.task import Task
 
 _CARD = """---
 base_model: {base}
-library_name: peft
+library_name: {library}
 pipeline_tag: {pipeline}
 tags: [lora, veneer]
 ---
@@ -30,11 +30,7 @@ veneer {command}
 veneer merge ADAPTER --out DIR
 ```
 
-In Python, on the base loaded with transformers, with veneer or with PEFT:
-
-```python
-model = PeftModel.from_pretrained(model, "ADAPTER")
-```
+In Python, {python}
 
 How the rows of its training were read (`veneer.json` says the same, and `veneer {verb}` reads it there):
 
@@ -53,22 +49,24 @@ def card(
         name=name,
         base=base,
         pipeline=task.pipeline,
+        library=task.library,
+        python=task.python,
         command=command,
         verb=command.partition(" ")[0],
         version=__version__,
         date=stamp(),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows),
         usage=json.dumps(usage["data"], indent=2, ensure_ascii=False),
-        samples="".join(map(_sample, samples[:1])),
+        samples="".join(_sample(task.sampled, sample) for sample in samples[:1]),
     )
 
 
-def _sample(sample: dict[str, str]) -> str:
+def _sample(what: str, sample: dict[str, str]) -> str:
     """What was asked, and beside each other all that is said of it but the reference."""
     (_, asked), *others = sample.items()
     said = {key: _cell(text) for key, text in others if key != "reference"}
     lines = (" | ".join(cells) for cells in (said, ["---"] * len(said), said.values()))
-    return f"\n## A held-out row\n\n{_quoted(asked)}\n\n" + "".join(f"| {line} |\n" for line in lines)
+    return f"\n## {what}\n\n{_quoted(asked)}\n\n" + "".join(f"| {line} |\n" for line in lines)
 
 
 def _quoted(text: str) -> str:

@@ -32,9 +32,7 @@ def measured(
     else:
         recipe, build = _recipe_of(adapter, [*own, *overrides], rows=data is not None)
     task = build(recipe, reporter)
-    task.model.delete_adapter("default")
-    task.model.load_adapter(adapter, "default")
-    task.model.set_adapter("default")
+    task.load(adapter)
     found = {"adapted": task.evaluate(whole=True)}
     if not found["adapted"]:
         raise AdapterError(f"{run} holds no rows out: name some with --data")

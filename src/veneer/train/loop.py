@@ -1,10 +1,12 @@
 """The loop: a step is a pure function of (recipe, seed, step number)."""
 
 import hashlib
+import itertools
 import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from veneer.train.pieces import quick_pieces
 from veneer.train.processes import ALONE, World
 from veneer.train.schedules import rate
 from veneer.train.settings import TrainSettings
-from veneer.train.task import Task
+from veneer.train.task import Batch, Task
 
 
 @dataclass
@@ -82,22 +84,41 @@ def train(
             outcome.stopped_by = signal.SIGINT
 
 
-def rows_of(step: int, settings: TrainSettings, size: int) -> list[list[int]]:
-    """The rows of one step, a list for each batch: every epoch is a permutation that (seed, epoch) decides.
+def rows_of(step: int, settings: TrainSettings, size: int, groups: torch.Tensor | None = None) -> list[list[int]]:
+    """The rows of one step, a list for each batch: every epoch is a permutation that (seed, epoch) decides; with
+    `groups` `(size,)`, one in which a batch is of one group, but for the rows of each group that are left over.
 
     The last epoch is filled up from the next permutation, so every step has the same number of rows.
     """
     a_step = settings.batch_size * settings.accumulation
     places = range(step * a_step, (step + 1) * a_step)
-    orders = {epoch: _order(settings.seed, epoch, size) for epoch in {place // size for place in places}}
+    own = (settings.seed, size, groups, settings.batch_size if groups is not None else 1)
+    orders = {epoch: _order(epoch, *own) for epoch in {place // size for place in places}}
     rows = [int(orders[place // size][place % size]) for place in places]
     return [rows[i : i + settings.batch_size] for i in range(0, a_step, settings.batch_size)]
 
 
 @lru_cache(maxsize=2)  # a step may end one epoch and begin the next
-def _order(seed: int, epoch: int, size: int) -> torch.Tensor:
+def _order(epoch: int, seed: int, size: int, groups: torch.Tensor | None, batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_seed(seed, "epoch", epoch))
-    return torch.randperm(size, generator=generator)
+    order = torch.randperm(size, generator=generator)
+    return order if groups is None else _together(order, groups, batch, -epoch * size % batch, generator)
+
+
+def _together(
+    order: torch.Tensor, groups: torch.Tensor, batch: int, lead: int, generator: torch.Generator
+) -> torch.Tensor:
+    """The order with batches of one group each, and of what is left of the groups; its first `lead` rows fill up the
+    batch that the epoch before has begun.
+    """
+    blocks = [block for group in groups.unique() for block in order[groups[order] == group].split(batch)]
+    full, rest = [[own for own in blocks if (len(own) == batch) == whole] for whole in (True, False)]
+    while full and sum(map(len, rest)) < lead:
+        rest.append(full.pop())
+    left = torch.cat([order[:0], *rest])
+    full += left[lead:].split(batch)
+    mixed = torch.randperm(len(full), generator=generator).tolist()
+    return torch.cat([left[:lead], *sorted((full[place] for place in mixed), key=len, reverse=True)])
 
 
 def _seed(seed: int, what: str, number: int) -> int:
@@ -109,17 +130,16 @@ def _step(
     task: Task, stepper: Stepper, step: int, steps: int, settings: TrainSettings, world: World
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step; its record, and what went wrong, if anything did: then the step is not taken."""
-    shares = [world.share(rows) for rows in rows_of(step, settings, task.size)]
-    task.step = step
-    made, wrong = world.tried(lambda: [batch for rows in shares if rows for batch in task.batches(rows)])
+    rows = rows_of(step, settings, task.size, task.groups)
+    made, wrong = world.tried(lambda: _batches(task, step, rows, world))
     batches = made or []
     torch.manual_seed(_seed(settings.seed, f"step of process {world.rank}" if world.rank else "step", step))
     lr = rate(step, steps, settings.lr, settings.schedule, settings.warmup)
-    own_counts = [sum(b.units for b in batches), sum(b.tokens for b in batches), len(batches), wrong is not None]
+    own_counts = [sum(b.units for b in batches), sum(b.amount for b in batches), len(batches), wrong is not None]
     counts = world.gathered(own_counts)
     if counts[:, 3].any():
         world.refuse(wrong)
-    units, tokens = counts[:, :2].sum(0).tolist()
+    units, amount = counts[:, :2].sum(0).tolist()
     own, bad = torch.zeros((), dtype=torch.float64), []
     for batch in batches:
         loss = task.loss(batch) / units
@@ -132,7 +152,7 @@ def _step(
         for _ in range(int(counts[:, 2].max()) - len(batches)):
             stepper.backward(0 * task.loss((batches or task.batches([0]))[0]))
     stepper.add_up(world, own)
-    record = {"step": step + 1, "loss": own.item(), "lr": lr, "tokens": tokens}
+    record = {"step": step + 1, "loss": own.item(), "lr": lr, task.unit: amount}
     if not math.isfinite(own):
         return record, _not_finite(step, f"the loss is {own.item()}", _flat(world.collected(bad)), lr)
     norm = stepper.step(lr)
@@ -142,6 +162,21 @@ def _step(
         places = [place for batch in batches for place in batch.places]
         return record, _not_finite(step, f"the gradient's norm is {norm}", _flat(world.collected(places)), lr)
     return record, None
+
+
+def _batches(task: Task, step: int, rows: list[list[int]], world: World) -> list[Batch]:
+    """This process's share of the step's rows, ready for the model."""
+    found, turns, task.step = [], Counter[int](), step
+    places, count = itertools.count(), sum(map(len, rows))
+    for own in rows:
+        seen = []
+        for row in own:  # the end of an epoch and the beginning of the next may have it, or a small epoch twice
+            seen.append(turns[row])
+            turns[row] += 1
+        task.turns, task.strata = world.share(seen), world.share([(next(places), count) for _ in own])
+        if share := world.share(own):
+            found += task.batches(share)
+    return found
 
 
 def _flat(lists: list[list[str]]) -> list[str]:

@@ -69,7 +69,7 @@ def _largest(task: Task, settings: TrainSettings) -> tuple[int, list[int]]:
     """The size of the largest pass of the first steps, and the rows of its step."""
     found: tuple[int, list[int]] = (0, [])
     for step in range(min(STEPS, count_steps(settings, task.size))):
-        rows = list(chain(*rows_of(step, settings, task.size)))
+        rows = list(chain(*rows_of(step, settings, task.size, task.groups)))
         found = max(found, (max(map(_size, task.batches(rows))), rows), key=lambda pair: pair[0])
     return found
 

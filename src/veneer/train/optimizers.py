@@ -1,6 +1,6 @@
 """AdamW on what trains: matrices decay as said, biases and scales do not; its steps, with the loss scaled for fp16.
 
-And LoRA+: B learns faster than A.
+Parts of a model may learn at rates of their own; and LoRA+: B learns faster than A.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.errors import AdapterError, collapsed
+from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.inject import adapted_layers
 from veneer.core.update import Update
 from veneer.train.processes import World
@@ -21,15 +21,37 @@ if TYPE_CHECKING:  # LoRA+ needs none of what reads recipes
 UNTRAINED = "no adapter got a gradient: the adapted layers were never called"
 
 
-def optimizer(model: nn.Module, settings: "TrainSettings") -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over the parameters that require gradients."""
-    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trains if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trains if p.ndim < 2], "weight_decay": 0.0},
+def optimizer(
+    model: nn.Module, settings: "TrainSettings", rates: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """Fused AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over the parameters that require gradients.
+
+    `rates` are the highest learning rates of modules that have their own, by path; of modules inside each other the
+    innermost's counts. Each group says in `share` its rate as a share of `lr`, whatever step it is. Raises
+    `AdapterError` for modules that train nothing.
+    """
+    shares = {path: rate / settings.lr for path, rate in (rates or {}).items()}
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if idle := [path for path in shares if not any(_within(name, path) for name, _ in named)]:
+        raise AdapterError(f"{listed(idle)} should have a learning rate of its own, and nothing of it is trained")
+    ratio = settings.loraplus_ratio or 1.0
+    fast = _faster(model) if settings.loraplus_ratio else set()
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        within = [path for path in shares if _within(name, path)]
+        share = shares[max(within, key=len)] if within else 1.0
+        share *= ratio if id(parameter) in fast else 1.0
+        groups.setdefault((share, parameter.ndim >= 2), []).append(parameter)
+    every = [
+        {"params": own, "share": share, "lr": share * settings.lr, "weight_decay": settings.weight_decay * decays}
+        for (share, decays), own in groups.items()
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    return torch.optim.AdamW(every, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+def _within(name: str, path: str) -> bool:
+    """Whether a parameter is one of the module at `path`."""
+    return name.startswith(f"{path}.")
 
 
 class Stepper:
@@ -39,9 +61,10 @@ class Stepper:
     A step whose gradients overflow is skipped and the scale halved; after 2000 good ones it is doubled.
     """
 
-    def __init__(self, model: nn.Module, settings: "TrainSettings") -> None:
+    def __init__(self, model: nn.Module, settings: "TrainSettings", rates: Mapping[str, float] | None = None) -> None:
+        """`rates`: see `optimizer`."""
         self.model, self.longest = model, settings.max_grad_norm or math.inf
-        self.optimizer = optimizer(model, settings)
+        self.optimizer = optimizer(model, settings, rates)
         half = [p.device.type for p in model.parameters() if p.dtype == torch.float16]
         self.scaler = torch.amp.GradScaler(half[0] if half else "cpu", enabled=bool(half))
         self.skipped = 0  # steps, since the beginning
@@ -62,7 +85,8 @@ class Stepper:
             world.add_up([*(parameter.grad for parameter in trained if parameter.grad is not None), loss])
 
     def step(self, lr: float) -> float:
-        """Clip the gradients and take the step; their norm before. Where it is not finite, the step is not taken.
+        """Clip the gradients and take the step, at the rate `lr` or each group's share of it; their norm before. Where
+        it is not finite, the step is not taken.
 
         Raises `AdapterError` when no adapter got a gradient.
         """
@@ -73,7 +97,7 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(trains, self.longest).item()
         if math.isfinite(norm) or self.scaler.is_enabled():
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = group["share"] * lr
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -127,6 +151,16 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
 
     Raises `AdapterError` when no adapter of the model trains a B.
     """
+    faster = _faster(model)
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trains if id(parameter) not in faster], "lr": lr},
+        {"params": [parameter for parameter in trains if id(parameter) in faster], "lr": ratio * lr},
+    ]
+
+
+def _faster(model: nn.Module) -> set[int]:
+    """Each B that trains, by its id. Raises `AdapterError` when there is none."""
     faster = {
         id(parameter)
         for _, layer in adapted_layers(model)
@@ -137,8 +171,4 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
     }
     if not faster:
         raise AdapterError("LoRA+ gives the B of a LoRA a larger rate, and this model trains none")
-    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trains if id(parameter) not in faster], "lr": lr},
-        {"params": [parameter for parameter in trains if id(parameter) in faster], "lr": ratio * lr},
-    ]
+    return faster

@@ -91,7 +91,7 @@ class World:
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view(tensor.shape))
 
-    def share(self, rows: Sequence[int]) -> list[int]:
+    def share(self, rows: Sequence[T]) -> list[T]:
         """This process's rows of those that go through the model at once."""
         return list(rows[self.rank :: self.size])
 
@@ -109,8 +109,8 @@ def join(device: str = "auto") -> World:
 
     Raises `AdapterError` where what the launcher says is not whole, or the others do not come.
     """
-    if dist.is_available() and dist.is_initialized():  # by a launcher that is a library, as Ray Train is
-        return World(dist.get_rank(), dist.get_world_size())
+    if (world := joined()) is not ALONE:  # by a launcher that is a library, as Ray Train is
+        return world
     said = {name: os.environ[own] for name, own in _SLURM.items() if own in os.environ} if _by_srun() else {}
     said |= {name: os.environ[name] for name in _TORCHRUN if name in os.environ}
     if int(said.get("WORLD_SIZE", 1)) < 2:
@@ -133,6 +133,13 @@ def join(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), joined=True)
 
 
+def joined() -> World:
+    """The processes that this one has joined by now."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return ALONE
+
+
 def spread(model: nn.Module) -> None:
     """Keep a part of the frozen base in each process (FSDP2): a layer is whole while it runs. Adapters stay whole.
 
@@ -145,7 +152,8 @@ def spread(model: nn.Module) -> None:
     if largest is None:
         raise AdapterError(f"train.shard: {type(model).__name__} has no list of layers that could be spread")
     own = {parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".adapters." in name}
-    for layer in largest:
+    # parts that others than the model call too are whole while they run as well
+    for layer in (*largest, *getattr(model, "called_alone", ())):
         fully_shard(layer, ignored_params=own)
     fully_shard(model, ignored_params=own)
 

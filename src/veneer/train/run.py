@@ -59,6 +59,7 @@ class Preview:
     parameters: int
     memory: Estimate
     facts: dict[str, Any]
+    unit: str  # what goes through the model
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[Task]]:
@@ -81,7 +82,9 @@ def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     facts = task.facts()
     memory = estimate(task, recipe.train)
     layers = list(filter(None, task.model.get_adapter().tensors))
-    return Preview(resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts)
+    return Preview(
+        resolved(recipe), count_steps(recipe.train, task.size), layers, trainable, parameters, memory, facts, task.unit
+    )
 
 
 def run(
@@ -138,7 +141,7 @@ def _begun(
         task = world.together(lambda: _built(recipe, build, reporter, world))
         device = next(task.model.parameters()).device
         made_of = world.first(lambda: {**task.made_of(), **circumstances(device, world.size)})
-        watch = Watch(task, Stepper(task.model, recipe.train), folder, recipe, reporter, world)
+        watch = Watch(task, Stepper(task.model, recipe.train, task.rates()), folder, recipe, reporter, world)
         if again:
             world.first(lambda: refuse_changes(folder, made_of, inexact, reporter))
             outcome = watch.resume()
@@ -236,7 +239,7 @@ def _save(task: Task, recipe: Recipe, result: Result) -> None:
     if not folder.writes:
         return
     usage = _keep(task, folder)
-    result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.glob("adapter_model*"))
+    result.adapter_bytes = sum(path.stat().st_size for path in folder.adapter.rglob("*.safetensors"))
     rows = _figures(recipe, result)
     text = card(task, folder.folder.name, recipe.base, rows, usage, result.samples)
     folder.write(f"{folder.adapter.name}/README.md", text)
@@ -246,7 +249,7 @@ def _keep(task: Task, folder: Run) -> dict[str, Any]:
     """The adapter, and how to use it, which is returned."""
     if not folder.writes:
         return {}
-    task.model.save_pretrained(folder.adapter)
+    task.save(folder.adapter)
     usage = task.usage()
     folder.write(f"{folder.adapter.name}/{USAGE}", json.dumps(usage, indent=2, ensure_ascii=False) + "\n")
     return usage

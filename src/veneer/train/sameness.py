@@ -14,7 +14,7 @@ from veneer.core.errors import shown
 from veneer.core.fused import has_matrix_units
 from veneer.train.settings import Recipe
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "diffusers", "bitsandbytes")
+_PACKAGES = ("torch", "transformers", "diffusers", "tokenizers", "safetensors", "bitsandbytes", "pillow")
 _BLOCK, _BLOCKS = 1 << 20, 64  # of a large file, so many blocks of so many bytes are read
 FREE = ("output", "name", "resume", "checkpoint", "log")  # keys of a recipe that do not touch the numbers
 # where something is, which digests hold to what it was: a run may go on on another machine

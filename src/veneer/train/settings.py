@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -34,6 +34,9 @@ class TrainSettings(Settings):
         description="Keep each layer's input only, and run the layer again in the backward: less memory, more time.",
     )
     lr: float = Field(2e-4, gt=0, le=10, description="The highest learning rate.")
+    loraplus_ratio: float | None = Field(
+        None, ge=1, description="How many times as fast as the rest the B of each LoRA learns (LoRA+); 16 is usual."
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
     warmup: float = Field(
         0.05, ge=0, description="Steps in which the rate rises: a share of all (below 1) or a number."
@@ -173,25 +176,31 @@ def keys(schema: type[Any], prefix: str = "") -> list[str]:
         return [f"{prefix}{field.name}" for field in fields(LoraConfig)]
     found: list[str] = []
     for name, field in schema.model_fields.items():
-        inner = field.annotation
-        nested = isinstance(inner, type) and (issubclass(inner, BaseModel) or inner is LoraConfig)
-        found += [f"{prefix}{name}", *(keys(inner, f"{prefix}{name}.") if nested and inner else [])]
+        inner = _part(field.annotation)
+        found += [f"{prefix}{name}", *(keys(inner, f"{prefix}{name}.") if inner else [])]
     return found
+
+
+def _part(annotation: Any) -> type[Any] | None:
+    """The settings that a key holds, also where it may hold none (`Buckets | None`)."""
+    kinds = [kind for kind in (*get_args(annotation), annotation) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel) or kind is LoraConfig), None)
 
 
 def described(schema: type[Any]) -> Iterator[tuple[str, str, str]]:
     """(dotted key, default, description) of every key, for `veneer recipes keys` and the docs."""
     for name, field in schema.model_fields.items():
-        inner = field.annotation
+        inner = _part(field.annotation)
         if inner is LoraConfig:
             usual = LoraConfig()
             for own in fields(LoraConfig):
                 yield f"{name}.{own.name}", repr(getattr(usual, own.name)), MEANINGS[own.name]
-        elif isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from ((f"{name}.{key}", default, text) for key, default, text in described(inner))
-        else:
+            continue
+        if inner is None or inner is not field.annotation:
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             yield name, default, field.description or ""
+        if inner:
+            yield from ((f"{name}.{key}", default, text) for key, default, text in described(inner))
 
 
 # What each field of an adapter's config means, for the list of settings.

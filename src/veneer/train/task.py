@@ -11,6 +11,12 @@ from torch import Tensor
 from veneer.core.model import PeftModel
 from veneer.train.settings import Recipe
 
+USE = """on the base loaded with transformers, with veneer or with PEFT:
+
+```python
+model = PeftModel.from_pretrained(model, "ADAPTER")
+```"""
+
 
 @dataclass
 class Batch:
@@ -18,7 +24,7 @@ class Batch:
 
     inputs: dict[str, Tensor]
     units: int  # what the loss is averaged over: learned tokens, pictures, …
-    tokens: int  # what goes through the model, padding not counted
+    amount: int  # what goes through the model, padding not counted, in the task's unit
     places: list[str]  # where the rows came from, for messages
 
 
@@ -34,8 +40,8 @@ class Reporter:
     def measured(self, record: dict[str, float]) -> None:
         """Held-out figures, with the step that they were measured after."""
 
-    def step(self, record: dict[str, float], steps: int) -> None:
-        """An optimizer step of `steps` is done."""
+    def step(self, record: dict[str, float], steps: int, unit: str) -> None:
+        """An optimizer step of `steps` is done; the record says under `unit` how much went through the model."""
 
 
 class Task(ABC):
@@ -44,11 +50,18 @@ class Task(ABC):
     settings: ClassVar[type[Recipe]]  # the task's own recipe
     pipeline: ClassVar[str] = "text-generation"  # what the hub calls the task
     asking: ClassVar[str] = "generate {adapter} --compare --prompt {prompt}"  # the command that uses the adapter
+    library: ClassVar[str] = "peft"  # which reads the adapter's files
+    python: ClassVar[str] = USE  # how a model card says that it is used in Python
+    sampled: ClassVar[str] = "A held-out row"  # what a model card calls a sample
+    unit: ClassVar[str] = "tokens"  # what goes through the model, as people and metrics.jsonl count it
     judged_by: str = "eval_loss"  # the figure that says which of two adapters is better
     higher_is_better: bool = False
     model: PeftModel
     size: int  # rows to learn from
+    groups: Tensor | None = None  # of each row `(size,)`: only rows of one go through the model at once
     step: int = 0  # that `batches` makes rows for, which decides with the seed and the row what is drawn of it
+    turns: Sequence[int] = ()  # how often each of these rows has come up in the step before
+    strata: Sequence[tuple[int, int]] = ()  # the place of each of these rows in the step, of so many
 
     @abstractmethod
     def __init__(self, recipe: Any, reporter: Reporter) -> None: ...
@@ -60,6 +73,10 @@ class Task(ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's units, in fp32."""
+
+    def rates(self) -> dict[str, float]:
+        """The highest learning rates of the model's modules that have one of their own, by path."""
+        return {}
 
     @abstractmethod
     def evaluate(self, whole: bool) -> dict[str, float]:
@@ -84,3 +101,13 @@ class Task(ABC):
     @abstractmethod
     def usage(self) -> dict[str, Any]:
         """What must be known to use the adapter as it was trained; kept beside it."""
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter, whole or not at all, as those who use it read it."""
+        self.model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Let the adapter be the one that `save` has written there."""
+        self.model.delete_adapter("default")
+        self.model.load_adapter(folder, "default")
+        self.model.set_adapter("default")

@@ -15,6 +15,7 @@ TASKS = {
     "question-answering": "veneer.train.language.question_answering:QuestionAnswering",
     "image-classification": "veneer.train.vision.image_classification:ImageClassification",
     "semantic-segmentation": "veneer.train.vision.semantic_segmentation:SemanticSegmentation",
+    "text-to-image": "veneer.train.diffusion.task:TextToImage",
 }
 
 
@@ -26,4 +27,5 @@ def task_named(name: Any) -> type[Task]:
     try:
         return getattr(import_module(module), attribute)
     except ImportError as error:
-        raise AdapterError(f"training a language model needs: pip install 'veneer[train]' ({error})") from error
+        more = ",diffusion" * ("diffusion" in module)
+        raise AdapterError(f"the task {name} needs: pip install 'veneer[train{more}]' ({error})") from error

@@ -76,7 +76,7 @@ class Watch(Watcher):
 
     def stepped(self, record: dict[str, float], steps: int) -> bool:
         self.run.measure(record)
-        self.reporter.step(record, steps)
+        self.reporter.step(record, steps, self.task.unit)
         step = int(record["step"])
         better, enough = self.measure(step, last=step == steps)
         every = getattr(getattr(self.recipe, "sample", None), "every_steps", None)

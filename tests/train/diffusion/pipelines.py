@@ -20,7 +20,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WIDTH, WIDTH_2 = 12, 16  # of the text encoders
@@ -107,15 +108,18 @@ def _second() -> DiffusionPipeline:
 
 
 def _xl() -> DiffusionPipeline:
-    """Text goes in twice: side by side as the cross-attention's input, and pooled, with six numbers of sizes."""
-    shape = {"transformer_layers_per_block": [1, 2], "use_linear_projection": True, "layers_per_block": 1}
+    """Text goes in twice: side by side as the cross-attention's input, and pooled, with six numbers of sizes. Its U-Net
+    has the real one's blocks, as names in files count them.
+    """
+    shape = {"transformer_layers_per_block": [1, 1, 2], "use_linear_projection": True}
+    width = WIDTH + WIDTH_2
     return StableDiffusionXLPipeline(
         vae=vae(force_upcast=True, scaling_factor=0.13025),
         text_encoder=_reading(WIDTH),
         text_encoder_2=_reading(WIDTH_2, projected=True, num_hidden_layers=3),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer("!"),
-        unet=unet((False, True), (8, 16), cross_attention_dim=WIDTH + WIDTH_2, **sizes_told(), **shape),
+        unet=unet((False, True, True), (4, 8, 12), cross_attention_dim=width, **sizes_told(), **shape),
         scheduler=EulerDiscreteScheduler(**_BETAS, steps_offset=1, timestep_spacing="leading"),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
@@ -127,10 +131,12 @@ def _prior() -> DiffusionPipeline:
     from diffusers import WuerstchenPriorPipeline
     from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
 
+    prior = WuerstchenPrior(c_in=CHANNELS, c=16, c_cond=WIDTH, c_r=8, depth=2, nhead=2)
+    nn.init.normal_(prior.out[1].weight, std=0.02)  # what it says is divided by about 1, as in a trained one
     return WuerstchenPriorPipeline(
         tokenizer=tokenizer(),
         text_encoder=_reading(WIDTH),
-        prior=WuerstchenPrior(c_in=CHANNELS, c=16, c_cond=WIDTH, c_r=8, depth=2, nhead=2),
+        prior=prior,
         scheduler=DDPMWuerstchenScheduler(),
     )
 
@@ -152,8 +158,12 @@ def _decoder() -> DiffusionPipeline:
         clip_embd=WIDTH,
     )
     vqgan = PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)
-    for parameter in [decoder.clf[1].weight, *(own for name, own in vqgan.named_parameters() if "gammas" in name)]:
-        nn.init.normal_(parameter, std=0.3)  # which are zero, and would hide what they see
+    for module in decoder.modules():  # whose blocks say next to nothing when they are new, and clf nothing
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.reset_parameters()
+    for name, parameter in vqgan.named_parameters():
+        if "gammas" in name:
+            nn.init.normal_(parameter, std=0.3)  # which are zero too
     scheduler = DDPMWuerstchenScheduler()
     return WuerstchenDecoderPipeline(tokenizer(), _reading(WIDTH), decoder, scheduler, vqgan)
 
@@ -183,3 +193,43 @@ def saved(kind: str, folder: Path) -> Path:
     """The folder, with a pipeline of that kind inside as diffusers saves it."""
     made(kind).save_pretrained(folder)
     return folder
+
+
+def seeing(folder: Path) -> Path:
+    """The folder of Würstchen's prior, with its image encoder where veneer looks for it."""
+    (folder / "image_encoder").mkdir()
+    save_file(efficient_net(), folder / "image_encoder" / "model.safetensors")
+    return folder
+
+
+def efficient_net() -> dict[str, Tensor]:
+    """A tiny EfficientNetV2's weights by torchvision's names: three stages fused, two with gates, and the mapper."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def normed(name: str, *shape: int) -> None:
+        shapes[f"{name}.0.weight"] = shape
+        shapes.update({f"{name}.1.{own}": shape[:1] for own in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{name}.1.num_batches_tracked"] = ()
+
+    normed("backbone.0", 4, 3, 3, 3)
+    normed("backbone.1.0.block.0", 4, 4, 3, 3)
+    for stage, seen, made_of in ((2, 4, 6), (3, 6, 6)):
+        normed(f"backbone.{stage}.0.block.0", 8, seen, 3, 3)
+        normed(f"backbone.{stage}.0.block.1", made_of, 8, 1, 1)
+    for stage, block, seen, made_of in ((4, 0, 6, 8), (5, 0, 8, 8), (6, 0, 8, 8), (6, 1, 8, 8)):
+        name = f"backbone.{stage}.{block}.block"
+        normed(f"{name}.0", 12, seen, 1, 1)
+        normed(f"{name}.1", 12, 1, 3, 3)
+        shapes.update({f"{name}.2.fc1.weight": (2, 12, 1, 1), f"{name}.2.fc1.bias": (2,)})
+        shapes.update({f"{name}.2.fc2.weight": (12, 2, 1, 1), f"{name}.2.fc2.bias": (12,)})
+        normed(f"{name}.3", made_of, 12, 1, 1)
+    normed("backbone.7", 10, 8, 1, 1)
+    normed("mapper", CHANNELS, 10, 1, 1)
+    torch.manual_seed(5)
+    return {name: _drawn(name, shape) for name, shape in shapes.items()}
+
+
+def _drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    if name.endswith("tracked"):
+        return torch.tensor(0)
+    return torch.rand(shape) + 0.5 if name.endswith((".1.weight", "var")) else torch.randn(shape) / 3

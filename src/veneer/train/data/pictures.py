@@ -33,6 +33,8 @@ class Said:
     masks: str | None = None
     of_folder: bool = False  # where it is in no column
     is_picture: bool = False
+    beside: Callable[[Path, Sequence[str]], Sequence[Any]] | None = None  # of a folder's pictures, in no list
+    optional: bool = False  # nothing may be said of a picture: None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def _folder(folder: Path, data: Any, said: Said) -> Pictures:
     if said.masks:
         masks = _masks(folder, names, Path(said.masks))
         return _files(folder, names, [str(Path(said.masks) / masks[name]) for name in names], masks=True)
+    if said.beside:
+        return _files(folder, names, said.beside(folder, names))
     if not said.of_folder:
         raise AdapterError(
             f"{folder}: where are the masks of its pictures? say data.{said.key}s=FOLDER, and "
@@ -157,15 +161,15 @@ def _list(file: Path, data: Any, said: Said) -> Pictures:
     rows = list(read_rows(str(file)))
     columns = list(dict.fromkeys(name for row in rows[:100] for name in row.values))
     image = column(data.image, ("file_name", *IMAGES), columns, "image", file.name)
-    own = column(said.asked, said.columns, columns, said.key, file.name)
+    own = _said_in(columns, said, file.name)
     problems, names, labels = [], [], []
     for row in rows:
-        name, label = row.values.get(image), row.values.get(own)
+        name, label = row.values.get(image), row.values.get(own) if own else None
         if not isinstance(name, str) or not (file.parent / name).is_file():
             problems.append(f"{row.place}: {image} is {name!r:.80}, and no file beside the list")
         if said.is_picture and (not isinstance(label, str) or not (file.parent / label).is_file()):
             problems.append(f"{row.place}: {own} is {label!r:.80}, and no file beside the list")
-        elif label is None or label == "":
+        elif (label is None or label == "") and not said.optional:
             problems.append(f"{row.place}: {own} is missing")
         names.append(str(name))
         labels.append(str(file.parent / str(label)) if said.is_picture else label)
@@ -174,7 +178,14 @@ def _list(file: Path, data: Any, said: Said) -> Pictures:
     return _files(file.parent, names, labels, masks=said.is_picture)
 
 
-def _files(folder: Path, names: Sequence[str], said: Sequence[Any], masks: bool) -> Pictures:
+def _said_in(columns: Sequence[str], said: Said, source: str) -> str | None:
+    """The column of what is said; None where nothing needs to be said, and no column is asked for or has its name."""
+    if said.optional and said.asked is None and not set(said.columns) & set(columns):
+        return None
+    return column(said.asked, said.columns, columns, said.key, source)
+
+
+def _files(folder: Path, names: Sequence[str], said: Sequence[Any], masks: bool = False) -> Pictures:
     def content() -> str:
         digest = sha256()
         for number, (name, label) in enumerate(zip(names, said, strict=True)):
@@ -200,11 +211,15 @@ def _table(path: str, split: str, data: Any, said: Said) -> Pictures:
     """Pictures in the rows of a Parquet file or a hub dataset, which stay on the disk."""
     table = table_of(path, split, data.subset)
     image = column(data.image, table.pictures or IMAGES, table.columns, "image", path)
-    own = column(said.asked, said.columns, table.columns, said.key, path)
+    own = _said_in(table.columns, said, path)
     folder = Path(path).parent
     rows = np.arange(len(table))
-    pictures, others = table.raw(image, folder), table.raw(own, folder) if said.is_picture else table.label(own)
-    return Pictures(table.source, lambda row: f"row {row + 1}", pictures, others, rows, table.content)
+    others = table.raw(own, folder) if own and said.is_picture else table.label(own, said.optional)
+
+    def content() -> str:
+        return f"{table.content()} {image} {own}"
+
+    return Pictures(table.source, lambda row: f"row {row + 1}", table.raw(image, folder), others, rows, content)
 
 
 def counted(labels: Iterable[str]) -> Mapping[str, int]:

@@ -40,3 +40,36 @@ class RowsData(Settings):
         """A file is named in full, so that the recipe of a run can be run again from anywhere."""
         file = Path(path or "").expanduser()
         return str(file.resolve()) if file.is_file() else path
+
+
+class PicturesData(RowsData):
+    """What every recipe on pictures says of where they are."""
+
+    path: str = Field(
+        min_length=1,
+        description="The pictures to learn from: a folder, a .jsonl, .json, .csv or .tsv file that names pictures "
+        "beside it, a .parquet file, or a dataset of the Hugging Face hub as owner/name.",
+    )
+    eval_path: str | None = Field(
+        None,
+        min_length=1,
+        description="The held-out pictures, in the same way. Without it, and without eval_split, eval_share of the "
+        "pictures is kept aside.",
+    )
+    split: str = Field(
+        "train", description="Which split of a hub dataset, or folder in a folder of splits, is learned from."
+    )
+    eval_split: str | None = Field(None, description="Which split, or folder of splits, is held out.")
+    eval_share: float = Field(
+        0.05, ge=0, lt=1, description="The share of the pictures that is kept aside where none are named; 0 keeps none."
+    )
+    image: str | None = Field(
+        None, description="The column of the pictures. Without it: image, img, file_name, … whatever is there."
+    )
+
+    @field_validator("path", "eval_path")
+    @classmethod
+    def _named_in_full(cls, path: str | None) -> str | None:
+        """Files and folders are named in full, so that the recipe of a run can be run again from anywhere."""
+        file = Path(path or "").expanduser()
+        return str(file.resolve()) if path and file.exists() else path

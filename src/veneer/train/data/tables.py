@@ -54,13 +54,19 @@ class PictureTable:
 
         return read
 
-    def label(self, column: str) -> Callable[[int], Any]:
-        """The label of a row in that column, by its name where the table knows it."""
+    def label(self, column: str | None, optional: bool = False) -> Callable[[int], Any]:
+        """The label of a row in that column, by its name where the table knows it. Where it has none, or there is no
+        such column: None, if it is `optional`.
+        """
+        if column is None:
+            return lambda row: None
         names = getattr(self.rows.features[column], "names", None)
         values = self.rows.select_columns([column]).with_format("numpy" if names else None)[:][column]
 
         def read(row: int) -> Any:
             value = values[row]
+            if value is None and optional:
+                return None
             if value is None or (names and value < 0):
                 raise AdapterError(f"{self.source}, row {row + 1}: {column!r} is missing")
             return names[int(value)] if names else value

@@ -5,6 +5,7 @@ that goes on later have the same bits.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ def generator(seed: int, what: str, *numbers: int) -> torch.Generator:
     """A source of random numbers on the CPU that `what` is drawn from: one for each (seed, what, numbers)."""
     digest = hashlib.sha256(" ".join(map(str, (seed, what, *numbers))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Moment(NamedTuple):
+    """When a row is learned: the so-manieth time in a step, and its place among all rows of the step."""
+
+    step: int
+    turn: int = 0
+    stratum: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`Family`: what a kind of pipeline is to the training: its parts, how they are called, what they are told."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from veneer.core.errors import AdapterError, listed, named
 from veneer.files.pipeline import INDEX
 from veneer.safe.stored import parsed, read_bytes
+from veneer.train.diffusion.objective_settings import ObjectiveSettings
+from veneer.train.diffusion.schedule import Schedule, schedule_of
+from veneer.train.sameness import digest_of_base
 
 Conditions = dict[str, Tensor]  # what the denoiser is told, a row for each picture
 
@@ -31,10 +35,15 @@ class Family(ABC):
     denoiser: ClassVar[str] = "unet"  # the part that learns
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     seer: ClassVar[str] = "vae"  # the part that makes latents of pictures
+    folder: Path
     parts: dict[str, nn.Module]  # by the pipeline's names; text encoders and seer are not needed where all is cached
+    scheduler: Any  # diffusers'
     factor: int  # pixels, of a side, for a latent's point
     channels: int  # of a latent
+    kept: int  # channels of what is kept of a picture
     resolution: int  # the side in pixels that the base was made for
+    draws: bool = True  # its pipeline makes pictures, and not latents alone
+    step: ClassVar[int] = 8  # of the widths and heights that it draws
 
     @classmethod
     @abstractmethod
@@ -73,12 +82,35 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def schedule(self, settings: Any) -> Any:
-        """ᾱ(t) and what is predicted, as the base's scheduler or else the recipe says."""
-
-    @abstractmethod
     def pipeline(self) -> Any:
         """A diffusers pipeline of these same live parts, to draw pictures with."""
+
+    def schedule(self, settings: ObjectiveSettings) -> Schedule:
+        """ᾱ(t) and what is predicted, as the base's scheduler or else the recipe says."""
+        return schedule_of(self.scheduler, settings)
+
+    def part(self, name: str) -> nn.Module:
+        """The part of that name. Raises `AdapterError` where the base has none."""
+        return self.parts[name]
+
+    def drawn(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of what is drawn where pictures of `size` were learned."""
+        return size
+
+    def digest(self, *names: str) -> str:
+        """A name for what these parts, and the tokenizers, are."""
+        folders = [self.folder / name for name in names]
+        if not all(folder.is_dir() for folder in folders):  # a family that calls them otherwise
+            return digest_of_base(self.folder)
+        return sha256(
+            " ".join(map(digest_of_base, folders + sorted(self.folder.glob("tokenizer*")))).encode()
+        ).hexdigest()
+
+    def move(self, names: Iterable[str], device: torch.device) -> None:
+        """Put parts on a device."""
+        for name in names:
+            if name in self.parts:
+                self.parts[name].to(device)
 
 
 def family_of(folder: Path) -> type[Family]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from veneer.train.diffusion.draws import Draw, generator
+from veneer.train.diffusion.draws import Draw, Moment, generator
 from veneer.train.diffusion.objective_settings import HUBER_C, ObjectiveSettings
 from veneer.train.diffusion.schedule import Schedule
 from veneer.train.diffusion.timesteps import Timesteps
@@ -35,14 +35,17 @@ class Objective:
         """
         return Objective(self.schedule, ObjectiveSettings(timesteps=self.settings.timesteps))
 
-    def draw(self, shape: Sequence[int], step: int, row: int, again: int = 0) -> Draw:
-        """What is drawn for a row in a step, its latents being of `shape`; `again`: how often it came in it before.
+    def draw(self, shape: Sequence[int], row: int, moment: Moment) -> Draw:
+        """What is drawn for a row, whose latents are of `shape`.
 
-        Noise ε ~ N(0, 1) + offset · one N(0, 1) a channel, and mixed in is ε + perturbation · N(0, 1) (Ning et al.
-        2023, arXiv:2301.11706). Each has a source of its own: one option changes nothing of what others draw.
+        The timestep is one of the row's stratum: those of a step are spread evenly, which makes its loss and gradient
+        less random, and each row's own is as often here as there (Kingma et al. 2021, arXiv:2107.00630, I.1). Learned
+        is ε ~ N(0, 1) + offset · one N(0, 1) a channel, mixed in ε + perturbation · N(0, 1) (Ning et al. 2023,
+        arXiv:2301.11706). Each has a source of its own: one option changes nothing of what others draw.
         """
-        own, where = self.settings, (step, row, again)
-        t = self.timesteps.at(torch.rand((), generator=generator(own.seed, "timestep", *where)).item())
+        own, where, (place, places) = self.settings, (moment.step, row, moment.turn), moment.stratum
+        within = torch.rand((), generator=generator(own.seed, "timestep", *where)).item()
+        t = self.timesteps.at((place + within) / places)
         noise = torch.randn(*shape, generator=generator(own.seed, "noise", *where))
         if own.offset_noise:
             offset = torch.randn(shape[0], generator=generator(own.seed, "offset", *where))

@@ -41,6 +41,11 @@ class Parts(nn.Module):
         conditions = self.family.encode_tokens(told) if self.reads else told
         return self.family.predict(noisy, t, conditions, sizes)
 
+    @property
+    def called_alone(self) -> list[nn.Module]:
+        """The parts: a pipeline that draws pictures calls them by themselves."""
+        return list(self.children())
+
     def enable_gradient_checkpointing(self) -> None:
         """Each part's layers run again in the backward."""
         for part in self.children():
@@ -61,7 +66,7 @@ def adapted(family: Family, config: LoraConfig, text: Any) -> PeftModel:
     for name, targets in wanted.items():
         try:
             own = config if not is_text(name) else _bare(config)
-            paths += [f"{name}.{path}" for path in _layers(family.parts[name], targets, own, is_text(name))]
+            paths += [f"{name}.{path}" for path in chosen(family.parts[name], targets, own, is_text(name))]
         except AdapterError as error:
             faults.append(f"{name}: {error}")
     if faults:
@@ -81,13 +86,13 @@ def _bare(config: LoraConfig) -> LoraConfig:
     )
 
 
-def _layers(part: nn.Module, targets: Any, config: LoraConfig, text: bool) -> list[str]:
+def chosen(part: nn.Module, targets: Any, config: LoraConfig, text: bool) -> list[str]:
     """The paths of the layers that are meant: a preset's, or those that `LoraConfig`'s own words mean."""
-    chosen = list(_preset(part, targets, text)) if targets in PRESETS else targets
-    if chosen == []:
+    names = list(_preset(part, targets, text)) if targets in PRESETS else targets
+    if names == []:
         raise AdapterError(f"target_modules: a {type(part).__name__} has no layers that {targets!r} means; say all")
     # patterns may name layers of other parts too: they are judged for all parts at once
-    own = replace(config, target_modules=chosen, rank_pattern={}, alpha_pattern={}, method_pattern={})
+    own = replace(config, target_modules=names, rank_pattern={}, alpha_pattern={}, method_pattern={})
     return list(select(part, own)[0])
 
 

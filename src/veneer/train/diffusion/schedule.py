@@ -38,7 +38,7 @@ class Discrete(Schedule):
         arXiv:2305.08891); a table whose last is 0 already stays as it is.
         """
         self.table = torch.cumprod(1 - betas.float().cpu(), 0)  # (timesteps,), rounded as the samplers have it
-        self.prediction, self.length = prediction, len(betas)
+        self.prediction, self.length, self.zero_terminal = prediction, len(betas), zero_terminal
         if zero_terminal:
             root = self.table.double().sqrt()
             self.table = (((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2).float()
@@ -47,10 +47,9 @@ class Discrete(Schedule):
         return self.table.to(t.device)[t.long()]
 
     def sampling(self) -> dict[str, Any]:
-        """With SNR 0 at the end, samplers must begin there, which only trailing timesteps do."""
-        own = {"prediction_type": self.prediction}
-        ends = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if not self.table[-1] else {}
-        return own | ends
+        """Where the recipe brings SNR 0 to the end, samplers must begin there, which only trailing timesteps do."""
+        ends = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_terminal else {}
+        return {"prediction_type": self.prediction, **ends}
 
 
 class Cosine(Schedule):

@@ -1,5 +1,7 @@
 """What a recipe of text-to-image says."""
 
+from typing import Annotated
+
 from pydantic import Field, field_validator, model_validator
 
 from veneer.core.config import LoraConfig
@@ -21,6 +23,14 @@ class EncoderSettings(Settings):
         "attention", description="Which of their layers: attention, kohya (attention and MLP), all, or names."
     )
 
+    @model_validator(mode="after")
+    def _learns(self) -> "EncoderSettings":
+        idle = [name for name in ("lora_alpha", "lr") if getattr(self, name) is not None]
+        if idle and not self.r:
+            told = ", ".join(f"text_encoder.{name}" for name in idle)
+            raise AdapterError(f"{told} does nothing while the text encoders do not learn: set text_encoder.r")
+        return self
+
 
 class SampleSettings(Settings):
     """The `sample` part for text-to-image: pictures before, during and after the training, from fixed seeds."""
@@ -40,6 +50,10 @@ class SampleSettings(Settings):
     )
     width: int | None = Field(None, ge=8, description="Of the pictures; data.resolution, if not said.")
     height: int | None = Field(None, ge=8, description="In the same way.")
+    strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=list,
+        description="The sheet also shows the adapter at these, a row each, between the base and the adapter as it is.",
+    )
     every_steps: int | None = Field(None, ge=1, description="Also draw during the training, every so many steps.")
 
 
@@ -48,6 +62,11 @@ class HeldOutSettings(EvalSettings):
 
     rows: int | None = Field(100, ge=1, description="Held-out pictures that are measured; null for all.")
     timesteps: int = Field(8, ge=1, description="Each picture is measured at so many timesteps, evenly spread.")
+    looks: bool = Field(
+        False,
+        description="Also measure how the drawn pictures look, before and after: saturation, ink, distance to the "
+        "style's own (those held out, or else those that are learned), and what stays of the base's shapes.",
+    )
 
 
 class TextToImageRecipe(Recipe):

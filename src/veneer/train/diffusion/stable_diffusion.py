@@ -22,7 +22,7 @@ class StableDiffusion(Family):
     def __init__(self, folder: Path, parts: dict[str, nn.Module], tokenizer: Any, scheduler: Any) -> None:
         self.folder, self.parts, self.tokenizer, self.scheduler = folder, parts, tokenizer, scheduler
         unet, vae = self.config("unet"), self.config("vae")
-        self.channels = unet.in_channels
+        self.channels, self.kept = unet.in_channels, 2 * unet.in_channels
         if self.channels != vae.latent_channels:
             raise AdapterError(
                 f"base {folder}: its unet takes {self.channels} channels and its vae makes {vae.latent_channels}: "
@@ -63,13 +63,10 @@ class StableDiffusion(Family):
         answer: Tensor = unet(noisy.to(unet.dtype), t, encoder_hidden_states=text, return_dict=False)[0]
         return answer.float()
 
-    def schedule(self, settings: Any) -> Any:
-        raise NotImplementedError
-
     def pipeline(self) -> Any:
-        from diffusers import StableDiffusionPipeline
+        with quiet():  # also while diffusers is imported
+            from diffusers import StableDiffusionPipeline
 
-        with quiet():
             return StableDiffusionPipeline(
                 **self.parts,
                 tokenizer=self.tokenizer,
@@ -99,17 +96,17 @@ def load_parts(folder: Path, names: Sequence[str], dtype: str | None, device: to
     return found
 
 
-def load_scheduler(folder: Path) -> Any:
+def load_scheduler(folder: Path, part: str = "scheduler") -> Any:
     """The scheduler of a pipeline's folder."""
     import diffusers
 
     kinds = part_kinds(folder)
-    library, name = kinds.get("scheduler", ("", ""))
+    library, name = kinds.get(part, ("", ""))
     made_by = getattr(diffusers, name, None) if library == "diffusers" else None
-    if made_by is None or not (folder / "scheduler" / "scheduler_config.json").is_file():
-        raise AdapterError(f"base {folder}: expected scheduler/scheduler_config.json and its class in model_index.json")
+    if made_by is None or not (folder / part / "scheduler_config.json").is_file():
+        raise AdapterError(f"base {folder}: expected {part}/scheduler_config.json and its class in model_index.json")
     with quiet():
-        return made_by.from_pretrained(folder / "scheduler", local_files_only=True)
+        return made_by.from_pretrained(folder / part, local_files_only=True)
 
 
 def padded(tokenizer: Any, captions: Sequence[str]) -> Tensor:
@@ -121,12 +118,17 @@ def padded(tokenizer: Any, captions: Sequence[str]) -> Tensor:
 
 
 def vae_latents(kept: Tensor, noise: Tensor, config: Any) -> Tensor:
-    """(mean + deviation · noise - shift) · scale, of a VAE's moments; the logarithm of the variance is bounded."""
+    """(mean + deviation · noise - shift) · scale, of a VAE's moments; the logarithm of the variance is bounded. A VAE
+    may say the mean and the deviation of its latents, a number a channel, to be shifted and divided by.
+    """
     mean, spread = kept.float().chunk(2, dim=1)
     deviation = torch.exp(0.5 * spread.clamp(-30.0, 20.0))
     shift = getattr(config, "shift_factor", None) or 0.0
-    latents: Tensor = (mean + deviation * noise - shift) * config.scaling_factor
-    return latents
+    latents: Tensor = mean + deviation * noise - shift
+    if config.get("latents_mean") and config.get("latents_std"):
+        centre, width = (mean.new_tensor(config[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
+        latents = (latents - centre) / width
+    return latents * config.scaling_factor
 
 
 @contextmanager

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from veneer.core.errors import AdapterError
+from veneer.safe.whole import write_whole
 
 SIDE, GAP, LINE = 176, 10, 17  # points
 INK, RIGHT, WRONG = (34, 40, 46), (47, 125, 74), (190, 62, 50)
@@ -35,6 +39,21 @@ def sheet(shown: Sequence[Shown]) -> Image.Image:
     return found
 
 
+def write_sheet(shown: Sequence[Shown], path: Path) -> bool:
+    """Write all of them as a PNG file, if there are any. Raises `AdapterError` where it cannot be written."""
+    return write_picture(sheet(shown) if shown else None, path)
+
+
+def write_picture(picture: Image.Image | None, path: Path) -> bool:
+    """Write a picture as a PNG file, if there is one. Raises `AdapterError` where it cannot be written."""
+    if picture is not None:
+        try:
+            write_whole({path: lambda temporary: picture.save(temporary, format="PNG")})
+        except OSError as error:
+            raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
+    return picture is not None
+
+
 def small(picture: Image.Image) -> Image.Image:
     """The picture as large as it is drawn."""
     scale = SIDE / max(picture.size)
@@ -49,7 +68,7 @@ def _draw(found: Image.Image, own: Shown, left: int, top: int, width: int) -> No
     y = top + SIDE + 2
     for number, line in enumerate(own.lines):
         judged = own.right is not None and number == len(own.lines) - 1
-        pen.text((left, y), _fitting(line, pen, font, width), (RIGHT if own.right else WRONG) if judged else INK, font)
+        pen.text((left, y), fitting(line, pen, font, width), (RIGHT if own.right else WRONG) if judged else INK, font)
         y += LINE
     x = left
     for name, colour in own.colours:
@@ -61,7 +80,7 @@ def _draw(found: Image.Image, own: Shown, left: int, top: int, width: int) -> No
         x += length
 
 
-def _fitting(line: str, pen: Any, font: Any, width: int) -> str:
+def fitting(line: str, pen: Any, font: Any, width: int) -> str:
     """The line, cut where it would be too long."""
     while pen.textlength(line, font) > width and len(line) > 2:
         line = line[:-2] + "…"

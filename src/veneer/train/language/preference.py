@@ -82,7 +82,7 @@ class Preference(TextTask):
         """m of each row `(rows)`, in fp32."""
         inputs = dict(batch.inputs)
         counts = inputs.pop("counts").flatten().tolist()
-        own = Batch(inputs, batch.units, batch.tokens, batch.places)
+        own = Batch(inputs, batch.units, batch.amount, batch.places)
         with torch.no_grad(), self.model.disable_adapter():
             before = self.losses(own)
         changes = before - self.losses(own)  # log π - log π₀ of each learned token

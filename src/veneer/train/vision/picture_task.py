@@ -16,14 +16,13 @@ from torch import Tensor
 from veneer import zoo
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.model import get_peft_model
-from veneer.safe.whole import write_whole
 from veneer.train.bases.heads import load_config
 from veneer.train.bases.loading import choose_device, choose_dtype
 from veneer.train.data.pictures import Pictures, Said, read_sides
 from veneer.train.data.reading import Raw, read_picture
 from veneer.train.data.rows import evenly
 from veneer.train.data.settings import RowsData
-from veneer.train.drawing.sheet import Shown, sheet
+from veneer.train.drawing.sheet import Shown, write_sheet
 from veneer.train.sameness import digest_of_base
 from veneer.train.task import Batch, Reporter, Task
 from veneer.train.vision.model import load_seeing, options_for, scaling, still
@@ -56,6 +55,7 @@ class PictureTask(Task):
     """-log p(class | picture), summed over pictures or pixels."""
 
     kind: ClassVar[str]  # transformers' class
+    unit = "pictures"
     whole: ClassVar[bool] = False  # pictures are never cropped to be measured
     data: Any
     drawn: Sequence[Shown] = ()  # what `sample` has shown last
@@ -243,13 +243,7 @@ class PictureTask(Task):
         return [told for told, _ in found]
 
     def draw(self, path: Path) -> bool:
-        if self.drawn:
-            picture = sheet(self.drawn)
-            try:
-                write_whole({path: lambda temporary: picture.save(temporary, format="PNG")})
-            except OSError as error:
-                raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
-        return bool(self.drawn)
+        return write_sheet(self.drawn, path)
 
     def facts(self) -> dict[str, Any]:
         height, width = self.preparer.size
