@@ -23,7 +23,8 @@ from transformers.utils import logging
 import veneer
 from veneer import recipes
 from veneer.train.bases.loading import choose_device
-from veneer.train.loop import rows_of, train
+from veneer.train.loop import Outcome, Watcher, rows_of, train
+from veneer.train.optimizers import Stepper
 from veneer.train.record import peak_memory
 from veneer.train.run import read_recipe
 from veneer.train.task import Reporter
@@ -101,8 +102,14 @@ def veneer_side(job: Job, turn: Turns, folder: Path, dropout: float) -> None:
     task = build(recipe, Reporter())
     task.model.hotswap_adapter(job.start)
     turn()
-    write = lambda record: turn(loss=record["loss"], tokens=record["tokens"])  # noqa: E731
-    outcome = train(task, recipe.train, None, write, lambda step: None, Reporter())
+
+    class Pause(Watcher):
+        def stepped(self, record: dict[str, float], steps: int) -> bool:
+            turn(loss=record["loss"], tokens=record["tokens"])
+            return False
+
+    outcome = Outcome(0, 0.0)
+    train(task, Stepper(task.model, recipe.train), recipe.train, Pause(), outcome)
     if outcome.failure:
         raise RuntimeError(outcome.failure)
     task.model.save_pretrained(folder)

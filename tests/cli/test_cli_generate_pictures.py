@@ -27,7 +27,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipeline = made("sd1")
     files.write(adapter_for(pipeline, 1), tmp_path / "style.safetensors", "kohya")
-    files.write(adapter_for(pipeline, 2, ("unet",)), tmp_path / "shape.safetensors", "diffusers")
+    shape = adapter_for(pipeline, 2, ("unet",))
+    shape.metadata["modelspec.trigger_phrase"] = "bent"
+    files.write(shape, tmp_path / "shape.safetensors", "diffusers")
     return tmp_path
 
 
@@ -67,6 +69,7 @@ def test_a_picture_is_what_diffusers_draws_and_says_how_it_was_made(draw, place)
     known = {"Steps": "2", "Sampler": "PLMS", "CFG scale": "7.5", "Seed": "1", "Size": "32x32", "Model": "sd1"}
     assert facts | known == facts
     assert json.loads(picture.info["veneer"])["adapters"][0] == {"name": "style", "text": 0.7, "denoiser": 0.7}
+    assert said.err.splitlines()[0] == "note: the prompt 'a cat' lacks the word that shape was trained with: bent"
     again = draw(*words)
     assert again.code == 2
     assert "exists already; nothing was drawn" in again.err
@@ -144,6 +147,9 @@ def test_how_pictures_are_drawn_is_in_the_adapters_folder(veneer, base, place):
     assert negative == "Negative prompt: a dog"
     for fact in ("Steps: 3", "Sampler: DDIM", "CFG scale: 3", "CFG Rescale: 0.5", "Size: 40x32"):
         assert fact in line
+    assert veneer("library", "add", "run", "--name", "kept").code == 0
+    said = veneer("generate", "kept", "--base", base, "--prompt", "a cat", "--out", "b.png", "--guidance", 3)
+    assert opened("a.png").tobytes() == opened("b.png").tobytes(), said.err
 
 
 @pytest.mark.parametrize(

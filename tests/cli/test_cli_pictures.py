@@ -111,7 +111,9 @@ def test_pixels_are_told_apart_and_masks_written(veneer, recipe, shapes, tmp_pat
     run = tmp_path / "runs/seeing-1"
     assert said.code == 0, said.err
     assert {"eval_loss", "mean_iou", "pixel_accuracy"} == set(figures(run))
-    assert (run / "samples/answers.png").stat().st_size
+    sheet = run / "samples/answers.png"
+    assert sheet.stat().st_size
+    assert ["to", "look", "at", str(sheet)] in [line.split() for line in said.out.splitlines()]
     usage = json.loads((run / "adapter/veneer.json").read_text())
     assert usage["data"]["labels"] == [f"class {i}" for i in range(4)]
     file = shapes / "pictures/007.png"

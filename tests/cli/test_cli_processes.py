@@ -79,6 +79,36 @@ def test_a_killed_process_ends_the_run_and_it_goes_on_to_the_same_bits(shared):
     assert losses(folder, "killed") == losses(folder, "undisturbed")
 
 
+@pytest.mark.slow
+def test_what_one_process_cannot_read_is_said_once_and_ends_all(shared):
+    folder, codes = shared
+    assert codes["unreadable"] == [2, 2]
+    assert (folder / "log").read_text().count("error: process 1: rows.jsonl, line 17 cannot be read") == 1
+    assert len(losses(folder, "unreadable")) == 3  # before the first step, and two steps
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "two"])
+def test_how_many_processes_is_a_number(veneer, monkeypatch, asked):
+    monkeypatch.setenv("NPROC_PER_NODE", asked)
+    said = veneer("train", "causal-lm")
+    assert said.code == 2
+    assert f"NPROC_PER_NODE is {asked!r}" in said.err
+
+
+def test_a_group_that_was_there_stays(monkeypatch):
+    """A library that starts the processes itself ends their group itself."""
+    import torch.distributed as dist
+
+    from veneer.train.processes import join
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        join().leave()
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_launchers_say_is_read(monkeypatch):
     from veneer.core.errors import AdapterError
     from veneer.train import processes

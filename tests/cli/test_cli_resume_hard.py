@@ -3,10 +3,14 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+FILLING = Path(__file__).parents[1] / "train/filling.py"
 
 
 def records(run: Path) -> list[dict]:
@@ -169,3 +173,15 @@ def test_a_sweep_goes_on_and_one_failure_does_not_end_it(veneer, recipe, tmp_pat
         alone = (f"train.lr={lr}", "adapter.target_modules=[q_proj]", f"output={tmp_path / name}", "eval.answers=0")
         assert veneer("train", recipe, *alone).code == 0
         assert bits(tmp_path / name / "small-1") == bits(tmp_path / "runs" / name)
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_any_write_is_one_sentence_and_the_run_goes_on_to_the_same_bits(recipe):
+    overrides = ("eval.answers=0", "eval.every_steps=2", "sample.every_steps=3", "checkpoint.every_steps=2")
+    command = [sys.executable, str(FILLING), str(recipe), "5", "37", *overrides, "log=[tensorboard]"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + (recipe.parent / "log").read_text()[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["tried"] >= 4
+    assert result["wrong"] == []
+    assert set(result["ends"]) == {result["undisturbed"]}

@@ -13,26 +13,37 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 
-def attempt(recipe: str, output: Path, *more: str, at_write: int | None = None, **environment: str) -> int:
-    """Start a run in a child, or go on with it; the child's process id."""
+def attempt(
+    recipe: str,
+    output: Path,
+    *more: str,
+    at_write: int | None = None,
+    first: Callable[[], None] = lambda: None,
+    told: int | None = None,
+    **environment: str,
+) -> int:
+    """Start a run in a child, or go on with it; the child's process id. What it says goes to a log, or is `told`."""
     child = os.fork()
     if child:
         return child
     with (output.parent / "log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+        for number in (1, 2):
+            os.dup2(log.fileno() if told is None else told, number)
         os.environ.update(environment)
         code = 1
         try:
             if at_write is not None:
                 _kill_at_write(at_write)
+            first()
             from veneer.cli import main
 
             sys.argv = ["veneer", "train", recipe, f"output={output}", "resume=auto", *more]
@@ -40,7 +51,10 @@ def attempt(recipe: str, output: Path, *more: str, at_write: int | None = None, 
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
             os._exit(code)
     raise AssertionError("not reached")
 

@@ -19,10 +19,12 @@ from veneer.train.diffusion.prompts import Tag, parsed_prompt, written
 if TYPE_CHECKING:
     from PIL import Image
 
+    from veneer.core.adapter import Adapter
     from veneer.train.diffusion.adapted import AdaptedPipeline
     from veneer.train.diffusion.painter import Sampling
 
 _FOLDER = Path("pictures")  # where pictures go that are not told where
+_TRIGGER = "modelspec.trigger_phrase"
 _LARGEST_SEED = 2**32 - 1  # of what other programs take
 
 
@@ -58,8 +60,9 @@ def pictures(
     strengths = [0.0] * compare + [own for own in strengths if own or not compare]
     asked, found = _asked(adapters, prompts, seeds(seed), strengths, lora_dir)
     targets = _targets(asked, out, grid or compare)
-    held = [files.read(path) for path in found.values()]
-    place = zoo.resolve(base or base_of(held))
+    held = {name: files.read(path) for name, path in found.items()}
+    place = zoo.resolve(base or base_of(list(held.values())))
+    _note_triggers(asked, held)
     from veneer.train.diffusion.adapted import AdaptedPipeline
     from veneer.train.diffusion.painter import Sampling, Wish, paint
 
@@ -112,6 +115,19 @@ def _named(name: str, given: dict[str, Path], folder: Path | None) -> Path:
         known = [*given, *there]
         said = f"<lora:{name}> is none of those given: {listed(known)}{nearest(name, known)}"
         raise AdapterError(f"{said}; and {error}") from None
+
+
+def _note_triggers(asked: Sequence[Asked], held: "dict[str, Adapter]") -> None:
+    """Say on stderr which words an adapter was trained with that its prompts lack."""
+    words = {name: adapter.metadata.get(_TRIGGER, "") for name, adapter in held.items()}
+    lacking = {
+        f"the prompt {own.text!r} lacks the word that {tag.name} was trained with: {words[tag.name]}"
+        for own in asked
+        for tag in own.tags
+        if words[tag.name].lower() not in own.text.lower()
+    }
+    for line in sorted(lacking):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _free(name: str, taken: dict[str, Path]) -> str:

@@ -148,7 +148,6 @@ def _show_result(result: "Result") -> None:
 
 def _show_facts(result: "Result") -> None:
     from veneer.cli.terminal import size
-    from veneer.train.tasks import task_named
 
     outcome, folder = result.outcome, result.run.folder
     share = 100 * result.trainable / result.parameters
@@ -164,9 +163,9 @@ def _show_facts(result: "Result") -> None:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
         print(f"to go on              {_command()} train {folder} --resume")
     asked = {key: _quoted(text) for key, text in (result.samples[0] if result.samples else {}).items()}
-    veneer, asking = _command(), task_named(result.recipe.task).asking
+    veneer = _command()
     print("\nworth typing next:")
-    print(f"  {veneer} {asking.format_map(defaultdict(lambda: _quoted('…'), asked, adapter=folder))}")
+    print(f"  {veneer} {result.asking.format_map(defaultdict(lambda: _quoted('…'), asked, adapter=folder))}")
     print(f"  {veneer} merge {folder} --out {folder}-merged")
     print(f"  {veneer} recipes copy {result.recipe.task} my.yaml     # then train on rows of your own")
 

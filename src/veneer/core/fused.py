@@ -1,6 +1,6 @@
 """The fast forward of an adapted linear layer: one autograd function, whatever the number of adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from veneer.core.plan import by_row
 
 FEW = 64  # tokens, which take less time than to round A and B
+BLOCK = 2**19  # numbers of a weight in fp32 that stay in the cache
 
 
 class Change(NamedTuple):
@@ -39,6 +40,40 @@ def has_matrix_units() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b in the dtype of x `(rows, in)`, whatever that of W `(out, in)` and b; without gradients where it differs.
+
+    Of another dtype, W is cast by blocks of rows, for which one memory is enough: the cast of a whole layer's weight
+    takes longer than the product of a few hundred rows, most of it to get the memory.
+    """
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    y = x.new_empty(len(x), len(weight))
+    for rows, block in _blocks(weight, x.dtype):
+        torch.mm(x, block.t(), out=y[:, rows])
+    return y if bias is None else y.add_(bias)
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W in the dtype of x `(rows, out)`, W cast as in `wide_linear`; `(rows, in)`."""
+    if weight.dtype == x.dtype:
+        return x @ weight
+    by_columns = x.stride(0) == 1  # as x is, so is y
+    y = x.new_zeros(weight.shape[1], len(x)).t() if by_columns else x.new_zeros(len(x), weight.shape[1])
+    for rows, block in _blocks(weight, x.dtype):
+        y.addmm_(x[:, rows], block)
+    return y
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of the weight after others, in this dtype; each is in the place of the one before."""
+    rows = min(len(weight), max(FEW, BLOCK // weight.shape[1]))
+    block = torch.empty_like(weight[:rows], dtype=dtype)
+    for start in range(0, len(weight), rows):
+        own = weight[start : start + rows]
+        yield slice(start, start + rows), block[: len(own)].copy_(own)
+
+
 def is_traced() -> bool:
     """Whether a compiler or `torch.func` makes something else of the operations: then they are plain ones.
 
@@ -60,6 +95,8 @@ def fused_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return fused_linear(x, weight, bias, changes, gain)
     if is_traced():
         return sum((thin_linear(x, change) for change in changes), _base_linear(x, weight, bias, gain))
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
@@ -90,7 +127,7 @@ def _plain_linear(
 
 
 def _base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
-    y = F.linear(x, weight, bias)
+    y = wide_linear(x, weight, bias)
     return y if gain is None else y + by_row(y if bias is None else y - bias, gain.to(x.dtype))
 
 
@@ -146,7 +183,7 @@ class _FusedLinear(torch.autograd.Function):
     ) -> Tensor:
         own = product_dtype(x)
         wide = x.to(own)
-        y = _base_linear(wide, weight.to(own), None if bias is None else bias.to(own), gain)  # (tokens, out)
+        y = _base_linear(wide, weight, bias, gain)  # (tokens, out)
         kept: list[Tensor | None] = []
         for A, B, scale, mask, row in zip(factors[::2], factors[1::2], scales, masks, rows, strict=True):
             A, B = A.to(own), B.to(own)
@@ -162,12 +199,17 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _FusedLinear.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gain, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias, need_gain, _, _, _, *need_factors = ctx.needs_input_grad
         dtype, own = x.dtype, product_dtype(x)
-        x, weight, grad = x.to(own), weight.to(own), grad.to(own)
+        x, grad = x.to(own), grad.to(own)
         through = grad if gain is None else by_row(grad, (1 + gain).to(own))  # what reaches W x
-        dx = through @ weight if need_x else None  # (tokens, in)
+        dx = wide_product(through, weight) if need_x else None  # (tokens, in)
         dfactors: list[Tensor | None] = []
         for i, scale in enumerate(ctx.scales):
             A, B, h, row = kept[4 * i : 4 * i + 4]
@@ -186,6 +228,6 @@ class _FusedLinear(torch.autograd.Function):
         dbias = grad.sum(0).to(ctx.base[1]) if need_bias else None
         dgain = None
         if need_gain:  # W x is made again: keeping it would cost as much memory as all the rest of the layer
-            each = (grad * (x @ weight.t())).view(len(gain), -1, len(weight))
+            each = (grad * wide_linear(x, weight)).view(len(gain), -1, len(weight))
             dgain = each.sum(1, dtype=gain.dtype)  # (rows, out)
         return (None if dx is None else dx.to(dtype), dweight, dbias, dgain, None, None, None, *dfactors)

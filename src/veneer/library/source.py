@@ -19,6 +19,7 @@ from veneer.library.place import visible
 from veneer.safe.stored import existing, parsed, read_bytes
 
 CARD, SHEET, RECIPE, RUN_ADAPTER = "README.md", "veneer-library.json", "recipe.yaml", "adapter"
+USAGE = "veneer.json"  # how an adapter is used
 ALONE = "adapter.safetensors"  # what a file is called where it is kept: equal files are equal contents
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,9 +57,8 @@ def source(path: Path) -> Source:
         place = adapter_file(path)
         if place.name == WEIGHTS and (place.parent / CONFIG).is_file():
             place = place.parent
-        if not place.is_dir():
-            return _alone(place, path / CARD if place != path else None)
-        return _run(path, place) if place == path / RUN_ADAPTER else _folder(place)
+        found = _folder(place) if place.is_dir() else _alone(place, place.parent / CARD if place != path else None)
+        return _with_run(found, path) if path / RUN_ADAPTER in (place, place.parent) else found
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
 
@@ -98,7 +98,9 @@ def _alone(path: Path, about: Path | None) -> Source:
         raise AdapterError(f"{path} is no adapter: expected a .safetensors file, an adapter's folder, or a run's")
     beside = [path.with_name(f"{path.stem}{more}{ending}") for more in ("", ".preview") for ending in PICTURES]
     facts = (card(about) if about else {}) | {"origin": {"path": _said(path)}}
-    return Source(path, called(_whole(path)), {ALONE: path}, ALONE, facts, _first_picture(beside))
+    usage = path.with_name(USAGE)
+    files = {ALONE: path} | ({USAGE: usage} if usage.is_file() else {})
+    return Source(path, called(_whole(path)), files, ALONE, facts, _first_picture(beside))
 
 
 def _folder(path: Path) -> Source:
@@ -124,9 +126,8 @@ def _sent(path: Path) -> Source:
     return Source(path, entry.name, files, ALONE if entry.file else "", facts, preview, sums=sums)
 
 
-def _run(path: Path, adapter: Path) -> Source:
+def _with_run(run: Source, path: Path) -> Source:
     """The adapter of a run, with the base as its recipe calls it, and what it answered or drew."""
-    run = _folder(adapter)
     run.facts["origin"] = {"run": _said(path)}
     with suppress(AdapterError):
         recipe = loaded(read_bytes(path / RECIPE).decode("utf-8", "replace"))

@@ -50,7 +50,9 @@ def _recipe_of(adapter: Path, overrides: Iterable[str], rows: bool) -> tuple[Rec
     if not rows:
         raise AdapterError(f"{adapter} is no run, which would know held-out rows: name some with --data")
     task = task_named(usage["task"])
-    said: dict[str, Any] = {key: usage[key] for key in ("task", "base", "data") if key in usage}
+    schema: Any = task.settings.model_fields["data"].annotation
+    known = {key: value for key, value in usage.get("data", {}).items() if key in schema.model_fields}
+    said: dict[str, Any] = {**{key: usage[key] for key in ("task", "base", "train") if key in usage}, "data": known}
     recipe = checked(task.settings, recipes.overridden(said, overrides), str(adapter / USAGE))
     recipe.adapter = replace(read_config(adapter), init_lora_weights=True)
     return recipe, task

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from veneer.core.errors import AdapterError
 
 T = TypeVar("T")
-_PATIENCE = timedelta(minutes=30)  # the first tokenises a large file while the others wait
+_PATIENCE = timedelta(hours=2)  # the first tokenises a large file, or measures, while the others wait
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # and accelerate's
 # what srun says of each task of a step; a batch script outside of srun has none of the last
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}

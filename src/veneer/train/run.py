@@ -46,6 +46,7 @@ class Result:
     adapter_bytes: int = 0
     judged_by: str = ""  # the figure that says which of two adapters is better
     higher_is_better: bool = False
+    asking: str = ""  # the command that uses the adapter
 
 
 @dataclass
@@ -175,7 +176,7 @@ def _carried_out(watch: Watch, outcome: Outcome, began: float, again: bool) -> R
         raise
     trainable, parameters = task.model.get_nb_trainable_parameters()
     result = Result(folder, recipe, outcome, before, {}, trainable, parameters, 0.0)
-    result.judged_by, result.higher_is_better = task.judged_by, task.higher_is_better
+    result.judged_by, result.higher_is_better, result.asking = task.judged_by, task.higher_is_better, task.asking
     try:
         if not enough:
             train(task, watch.stepper, recipe.train, watch, outcome, watch.world)

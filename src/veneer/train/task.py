@@ -49,7 +49,7 @@ class Task(ABC):
 
     settings: ClassVar[type[Recipe]]  # the task's own recipe
     pipeline: ClassVar[str] = "text-generation"  # what the hub calls the task
-    asking: ClassVar[str] = "generate {adapter} --compare --prompt {prompt}"  # the command that uses the adapter
+    asking: str = "generate {adapter} --compare --prompt {prompt}"  # the command that uses the adapter
     library: ClassVar[str] = "peft"  # which reads the adapter's files
     python: ClassVar[str] = USE  # how a model card says that it is used in Python
     sampled: ClassVar[str] = "A held-out row"  # what a model card calls a sample

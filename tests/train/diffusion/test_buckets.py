@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from train.diffusion.captioned import folder
 from veneer.core.errors import AdapterError
 from veneer.train.diffusion.buckets import Frame, View, bucket_sizes, centred, nearest_size
 from veneer.train.diffusion.data_settings import CaptionedData
-from veneer.train.settings import checked
+from veneer.train.loop import _batches, rows_of
+from veneer.train.processes import ALONE
+from veneer.train.settings import TrainSettings, checked
 
 SIDES = st.integers(1, 3000)
 STEPS = st.sampled_from([8, 16, 64])
@@ -33,7 +36,7 @@ def allowed(step: int) -> dict[tuple[int, int], float]:
 
 @given(SIDES, SIDES, STEPS)
 def test_a_picture_goes_to_the_nearest_ratio_of_all(width, height, step):
-    found = nearest_size((width, height), bucket_sizes((512, 512), step, 256, 1024))
+    found = nearest_size((width, height), tuple(bucket_sizes((512, 512), step, 256, 1024)))
     sizes = allowed(step)
     best = [size for size in sizes if (size[0] + step, size[1]) not in sizes and (size[0], size[1] + step) not in sizes]
     ratio = math.log(width / height)
@@ -43,12 +46,13 @@ def test_a_picture_goes_to_the_nearest_ratio_of_all(width, height, step):
 
 
 def test_the_sizes_are_those_that_people_know():
-    assert frame(buckets=True).sizes == [
+    assert frame(buckets=True).sizes == (
         *((256, 1024), (320, 768), (384, 640), (448, 576), (512, 512)),
         *((576, 448), (640, 384), (768, 320), (1024, 256)),
-    ]
+    )
     assert set(frame((64, 64), buckets=True).sizes) >= {(64, 64), (32, 128), (128, 32), (56, 72)}
-    assert frame((64, 64), resolution=[96, 48]).sizes == [(96, 48)]
+    assert all(side % 48 == 0 for size in frame((768, 768), 48, buckets=True).sizes for side in size)
+    assert frame((64, 64), resolution=[96, 48]).sizes == ((96, 48),)
 
 
 @given(SIDES, SIDES, STEPS)
@@ -130,3 +134,18 @@ def test_whether_pictures_are_always_seen_in_the_same_part():
 def test_settings_that_cannot_be_are_told(more, told):
     with pytest.raises(AdapterError, match=told):
         frame(**more)
+
+
+def test_a_batch_goes_through_the_model_once(built, tmp_path):
+    own = folder(tmp_path / "both", dict.fromkeys(("a.png", "b.png", "c.png", "d.png"), "wide"), (64, 32))
+    folder(tmp_path / "both/high", dict.fromkeys(("a.png", "b.png", "c.png", "d.png"), "high"), (32, 64))
+    task = built(data={"path": str(own), "buckets": True})
+    settings = TrainSettings(batch_size=4)
+    batches = [_batches(task, step, rows_of(step, settings, task.size, task.groups), ALONE) for step in range(8)]
+    assert [len(passes) for passes in batches] == [1] * 8
+    shapes = {tuple(batch.inputs["x"].shape) for passes in batches for batch in passes}
+    assert shapes == {(4, 4, 6, 10), (4, 4, 10, 6)}, "24 by 40 pixels, of all in steps of 8 the nearest to 32 by 64"
+    (together,) = _batches(task, 0, [[0, 1, 2, 3]], ALONE)
+    mixed = _batches(task, 0, [[0, 1, 7, 2, 3, 4]], ALONE)
+    assert [len(batch.places) for batch in mixed] == [4, 2]
+    assert together.inputs["sizes"][:, :2].tolist() == [[32, 64]] * 4

@@ -64,6 +64,14 @@ def test_what_is_kept_has_the_bits_of_what_is_computed_anew(tmp_path, dtype):
     assert again.calls == 0
 
 
+def test_latents_that_are_not_finite_are_never_kept(tmp_path, cache: Path):
+    part, _ = read(folder(tmp_path / "own", {"a.png": "x"}))
+    for keep in (True, False):
+        with pytest.raises(AdapterError, match=r"own, a.png: the picture's latents are not finite numbers"):
+            seen_latents(part, lambda pixels: pixels / 0, MADE_BY, keep, Heard())(0, part.view(0))
+    assert not list(cache.glob("latents-*"))
+
+
 def test_all_that_decides_the_latents_makes_others(tmp_path):
     own = folder(tmp_path, {f"{i}.png": "x" for i in range(3)}, (64, 48))
     for encoder, expected, more, made_of in (

@@ -37,6 +37,9 @@ def test_folders_lists_and_tables_say_the_same(tmp_path):
     columns = {"image": [str(own / row["file_name"]) for row in rows], "blip": [[row["text"]] for row in rows]}
     features = Features({"image": Picture(), "blip": List(Value("string"))})
     Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "hub/data").mkdir(parents=True)
+    own_rows = Dataset.from_dict({"image": columns["image"], "caption": [row["text"] for row in rows]})
+    own_rows.cast_column("image", Picture()).to_parquet(tmp_path / "hub/data/train-00000-of-00001.parquet")
     expected, _ = read(own)
     assert [expected.caption(row) for row in range(5)] == [row["text"] for row in rows]
     for path, more in {
@@ -45,6 +48,7 @@ def test_folders_lists_and_tables_say_the_same(tmp_path):
         "table/rows.tsv": {},
         "captioned": {},
         "rows.parquet": {"caption": "blip"},
+        "hub": {},
     }.items():
         found, held_out = read(tmp_path / path, **more)
         assert (len(found), len(held_out)) == (5, 0)
@@ -60,6 +64,8 @@ def test_what_is_said_and_seen_is_decided_by_the_step(tmp_path):
     assert abs(said[""] / 4000 - 0.25) < 0.03
     assert abs(said["sks, one 2"] - said["sks, two 2"]) < 300
     assert found.caption(2) == "sks, one 2"
+    for trigger, said in (("one", "one 2"), ("on", "on, one 2"), ("2", "one 2")):
+        assert read(own, trigger=trigger)[0].caption(2) == said, "what has the trigger keeps its words"
     assert found.spoken() == ["", *(f"sks, {word} {i}" for i in range(4) for word in ("one", "two"))]
     pixels, view = found.picture(1, Random(7))
     again, same = found.picture(1, Random(7))
@@ -81,22 +87,39 @@ def test_held_out_pictures_are_never_learned_nor_changed(tmp_path):
 
 
 def test_pictures_without_captions_are_named_with_the_ways_out(tmp_path):
+    from datasets import Dataset
+    from datasets import Image as Picture
+
     own = folder(tmp_path, {"a.png": "a", "b.png": None, "c.png": " \n", "deep/d.png": None})
     told = problem(own)
     assert "3 of 4 pictures have no caption: 'b.png', 'c.png', 'deep/d.png'. Write b.txt beside" in told
     assert "data.instance_prompt='a photo of sks dog'" in told
     found, _ = read(own, instance_prompt="a photo of sks dog")
     assert [found.caption(row) for row in range(4)] == ["a", *["a photo of sks dog"] * 3]
+    for name in ("d.png", "e.png"):
+        (own / name).write_bytes((own / "a.png").read_bytes())
+        (own / name).with_suffix(".txt").write_text("x")
     (own / "a.txt").write_bytes("é".encode("latin-1"))
     (own / "b.txt").write_bytes(b"\xff")
-    assert problem(own).count("is not UTF-8") == 2
+    (own / "c.png").write_bytes(b"no picture")
+    told = problem(own, eval_share=0.5)
+    assert told.count("is not UTF-8") == 2, "all faults of both sides are in one error"
+    assert "c.png: is no picture" in told
+    assert told.count("pictures have no caption") >= 1
     listed = folder(tmp_path / "listed", {"a.png": None})
     (listed / "metadata.jsonl").write_text('{"file_name": "a.png", "text": {"en": 1}}')
-    assert "expected a caption, or a list of them: a.png: {'en': 1}" in problem(listed)
+    assert "a.png: expected a caption, or a list of them, found {'en': 1}" in problem(listed)
     (listed / "metadata.jsonl").write_text('{"file_name": "a.png"}')
     assert "1 of 1 pictures have no caption" in problem(listed)
     assert "expected the column caption='txet'" in problem(listed, caption="txet")
     assert read(listed, instance_prompt="x")[0].caption(0) == "x"
+    rows = {"image": [str(own / "d.png"), str(own / "e.png")], "text": [None, "said"]}
+    for name, columns in (("none", ["image"]), ("some", ["image", "text"])):
+        table = Dataset.from_dict({column: rows[column] for column in columns}).cast_column("image", Picture())
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    assert "2 of 2 pictures have no caption: 'row 1', 'row 2'" in problem(tmp_path / "none.parquet")
+    assert "1 of 2 pictures have no caption: 'row 1'" in problem(tmp_path / "some.parquet")
+    assert read(tmp_path / "none.parquet", instance_prompt="x")[0].caption(1) == "x"
 
 
 def test_folders_of_kohya_are_repeated(tmp_path):

@@ -76,10 +76,20 @@ def test_pictures_of_ones_own_count(tmp_path):
 def test_pictures_that_were_painted_otherwise_are_not_mixed_in(tmp_path):
     paint_class(data(tmp_path, 2), {"base": "b"}, Painter(), 4, Heard())
     before = {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")}
-    for own, facts in ((data(tmp_path, 3, "a cat"), {"base": "b"}), (data(tmp_path, 3), {"base": "c"})):
+    for own, facts in (
+        (data(tmp_path, 3, "a cat"), {"base": "b"}),
+        (data(tmp_path, 2, "a cat"), {"base": "b"}),
+        (data(tmp_path, 3), {"base": "c"}),
+        (data(tmp_path, 2), {"base": "c"}),
+        (data(tmp_path, 3), {"base": "b", "steps": "9"}),
+    ):
         with pytest.raises(AdapterError, match=r"2 pictures were painted otherwise: .* was .* and is .*Say another"):
             paint_class(own, facts, Painter(), 4, Heard())
     assert {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")} == before
+    paint_class(data(tmp_path, 2), {"base": "b", "steps": "9"}, Painter(), 4, Heard())  # nothing is added
+    (tmp_path / "class.json").unlink()
+    paint_class(data(tmp_path, 3, "a cat"), {"base": "b"}, painter := Painter(), 4, Heard())
+    assert painter.seeds == [2], "they are taken as they are"
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):

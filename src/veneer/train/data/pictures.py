@@ -86,7 +86,7 @@ def read_pictures(path: str, split: str, data: Any, said: Said) -> Pictures:
         folder = _of_split(place, split)
         if said.masks and folder != place and (Path(said.masks) / split).is_dir():
             said = replace(said, masks=str(Path(said.masks) / split))
-        return _folder(folder, data, said)
+        return _folder(folder, split, data, said)
     if ending == ".parquet" or (not place.exists() and ending not in READERS and HUB_NAME.fullmatch(path)):
         return _table(path, split, data, said)
     if not place.exists():
@@ -107,10 +107,12 @@ def _of_split(folder: Path, split: str) -> Path:
     return folder
 
 
-def _folder(folder: Path, data: Any, said: Said) -> Pictures:
+def _folder(folder: Path, split: str, data: Any, said: Said) -> Pictures:
     if own := next((folder / name for name in LISTS if (folder / name).is_file()), None):
         return _table(str(own), "train", data, said) if own.suffix == ".parquet" else _list(own, data, said)
     names = sorted(inside(folder))
+    if not names and next(folder.rglob("*.parquet"), None):  # as datasets of the hub lie on a disk
+        return _table(str(folder), split, data, said)
     if not names:
         raise AdapterError(f"{folder}: expected pictures, or {listed(LISTS, say=str)} that names them; found none")
     if said.masks:
@@ -212,7 +214,7 @@ def _table(path: str, split: str, data: Any, said: Said) -> Pictures:
     table = table_of(path, split, data.subset)
     image = column(data.image, table.pictures or IMAGES, table.columns, "image", path)
     own = _said_in(table.columns, said, path)
-    folder = Path(path).parent
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     rows = np.arange(len(table))
     others = table.raw(own, folder) if own and said.is_picture else table.label(own, said.optional)
 

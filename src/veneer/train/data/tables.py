@@ -81,12 +81,12 @@ def table_of(path: str, split: str, subset: str | None) -> PictureTable:
     except ImportError as error:
         raise AdapterError("pictures in tables need: pip install 'veneer[train]'") from error
     file = Path(path)
+    cache = str(cache_folder() / "tables") if file.exists() else None
     try:
         if file.is_file():
-            cache = str(cache_folder() / "tables")
             table = datasets.Dataset.from_parquet(str(file), cache_dir=cache)
         else:
-            table = datasets.load_dataset(path, subset, split=split)
+            table = datasets.load_dataset(path, subset, split=split, cache_dir=cache)
     except Exception as error:  # the library raises a dozen unrelated kinds; to a reader they are one
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         what = "cannot be read as Parquet" if file.is_file() else f"the split {split!r} could not be loaded"

@@ -5,8 +5,9 @@ to its own (NovelAI's aspect-ratio bucketing; SDXL, arXiv:2307.01952, section 2.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 
 import torch
@@ -82,15 +83,15 @@ class Frame:
                 raise AdapterError(
                     f"data.resolution={list(resolution)}: expected multiples of {multiple} for this base"
                 )
-            self.sizes: Sequence[Size] = [resolution]
+            self.sizes: tuple[Size, ...] = (resolution,)
             return
-        small = min(resolution) < 256
-        self.step = self.own.step or max(multiple, 8 if small else 64)
+        usual = 8 if min(resolution) < 256 else 64
+        self.step = self.own.step or math.ceil(usual / multiple) * multiple
         if self.step % multiple:
             raise AdapterError(f"data.buckets.step={self.step}: expected a multiple of {multiple} for this base")
         smallest = self.own.smallest or min(resolution) // 2
         self.largest = self.own.largest or 2 * max(resolution)
-        self.sizes = bucket_sizes(resolution, self.step, smallest, self.largest)
+        self.sizes = tuple(bucket_sizes(resolution, self.step, smallest, self.largest))
 
     def target(self, original: Size) -> Size:
         """The size that a picture is learned in."""
@@ -139,7 +140,8 @@ def bucket_sizes(resolution: Size, step: int, smallest: int, largest: int) -> li
     return found
 
 
-def nearest_size(original: Size, sizes: Iterable[Size]) -> Size:
+@lru_cache(maxsize=1 << 16)  # many pictures have one size
+def nearest_size(original: Size, sizes: tuple[Size, ...]) -> Size:
     """The size with the nearest ratio: the least |log(W/H) - log(w/h)|, of equals the largest."""
     ratio = math.log(original[0] / original[1])
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1], size))

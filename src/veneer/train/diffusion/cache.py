@@ -118,9 +118,18 @@ def seen_latents(part: Captioned, encode: Encode, made_of: Mapping[str, Any], ke
     the same part, as it is or turned; else computed each time. Pictures go through alone, so both give the same bits.
     """
 
-    def anew(row: int, view: View) -> Tensor:
+    def made(row: int, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            return encode(part.pixels(row, view)[None])[0].detach()
+            found = encode(pixels[None])[0].detach()
+        if not found.isfinite().all():
+            raise AdapterError(
+                f"{part.place(row)}: the picture's latents are not finite numbers; the encoder may overflow in "
+                "float16 (as SDXL's first one does): say another dtype"
+            )
+        return found
+
+    def anew(row: int, view: View) -> Tensor:
+        return made(row, part.pixels(row, view))
 
     if not keep:
         return anew
@@ -131,15 +140,14 @@ def seen_latents(part: Captioned, encode: Encode, made_of: Mapping[str, Any], ke
     keys = [f"{part.content(row)} {view.resized} {view.target}" for row, view in enumerate(views)]
     rows = {key: row for row, key in enumerate(keys)}
 
-    def read(key: str) -> list[Tensor]:
+    def read(key: str) -> tuple[int, list[Tensor]]:
         row = rows[key]
         pixels = part.pixels(row, views[row])
-        return [pixels, pixels.flip(-1)] if part.frame.flip else [pixels]
+        return row, [pixels, pixels.flip(-1)] if part.frame.flip else [pixels]
 
     def make(some: Sequence[str]) -> Iterator[Tensors]:
-        with torch.no_grad():
-            for pixels in ahead(read, some):
-                yield {name: encode(own[None])[0] for name, own in zip(("seen", "turned"), pixels, strict=False)}
+        for row, pixels in ahead(read, some):
+            yield {name: made(row, own) for name, own in zip(("seen", "turned"), pixels, strict=False)}
 
     more = {"flip": part.frame.flip}
     stored = kept("latents", {**made_of, **more}, keys, make, f"{part.pictures.source}: encoding pictures", reporter)

@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from random import Random
@@ -23,7 +24,8 @@ from veneer.train.task import Reporter
 
 COLUMNS = ("text", "caption", "captions", "prompt", "description", "blip_caption", "sentence", "title")
 BESIDE = (".txt", ".caption")
-REPEATED = re.compile(r"(\d{1,3})_(.+)")  # kohya's habit: 10_sks dog
+REPEATED = re.compile(r"([1-9]\d{0,2})_(.+)")  # kohya's habit: 10_sks dog
+Repeats = tuple[int, str]  # how often a folder's pictures are learned in an epoch, and their caption
 MOST_ENLARGED = 8  # times a side, beyond which a picture is named instead
 
 
@@ -126,16 +128,34 @@ def read_captioned(
     """(learned from, held out), every picture read once and every caption there; `resolution` is the base's own where
     the recipe says none, and `multiple` the pixels of a latent point.
 
-    Raises `AdapterError` that names all pictures that cannot be read or have no caption.
+    Raises one `AdapterError` that names all pictures that cannot be read, are too small or have no caption.
     """
     reporter = reporter or Reporter()
     frame = Frame(data, resolution, multiple)
-    said = Said(COLUMNS, "caption", data.caption, beside=captions_beside, optional=True)
+    said = Said(COLUMNS, "caption", data.caption, beside=files_beside, optional=True)
     sides = read_sides(data, seed, lambda held_out: said)
-    learned, held_out = (_captioned(side, data, frame, reporter) for side in sides)
-    if not len(learned):
+    if not len(sides[0]):
         raise AdapterError(f"{data.path}: no picture is left to learn from; say a smaller data.eval_share")
-    return _repeated(learned, data, reporter), replace(held_out, dropout=0.0)
+    one = not (data.eval_path or data.eval_split)
+    folders = [kohya_folders(sides if one else [side]) if data.repeats else {} for side in sides]
+    words = [partial(_texts, side, data, own) for side, own in zip(sides, folders, strict=True)]
+    found: list[Any] = _tried([*words, *(partial(_looked, side, frame, reporter) for side in sides)])
+    every = zip(sides, found[:2], found[2:], strict=True)
+    learned, held_out = (Captioned(side, texts, looks, frame) for side, texts, looks in every)
+    return _repeated(replace(learned, dropout=data.caption_dropout), folders[0], reporter), held_out
+
+
+def _tried(calls: Iterable[Callable[[], object]]) -> list[object]:
+    """What each call gives. Raises one `AdapterError` with what is wrong in any."""
+    found, problems = list[object](), list[str]()
+    for call in calls:
+        try:
+            found.append(call())
+        except AdapterError as error:
+            problems.append(str(error))
+    if problems:
+        raise AdapterError("; ".join(dict.fromkeys(problems)))
+    return found
 
 
 def read_class(data: CaptionedData, resolution: Size, multiple: int, reporter: Reporter | None = None) -> Captioned:
@@ -151,85 +171,82 @@ def read_class(data: CaptionedData, resolution: Size, multiple: int, reporter: R
     return Captioned(pictures, texts, looks, frame, data.caption_dropout)
 
 
-def captions_beside(folder: Path, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """What the files beside the pictures say, a caption a line; nothing where there is no file.
-
-    Raises `AdapterError` that names all files that cannot be read.
-    """
-    found, problems = list[tuple[str, ...]](), list[str]()
-    for name in names:
-        file = next((own for end in BESIDE if (own := (folder / name).with_suffix(end)).is_file()), None)
-        try:
-            text = file.read_text(encoding="utf-8-sig") if file else ""
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{file}: {'is not UTF-8' if isinstance(error, ValueError) else error.strerror}")
-            continue
-        found.append(tuple(line.strip() for line in text.splitlines() if line.strip()))
-    if problems:
-        raise AdapterError(f"captions that cannot be read: {listed(problems, say=str, between='; ')}")
-    return found
+def files_beside(folder: Path, names: Sequence[str]) -> list[Path | None]:
+    """The file of captions beside each picture."""
+    every = ([(folder / name).with_suffix(end) for end in BESIDE] for name in names)
+    return [next((file for file in files if file.is_file()), None) for files in every]
 
 
-def _captioned(pictures: Pictures, data: CaptionedData, frame: Frame, reporter: Reporter) -> Captioned:
+def _texts(pictures: Pictures, data: CaptionedData, folders: Mapping[str, Repeats]) -> dict[int, tuple[str, ...]]:
+    """What may be said of each row of the source. Raises `AdapterError` that names all that nothing can be said of."""
     texts: dict[int, tuple[str, ...]] = {}
     bare, strange = [], []
-    usual = kohya_folders(pictures) if data.repeats else {}
     for row in pictures.rows.tolist():
-        own = texts_of(pictures.said(row))
-        if own is None:
-            strange.append(f"{pictures.name(row)}: {pictures.said(row)!r:.80}")
+        name = pictures.name(row)
+        try:
+            own = texts_of(pictures.said(row))
+        except AdapterError as error:
+            strange.append(f"{name}: {error}")
             continue
-        folder = usual.get(_folder(pictures.name(row)))
-        own = own or (
-            (data.instance_prompt or (folder[1] if folder else ""),) if data.instance_prompt or folder else ()
-        )
-        if not own:
-            bare.append(pictures.name(row))
-        texts[row] = tuple(f"{data.trigger}, {text}" if data.trigger else text for text in own)
+        usual = data.instance_prompt or folders.get(_folder(name), (1, ""))[1]
+        texts[row] = tuple(_triggered(text, data.trigger) for text in own or ((usual,) if usual else ()))
+        if not texts[row]:
+            bare.append(name)
+    problems = []
     if strange:
-        raise AdapterError(f"{pictures.source}: expected a caption, or a list of them: {listed(strange, say=str)}")
+        problems.append(f"{pictures.source}: captions that cannot be used: {listed(strange, say=str, between='; ')}")
     if bare:
-        raise AdapterError(
+        problems.append(
             f"{pictures.source}: {len(bare):,} of {len(pictures):,} pictures have no caption: {listed(bare)}. Write "
             f"{PurePosixPath(bare[0]).with_suffix('.txt').name} beside each picture, or metadata.jsonl with file_name "
             "and text; or say data.caption=COLUMN; or data.instance_prompt='a photo of sks dog' for all that have none"
         )
-    return Captioned(pictures, texts, _looked(pictures, frame, reporter), frame, data.caption_dropout)
+    if problems:
+        raise AdapterError("; ".join(problems))
+    return texts
 
 
-def texts_of(said: Any) -> tuple[str, ...] | None:
-    """The captions that a column says; None where they are none."""
-    if said is None:
-        return ()
-    if isinstance(said, str):
-        return (said.strip(),) if said.strip() else ()
-    if isinstance(said, list | tuple | np.ndarray) and all(isinstance(text, str) for text in said):
-        return tuple(text.strip() for text in said if text.strip())
-    return None
+def _triggered(text: str, trigger: str | None) -> str:
+    """The caption with the trigger before it, where it has it nowhere."""
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text):
+        return text
+    return f"{trigger}, {text}"
 
 
-def kohya_folders(pictures: Pictures) -> dict[str, tuple[int, str]]:
+def texts_of(said: Any) -> tuple[str, ...]:
+    """The captions that a column says, or a file has, one a line. Raises `AdapterError` where they are none."""
+    if isinstance(said, Path):
+        try:
+            said = said.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise AdapterError(f"{said.name} is not UTF-8; save it as UTF-8") from error
+        except OSError as error:
+            raise AdapterError(f"{said.name} cannot be read: {error.strerror or error}") from error
+    every = said if isinstance(said, list | tuple | np.ndarray) else () if said is None else (said,)
+    if not all(isinstance(text, str) for text in every):
+        raise AdapterError(f"expected a caption, or a list of them, found {said!r:.80}")
+    return tuple(text.strip() for text in every if text.strip())
+
+
+def kohya_folders(parts: Iterable[Pictures]) -> dict[str, Repeats]:
     """(repeats, caption) of each folder, where all pictures lie in folders named like `10_sks dog`."""
-    folders = {_folder(pictures.name(row)) for row in pictures.rows.tolist()}
-    found = {folder: REPEATED.fullmatch(folder) for folder in folders}
-    return {
-        folder: (max(1, int(own[1])), own[2].strip()) for folder, own in found.items() if own and all(found.values())
-    }
+    folders = {_folder(part.name(row)) for part in parts for row in part.rows.tolist()}
+    found = {folder: own for folder in folders if (own := REPEATED.fullmatch(folder))}
+    return {} if folders - set(found) else {folder: (int(own[1]), own[2].strip()) for folder, own in found.items()}
 
 
 def _folder(name: str) -> str:
     return name.partition("/")[0] if "/" in name else ""
 
 
-def _repeated(part: Captioned, data: CaptionedData, reporter: Reporter) -> Captioned:
-    folders = kohya_folders(part.pictures) if data.repeats else {}
+def _repeated(part: Captioned, folders: Mapping[str, Repeats], reporter: Reporter) -> Captioned:
     if not folders:
         return part
     rows = part.pictures.rows
     times = np.array([folders[_folder(part.pictures.name(row))][0] for row in rows.tolist()])
     told = [f"{name!r} {count} times" for name, (count, _) in sorted(folders.items())]
     reporter.say(
-        f"{data.path}: folders named as kohya's scripts have them: an epoch has the pictures of "
+        f"{part.pictures.source}: folders named as kohya's scripts have them: an epoch has the pictures of "
         f"{listed(told, say=str)}; data.repeats=false counts each once"
     )
     return replace(part, pictures=replace(part.pictures, rows=np.repeat(rows, times)))

@@ -16,7 +16,9 @@ class BucketSettings(Settings):
     """Shapes that pictures are learned in, each about as large as `resolution`."""
 
     step: Points | None = Field(
-        None, description="Widths and heights are multiples of this: 64, or 8 where the resolution is under 256."
+        None,
+        description="Widths and heights are multiples of this: 64, or 8 where the resolution is under 256; rounded up "
+        "to what the base takes.",
     )
     smallest: Points | None = Field(None, description="The shortest side; half of the resolution's, if not said.")
     largest: Points | None = Field(None, description="The longest side; twice the resolution's, if not said.")
@@ -47,7 +49,9 @@ class CaptionedData(PicturesData):
         description="The caption of every picture that has none, as in DreamBooth: a photo of sks dog.",
     )
     trigger: str | None = Field(
-        None, min_length=1, description="A word that is put before every caption, and kept with the adapter."
+        None,
+        min_length=1,
+        description="A word that is put before every caption that has it nowhere, and kept with the adapter.",
     )
     caption_dropout: float = Field(
         0.0, ge=0, le=1, description="The share of the steps in which a picture is learned with an empty caption."

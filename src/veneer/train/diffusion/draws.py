@@ -1,5 +1,5 @@
-"""What is drawn for each picture of a step: from (seed, step, row) alone, so that any split over processes and a run
-that goes on later have the same bits.
+"""What is drawn for each picture of a step: from (seed, step, row) and the row's place in the step, which (seed, step)
+decides; so any split over processes and a run that goes on later have the same bits.
 """
 
 import hashlib

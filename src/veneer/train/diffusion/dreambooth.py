@@ -46,18 +46,23 @@ def paint_class(data: CaptionedData, facts: dict[str, str], paint: Paint, at_onc
     """Paint the class pictures that lack in `class_path`, each from its number as the seed, `at_once` together.
 
     Each is written whole, so painting that was cut short goes on where it was. `facts` (the base's digest, the sampler)
-    and the prompt are kept beside them: raises `AdapterError` where those that are there were painted otherwise. Of
-    several processes one paints, and the others wait.
+    and the prompt are kept beside them: raises `AdapterError` where those that are there are of another prompt or base,
+    or others would be added that are painted otherwise. Of several processes one paints, and the others wait.
     """
-    if data.class_path is None or data.class_prompt is None or not lacking(data):
+    if data.class_path is None or data.class_prompt is None:
         return
-    folder = Path(data.class_path)
+    folder, facts = Path(data.class_path), {"prompt": data.class_prompt, **facts}
     try:
+        if not lacking(data):
+            _agree(folder, {key: facts[key] for key in ("prompt", "base") if key in facts})
+            return
         with building(folder / "pictures", "run that paints the same class pictures", reporter.say):
             numbers = lacking(data)  # some may have come while this one waited
             if not numbers:
                 return
-            _agree(folder, {"prompt": data.class_prompt, **facts})
+            _agree(folder, facts)
+            if not (folder / FACTS).is_file():
+                _write(folder / FACTS, facts)
             reporter.say(f"{len(numbers):,} pictures of {data.class_prompt!r} are painted into {folder}")
             for start in range(0, len(numbers), at_once):
                 some = numbers[start : start + at_once]
@@ -69,22 +74,28 @@ def paint_class(data: CaptionedData, facts: dict[str, str], paint: Paint, at_onc
 
 
 def _agree(folder: Path, facts: dict[str, str]) -> None:
-    """Write what paints the pictures, or see that it is what has painted those that are there."""
+    """Raise `AdapterError` where the pictures that are there were painted otherwise."""
     file = folder / FACTS
     painted = [name for name in inside(folder) if PAINTED.fullmatch(name)]
-    if painted and file.is_file():
-        try:
-            then = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise AdapterError(
-                f"{file}: not valid JSON: {error}. Delete it with the pictures {listed(painted)}"
-            ) from error
-        if other := differences(then if isinstance(then, dict) else {}, facts):
-            raise AdapterError(
-                f"data.class_path={folder}: {len(painted):,} pictures were painted otherwise: "
-                f"{listed(other, say=str)}. Say another data.class_path, or delete them"
-            )
+    if not file.is_file():
         return
+    if not painted:  # all were deleted
+        file.unlink()
+        return
+    try:
+        then = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{file}: not valid JSON: {error}. Delete it with the pictures {listed(painted)}") from error
+    known = then if isinstance(then, dict) else {}
+    if other := differences({key: known.get(key) for key in facts}, facts):
+        raise AdapterError(
+            f"data.class_path={folder}: {len(painted):,} pictures were painted otherwise: "
+            f"{listed(other, say=str)}. Say another data.class_path, or delete them; or delete {FACTS} to take them as "
+            "they are"
+        )
+
+
+def _write(file: Path, facts: dict[str, str]) -> None:
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     write_whole({file: lambda path: path.write_text(text, encoding="utf-8")})
 

@@ -97,13 +97,13 @@ class Objective:
 
     def loss(self, answer: Tensor, x: Tensor, draw: Draw) -> Tensor:
         """Of each picture `(n,)`, in fp32 or wider: of `(n, …)` elements off by d, the mean of d²; of
-        2c (√(d² + c²) - c) for huber; of 2 (√(d² + c²) - c) for smooth_l1.
+        2c (√(d² + c²) - c) for huber; of 2 (√(d² + c²) - c) for smooth_l1, which is 2 d² / (√(d² + c²) + c).
         """
         off = _wide(answer) - self.target(x, draw)
         squares = off.square()
         if self.settings.loss != "mse":
             c = _beside(self.turn(draw.t).to(off), off)
-            squares = 2 * ((squares + c**2).sqrt() - c) * (c if self.settings.loss == "huber" else 1)
+            squares = 2 * squares / ((squares + c**2).sqrt() + c) * (c if self.settings.loss == "huber" else 1)
         means: Tensor = squares.flatten(1).mean(1)
         return means * self.weights(draw.t).to(means)
 

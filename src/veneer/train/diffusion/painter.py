@@ -4,6 +4,7 @@ They are made one after the other, each with noise of its own from the CPU's gen
 the same bits alone or among others.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -166,6 +167,8 @@ def _painted(pipeline: Any, wish: Wish, given: dict[str, Any]) -> Image.Image:
     picture = getattr(drawn, "images", [None])[0]
     if not isinstance(picture, Image.Image):
         raise AdapterError(f"a {type(pipeline).__name__} makes no pictures by itself: it needs its decoder")
+    if any(getattr(drawn, "nsfw_content_detected", None) or ()):
+        warnings.warn(f"the pipeline's safety checker has blacked out {wish.prompt!r}, seed {wish.seed}", stacklevel=3)
     return picture
 
 

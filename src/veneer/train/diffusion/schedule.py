@@ -86,7 +86,7 @@ def schedule_of(scheduler: Any, settings: ObjectiveSettings) -> Schedule:
     prediction = said if settings.prediction == "auto" else settings.prediction
     if not isinstance(betas, Tensor):
         raise AdapterError(f"the base's {kind} has no betas: flow matching and EDM are not trained")
-    if prediction not in get_args(Prediction):
+    if said not in get_args(Prediction):
         known = listed(get_args(Prediction), say=str)
         raise AdapterError(f"the base's {kind} predicts {shown(said)}; what is trained: {known}")
     if settings.zero_terminal_snr and prediction == "epsilon":

@@ -105,6 +105,9 @@ class HeadSample(Settings):
     """The `sample` part."""
 
     count: int = Field(3, ge=0, description="How many held-out rows are shown with what the model says of them.")
+    every_steps: int | None = Field(
+        None, ge=1, description="Write them into samples/ of the run every so many steps too, and not at the end alone."
+    )
 
 
 class HeadRecipe(Recipe):

@@ -98,6 +98,10 @@ class Preference(TextTask):
         loss = self.loss_of(margins) / len(margins)
         return {"eval_loss": loss.item(), "accuracy": accuracy.item(), "margin": margins.mean().item()}
 
+    def usage(self) -> dict[str, Any]:
+        own = self.recipe.train.model_dump(include={"beta", "loss"})
+        return {**super().usage(), "train": own}  # what the figures are of
+
     def reading(self) -> dict[str, Any]:
         data = self.recipe.data
         return {"shape": data.shape, "prompt": data.prompt, "completion": data.chosen, "chat": data.chat}

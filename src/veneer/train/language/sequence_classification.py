@@ -63,6 +63,8 @@ class SequenceClassification(HeadTask):
         if data.text is None:
             pair = next((own for own in PAIRS if set(own) <= set(there)), None)
             data.text, data.pair = pair or (column(None, TEXTS, there, "text", rows.source), data.pair)
+        if data.pair is not None:
+            self.asking = "predict {adapter} --text {text} --pair {pair}"
         for key in ("text", "pair"):
             if (named := getattr(data, key)) is not None:
                 column(named, (), there, key, rows.source)

@@ -14,13 +14,15 @@ from torch import nn
 
 from veneer.core.reclass import Reclassed, reclass, restore
 from veneer.train.pieces.activation import quick_activation
+from veneer.train.pieces.attention import quick_attention
 from veneer.train.pieces.compiled import compiled, make_kernels, saving
+from veneer.train.pieces.frozen import quick_frozen
 from veneer.train.pieces.gated import quick_gated
 from veneer.train.pieces.norm import quick_norm
 from veneer.train.pieces.piece import Piece
 from veneer.train.pieces.rotary import quick_rotary
 
-KINDS = (quick_norm, quick_gated, quick_activation, quick_rotary)
+KINDS = (quick_frozen, quick_attention, quick_norm, quick_gated, quick_activation, quick_rotary)
 
 
 @dataclass
