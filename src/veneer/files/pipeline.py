@@ -29,6 +29,7 @@ INDEX = "model_index.json"
 _ROOMS = ("diffusers", "transformers")  # whose classes are made: a pipeline brings no programs
 _MOVED = ("WuerstchenPrior", "WuerstchenDiffNeXt", "PaellaVQModel")
 _HOMES = ("diffusers.pipelines.deprecated.wuerstchen", "diffusers.pipelines.wuerstchen")  # now, and before
+_RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor", "CLIPTokenizerFast": "CLIPTokenizer"}  # by transformers 5
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Weighted = Sequence[tuple[Adapter, float]]
@@ -171,10 +172,14 @@ def _class(place: Path, kind: tuple[str, str]) -> Any:
         if not library.isidentifier() or find_spec(homes[0]) is None:
             known = " and ".join(_ROOMS)
             raise AdapterError(f"{place} is a {shown(name)} of {shown(library)}; models of {known} are read")
-    for home in homes:
+    said = ""
+    for home, own in ((home, own) for home in homes for own in (name, _RENAMED.get(name, name))):
         with suppress(ImportError, AttributeError):
-            return getattr(import_module(home), name)
-    raise AdapterError(f"{place}: {listed(homes, say=str, between=' and ')} have no {shown(name)}")
+            try:
+                return getattr(import_module(home), own)
+            except RuntimeError as error:  # what a class of diffusers needs cannot be imported
+                said = f": {str(error).splitlines()[-1]}"
+    raise AdapterError(f"{place}: {listed(homes, say=str, between=' and ')} have no {shown(name)}{said}")
 
 
 def _made(made_by: Any, place: Path, **more: Any) -> Any:

@@ -108,15 +108,18 @@ def _second() -> DiffusionPipeline:
 
 
 def _xl() -> DiffusionPipeline:
-    """Text goes in twice: side by side as the cross-attention's input, and pooled, with six numbers of sizes."""
-    shape = {"transformer_layers_per_block": [1, 2], "use_linear_projection": True, "layers_per_block": 1}
+    """Text goes in twice: side by side as the cross-attention's input, and pooled, with six numbers of sizes. Its U-Net
+    has the real one's blocks, as names in files count them.
+    """
+    shape = {"transformer_layers_per_block": [1, 1, 2], "use_linear_projection": True}
+    width = WIDTH + WIDTH_2
     return StableDiffusionXLPipeline(
         vae=vae(force_upcast=True, scaling_factor=0.13025),
         text_encoder=_reading(WIDTH),
         text_encoder_2=_reading(WIDTH_2, projected=True, num_hidden_layers=3),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer("!"),
-        unet=unet((False, True), (8, 16), cross_attention_dim=WIDTH + WIDTH_2, **sizes_told(), **shape),
+        unet=unet((False, True, True), (4, 8, 12), cross_attention_dim=width, **sizes_told(), **shape),
         scheduler=EulerDiscreteScheduler(**_BETAS, steps_offset=1, timestep_spacing="leading"),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,

@@ -17,6 +17,7 @@ from veneer.train.diffusion.efficient_net import EfficientNetEncoder
 from veneer.train.diffusion.family import Family, family_of
 from veneer.train.diffusion.objective import Objective
 from veneer.train.diffusion.objective_settings import ObjectiveSettings
+from veneer.train.diffusion.painter import Sampling, Wish, paint
 from veneer.train.diffusion.samples import Samples
 from veneer.train.diffusion.schedule import schedule_of
 from veneer.train.diffusion.settings import SampleSettings
@@ -191,6 +192,8 @@ def test_wuerstchens_prior_beside_its_decoder(tmp_path):
     assert pipe.prior_text_encoder is family.parts["text_encoder"]
     assert family.pipeline().decoder is pipe.decoder  # read once
     assert family.drawn((768, 512)) == (1024, 640)  # its 24 × 16 latents, up to what the decoder can draw
+    with pytest.raises(AdapterError, match="multiples of 128, not 832×768"):
+        paint(pipe, [Wish("an apple")], Sampling(steps=1, width=832, height=768))
     said = family.encode_texts(CAPTIONS)["text"]
     assert torch.equal(said, prior.encode_prompt("cpu", 1, False, prompt=CAPTIONS)[0])
 

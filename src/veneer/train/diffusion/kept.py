@@ -4,6 +4,7 @@ has no place for the method.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -57,6 +58,7 @@ def exchange(model: PeftModel, folder: Path, name: str = "default") -> None:
         fitting = matched(model.get_submodule(part), own)
         every |= {f"{part}.{path}": change for path, change in changes(fitting).items()}
         metadata |= own.metadata
+    what: Any = adapter_of(every, metadata=metadata, base=model.peft_config[name].base_model_name_or_path)
     model.delete_adapter(name)
-    model._add(name, adapter_of(every, metadata=metadata), True)
+    model.add_adapter(name, what)
     model.set_adapter(name)

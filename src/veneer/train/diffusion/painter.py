@@ -30,6 +30,7 @@ _WORDS = {
     "width": ("width",),
     "height": ("height",),
 }
+STEP_OF_A_PRIOR = 128  # of widths and heights: what its latents make, the decoder halves several times
 _WATCHERS = ("prior_callback_on_step_end", "callback_on_step_end")
 _STAGES = ("prior_pipe", "decoder_pipe")  # the pipelines inside of one
 
@@ -123,6 +124,10 @@ def _arguments(sampling: Sampling, known: Mapping[str, Any], kind: str) -> dict[
         raise AdapterError(f"a {kind} knows no {listed(strange, say=str)}")
     if (given.get("width") is None) != (given.get("height") is None):
         raise AdapterError("width and height are said together")
+    sides = [given.get("width") or 0, given.get("height") or 0]
+    if _WORDS["steps"][0] in known and any(side % STEP_OF_A_PRIOR for side in sides):
+        size = "×".join(map(str, sides))
+        raise AdapterError(f"a {kind} draws widths and heights that are multiples of {STEP_OF_A_PRIOR}, not {size}")
     return {word: given[key] for key, word in words.items() if word}
 
 

@@ -18,10 +18,10 @@ from veneer.safe.stored import parsed, read_bytes
 from veneer.train.bases.loading import load_tokenizer, quiet
 from veneer.train.diffusion.efficient_net import FACTOR, EfficientNetEncoder
 from veneer.train.diffusion.family import Conditions, Family
+from veneer.train.diffusion.painter import STEP_OF_A_PRIOR
 from veneer.train.diffusion.stable_diffusion import load_parts, load_scheduler
 
 SEER = "image_encoder"
-STEP = 128  # of the widths and heights that the decoder can draw
 _DECODER = ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")
 
 
@@ -32,7 +32,7 @@ class WuerstchenPrior(Family):
     denoiser = "prior"
     seer = SEER
     factor = FACTOR
-    resolution, step = 768, STEP
+    resolution, step = 768, STEP_OF_A_PRIOR
 
     def __init__(self, folder: Path, parts: dict[str, nn.Module], tokenizer: Any, scheduler: Any) -> None:
         self.folder, self.parts, self.tokenizer, self.scheduler = folder, parts, tokenizer, scheduler
@@ -97,8 +97,8 @@ class WuerstchenPrior(Family):
 
     def drawn(self, size: tuple[int, int]) -> tuple[int, int]:
         """As large as its decoder makes of so many latents, 42.67 pixels of each side of one."""
-        width, height = (STEP * max(1, round(side / self.factor * self.multiple / STEP)) for side in size)
-        return width, height
+        width, height = (max(1, round(side / self.factor * self.multiple / self.step)) for side in size)
+        return width * self.step, height * self.step
 
     def pipeline(self) -> Any:
         """The prior's, which draws latents; with the decoder too, which draws pictures, where the folder has it."""

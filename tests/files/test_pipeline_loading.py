@@ -1,4 +1,4 @@
-"""Würstchen's pipelines: made from a folder, and with adapters, under either name that its models' home has had."""
+"""Pipelines made from their folders, Würstchen's too, wherever the homes and names of their classes are by now."""
 
 import json
 import shutil
@@ -54,6 +54,32 @@ def test_others_are_as_they_were(kind, tmp_path, bits):
     for part, model in wanted.components.items():
         if isinstance(model, torch.nn.Module):
             assert bits(found.components[part]) == bits(model)
+
+
+def test_a_folder_of_old_with_a_safety_checker(tmp_path):
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    from train.diffusion.pipelines import saved
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = {**sizes, "image_size": 8, "patch_size": 4, "projection_dim": 6}
+    config = CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=6)
+    folder = saved("sd1", tmp_path)
+    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8).save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / INDEX).read_text()) | {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+        "tokenizer": ["transformers", "CLIPTokenizerFast"],
+    }
+    (folder / INDEX).write_text(json.dumps(index))
+    found = load_pipeline(folder)
+    assert isinstance(found.safety_checker, StableDiffusionSafetyChecker)
+    assert isinstance(found.feature_extractor, CLIPImageProcessor)
+    (folder / INDEX).write_text(json.dumps({**index, "safety_checker": ["os.path", "StableDiffusionSafetyChecker"]}))
+    with pytest.raises(AdapterError, match=r"is a 'StableDiffusionSafetyChecker' of 'os\.path'"):
+        load_pipeline(folder)
 
 
 def test_all_that_lacks_is_told(base, tmp_path):
