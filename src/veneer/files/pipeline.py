@@ -1,7 +1,7 @@
 """A diffusers pipeline's folder: what it is made of; and adapters into its weights, for good: W + Σ weight · ΔW.
 
 Würstchen's models have moved. Folders of old say that they are of `wuerstchen`, those of today of `diffusers`, and
-diffusers from 0.34 on finds neither, nor takes them ready-made; so they are found here, and its pipelines put together.
+diffusers from 0.38 on finds neither, nor takes them ready-made; so they are found here, and its pipelines put together.
 """
 
 import os
