@@ -1,7 +1,6 @@
 """The task `text-to-image`: a denoiser, and perhaps the text encoders, learn pictures with captions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,23 +28,13 @@ from veneer.train.diffusion.samples import Samples, at_hand
 from veneer.train.diffusion.settings import TextToImageRecipe
 from veneer.train.drawing.sheet import write_picture
 from veneer.train.sameness import digest_of_base
-from veneer.train.task import Batch, Reporter, Task
+from veneer.train.task import Batch, Report, Reporter, Task
 
 USE = """on a pipeline of diffusers:
 
 ```python
 pipe.load_lora_weights("ADAPTER")
 ```"""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the pictures are, for people."""
-
-    told: list[str]
-
-    def sentences(self) -> list[str]:
-        return self.told
 
 
 class TextToImage(Task):
