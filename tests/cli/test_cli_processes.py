@@ -87,6 +87,13 @@ def test_what_one_process_cannot_read_is_said_once_and_ends_all(shared):
     assert len(losses(folder, "unreadable")) == 3  # before the first step, and two steps
 
 
+@pytest.mark.slow
+def test_two_processes_train_all_combinations(shared):
+    folder, codes = shared
+    assert codes["sweep"] == [0, 0], (folder / "log").read_text()[-2000:]
+    assert len(list((folder / "sweep").glob("*/adapter/adapter_model.safetensors"))) == 2
+
+
 @pytest.mark.parametrize("asked", ["0", "-1", "two"])
 def test_how_many_processes_is_a_number(veneer, monkeypatch, asked):
     monkeypatch.setenv("NPROC_PER_NODE", asked)

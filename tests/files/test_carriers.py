@@ -156,3 +156,18 @@ def test_a_pipeline_is_moved_and_offloaded_with_its_adapters(pipeline, gentle):
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(answer(pipeline), expected)
+
+
+def test_adapters_that_are_offloaded_layer_by_layer_are_refused_or_merged_before(pipeline, gentle):
+    accelerate = pytest.importorskip("accelerate")
+    on = attach(pipeline, gentle[0], "both")
+    expected = answer(pipeline)
+    on.merge_adapter()
+    accelerate.cpu_offload(pipeline.unet, "cpu", offload_buffers=True)
+    torch.testing.assert_close(answer(pipeline), expected, rtol=1e-4, atol=1e-5)
+    accelerate.hooks.remove_hook_from_module(pipeline.unet, recurse=True)
+    on.unmerge_adapter()
+    torch.testing.assert_close(answer(pipeline), expected)
+    accelerate.cpu_offload(pipeline.unet, "cpu", offload_buffers=True)
+    with pytest.raises(AdapterError, match="offloaded layer by layer"):
+        answer(pipeline)

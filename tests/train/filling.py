@@ -60,7 +60,7 @@ def fault(code: int, said: str) -> str | None:
 
 
 def main(recipe: str, first: int, every: int, *more: str) -> dict:
-    ready()
+    ready(recipe)
     folder = Path(recipe).parent
     assert ended(attempt(recipe, folder / "undisturbed", *more, VENEER_CACHE=str(folder / "cache-undisturbed")))
     ends, wrong, number = Counter(), [], first

@@ -71,6 +71,7 @@ def main(recipe: str) -> dict[str, list[int]]:
     codes["two"] = together(recipe, folder / "two", *plain)
     codes["srun"] = together(recipe, folder / "srun", *plain, srun=True)
     codes["unreadable"] = together(recipe, folder / "unreadable", *plain, first=unreadable_in_the_second)
+    codes["sweep"] = together(recipe, folder / "sweep", *plain, "train.steps=1", "--sweep", "train.lr=1e-2,1e-3")
     codes["spread"] = together(recipe, folder / "spread", *plain, "train.shard=always")
     codes["undisturbed"] = together(recipe, folder / "undisturbed")
     codes["cut"] = together(recipe, folder / "killed", kill_after=6)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from veneer.train.diffusion.painter import Sampling
 
 _FOLDER = Path("pictures")  # where pictures go that are not told where
+_OTHERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TRIGGER = "modelspec.trigger_phrase"
 _LARGEST_SEED = 2**32 - 1  # of what other programs take
 
@@ -63,8 +64,11 @@ def pictures(
     held = {name: files.read(path) for name, path in found.items()}
     place = zoo.resolve(base or base_of(list(held.values())))
     _note_triggers(asked, held)
-    from veneer.train.diffusion.adapted import AdaptedPipeline
-    from veneer.train.diffusion.painter import Sampling, Wish, paint
+    try:
+        from veneer.train.diffusion.adapted import AdaptedPipeline
+        from veneer.train.diffusion.painter import Sampling, Wish, paint
+    except ImportError as error:
+        raise AdapterError(f"pictures need: pip install 'veneer[diffusion]' ({error})") from None
 
     adapted = AdaptedPipeline.load(place, found, dtype, device, zoo.resolve(decoder) if decoder else None)
     sampling = Sampling(negative_prompt=negative, **more).over(adapted.sampling)
@@ -166,11 +170,11 @@ def _targets(asked: Sequence[Asked], out: Path | None, sheet: bool) -> list[Path
     """The files to write. Raises `AdapterError` for what is there already, before anything is drawn."""
     out = out or _FOLDER
     one = sheet or len(asked) == 1
-    if out.suffix == ".png" and not out.is_dir():
+    if out.suffix.lower() == ".png" and not out.is_dir():
         if not one:
             raise AdapterError(f"{len(asked)} pictures are not one file: --grid makes a sheet, or --out names a folder")
         found = [out]
-    elif out.suffix and not out.is_dir():
+    elif out.suffix.lower() in _OTHERS and not out.is_dir():
         raise AdapterError(f"{out}: pictures are written as .png, with what made them inside")
     elif sheet:
         found = [out / f"{_slug(asked[0].text)}-grid.png"]

@@ -1,16 +1,20 @@
 """`veneer train … --sweep KEY=V1,V2`: a run for every combination of values, and a table of what they came to."""
 
-import os
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from veneer.cli.lines import speaks
 from veneer.core.errors import AdapterError
+
+if TYPE_CHECKING:
+    from veneer.train.settings import Recipe
+    from veneer.train.task import Reporter, Task
 
 _COMMAS = re.compile(r",(?![^\[{]*[\]}])")  # between values, and not inside of a list or mapping
 Came = Path | AdapterError  # a run's folder, or why there is nothing to compare
@@ -25,7 +29,7 @@ def sweep(recipe: str, overrides: Sequence[str], axes: Sequence[str], resume: bo
     """
     from veneer.cli.terminal import TerminalReporter
     from veneer.train import run
-    from veneer.train.resume import begun_as
+    from veneer.train.processes import join
     from veneer.train.task import Reporter
 
     keys = [axis.partition("=")[0] for axis in axes]
@@ -35,30 +39,40 @@ def sweep(recipe: str, overrides: Sequence[str], axes: Sequence[str], resume: bo
     ready = [run.read_recipe(recipe, [*overrides, *own]) for own in combinations]
     came: list[Came] = []
     stopped_by = 0
-    with TerminalReporter() if speaks() else nullcontext(Reporter()) as reporter:
-        for number, (own, (settings, task)) in enumerate(zip(combinations, ready, strict=True), 1):
-            reporter.say(f"run {number} of {len(combinations)}: {' '.join(own)}")
-            earlier, state = begun_as(settings) if resume or settings.resume == "auto" else (None, "")
-            settings.resume = "never"  # of this recipe's name there are others
-            if earlier and state == "finished":
-                reporter.say(f"{earlier} came to its end before")
-                came.append(earlier)
-                continue
-            try:
-                result = run.run(settings, task, reporter, earlier or False)
-            except AdapterError as error:
-                if len(combinations) == 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the others may be gone
-                    raise
-                reporter.say(f"error: {error}")
-                came.append(error)
-                continue
-            came.append(result.run.folder)
-            stopped_by = result.outcome.stopped_by
-            if stopped_by:
-                break
+    world = join(ready[0][0].device)  # once: processes that have parted do not find each other again
+    try:
+        with TerminalReporter() if speaks() else nullcontext(Reporter()) as reporter:
+            for number, (own, (settings, task)) in enumerate(zip(combinations, ready, strict=True), 1):
+                reporter.say(f"run {number} of {len(combinations)}: {' '.join(own)}")
+                found, stopped_by = _trained(settings, task, reporter, resume)
+                if isinstance(found, AdapterError) and (len(combinations) == 1 or world.size > 1):
+                    raise found  # of several processes, one may be gone
+                came.append(found)
+                if stopped_by:
+                    break
+    finally:
+        world.leave()
     if speaks():
         _show(combinations, came)
     _end(came, stopped_by)
+
+
+def _trained(settings: "Recipe", task: "type[Task]", reporter: "Reporter", resume: bool) -> tuple[Came, int]:
+    """What came of one combination, and the signal that stopped it."""
+    from veneer.train import run
+    from veneer.train.resume import begun_as
+
+    earlier, state = begun_as(settings) if resume or settings.resume == "auto" else (None, "")
+    if earlier and state == "finished":
+        reporter.say(f"{earlier} came to its end before")
+        return earlier, 0
+    settings.resume = "never"  # of this recipe's name there are others
+    try:
+        result = run.run(settings, task, reporter, earlier or False)
+    except AdapterError as error:
+        reporter.say(f"error: {error}")
+        return error, 0
+    return result.run.folder, result.outcome.stopped_by
 
 
 def _end(came: Sequence[Came], stopped_by: int) -> None:

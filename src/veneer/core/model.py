@@ -125,6 +125,8 @@ class PeftModel(Trainable):
         bit. Rows are the first dimension of what the layers see. Raises `AdapterError` where a layer cannot be mixed.
         """
         plan = self.adapter_plan
+        if hasattr(self, "_hf_hook"):  # accelerate's
+            plan.refuse_offloaded()
         eager = self.training and not torch.compiler.is_compiling()
         first = eager and any(term.adapter not in plan.watched for term in plan.terms)
         again = eager and torch.is_grad_enabled() and self._recomputes()

@@ -118,6 +118,14 @@ class Plan:
             names = listed(term.adapter for term in self.merged)
             raise AdapterError(f"{doing} while {names} is merged would be wrong: call unmerge_adapter() first")
 
+    def refuse_offloaded(self) -> None:
+        """Raise `AdapterError` where accelerate has taken away what acts: it gives back what is called, not read."""
+        if any(own.is_meta for _, updates in self.acting for update in updates.values() for own in update.parameters()):
+            raise AdapterError(
+                "the adapters are offloaded layer by layer, and would act with whatever is in memory: call "
+                "merge_adapter() before, or offload whole models (enable_model_cpu_offload)"
+            )
+
     def row_weights(self, term: Term, like: Tensor) -> Tensor:
         """The weights `(rows)` of a mixed batch's term for `like`, whose first dimension holds the rows."""
         self.count(like)

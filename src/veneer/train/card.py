@@ -44,7 +44,7 @@ def card(
     task: Task, name: str, base: str, rows: list[tuple[str, str]], usage: dict[str, Any], samples: list[dict[str, str]]
 ) -> str:
     """README.md of an adapter: what it is, what it was measured at, how it is used, what it answers."""
-    command = task.asking.format_map(defaultdict(lambda: '"…"', adapter="ADAPTER"))
+    command = task.asking.format_map(defaultdict(lambda: '"…"', adapter="ADAPTER", seed=0))
     return _CARD.format(
         name=name,
         base=base,

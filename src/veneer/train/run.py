@@ -4,7 +4,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +78,7 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[Recipe, type[
 
 def preview(recipe: Recipe, build: type[Task], reporter: Reporter) -> Preview:
     """Load everything, train nothing, write nothing."""
-    task = _built(recipe, build, reporter, ALONE)
+    task = _built(recipe, build.looked_at, reporter, ALONE)
     trainable, parameters = task.model.get_nb_trainable_parameters()
     facts = task.facts()
     memory = estimate(task, recipe.train)
@@ -215,7 +215,7 @@ def _finish(watch: Watch, result: Result) -> None:
     _draw(folder)
 
 
-def _built(recipe: Recipe, build: type[Task], reporter: Reporter, world: World) -> Task:
+def _built(recipe: Recipe, build: Callable[[Recipe, Reporter], Task], reporter: Reporter, world: World) -> Task:
     task = build(recipe, reporter)
     if recipe.train.gradient_checkpointing:
         recompute_layers(task.model)

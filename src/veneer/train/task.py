@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -65,6 +65,11 @@ class Task(ABC):
 
     @abstractmethod
     def __init__(self, recipe: Any, reporter: Reporter) -> None: ...
+
+    @classmethod
+    def looked_at(cls, recipe: Any, reporter: Reporter) -> Self:
+        """The task, to be looked at: nothing that a run would leave is made."""
+        return cls(recipe, reporter)
 
     @abstractmethod
     def batches(self, rows: Sequence[int]) -> list[Batch]:

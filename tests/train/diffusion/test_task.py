@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from train.diffusion.captioned import folder
+from train.diffusion.captioned import Heard, folder
 from train.diffusion.pipelines import made
 from veneer import AdapterError, files
 from veneer.core.inject import adapted_layers
 from veneer.train.loop import _batches
 from veneer.train.processes import ALONE, World
 from veneer.train.recompute import recompute_layers
+from veneer.train.run import preview, read_recipe
 
 
 @pytest.fixture(scope="session")
@@ -207,6 +208,20 @@ def test_class_pictures_are_those_of_the_base(built, tmp_path):
     assert len(task.kind) == 2
     with pytest.raises(AdapterError, match=r"pictures were painted otherwise: sampling was"):
         built(data={**data, "class_pictures": 3}, sample={"steps": 2})
+
+
+def test_a_look_at_a_recipe_paints_nothing(recipe_of, tmp_path):
+    place = tmp_path / "class"
+    data = {"class_path": str(place), "class_prompt": "a thing", "class_pictures": 2}
+    reporter = Heard()
+    recipe, task = read_recipe(str(recipe_of("sd1", data=data)))
+    seen = preview(recipe, task, reporter)
+    assert reporter.told[0] == f"2 pictures of 'a thing' would be painted into {place}"
+    assert not place.exists()
+    assert seen.recipe["data"]["class_path"] == str(place)
+    assert seen.unit == "pictures"
+    (batch,) = task.looked_at(recipe, reporter).batches([0])
+    assert (batch.units, batch.amount) == (1, 2)  # as much goes through the model as in the run
 
 
 def test_zero_terminal_snr_is_trained_and_drawn(built):

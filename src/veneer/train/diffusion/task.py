@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from PIL import Image
@@ -18,7 +18,7 @@ from veneer.train.data.rows import evenly
 from veneer.train.diffusion.cache import digest_of_given
 from veneer.train.diffusion.captions import Captioned, read_captioned, read_class
 from veneer.train.diffusion.draws import Moment
-from veneer.train.diffusion.dreambooth import paint_class, partner
+from veneer.train.diffusion.dreambooth import lacking, paint_class, partner
 from veneer.train.diffusion.family import family_of
 from veneer.train.diffusion.kept import adapter_of_parts, exchange, keep, written
 from veneer.train.diffusion.material import Encoders, Item, batches, draw_of, is_still, told_of
@@ -83,6 +83,19 @@ class TextToImage(Task):
         self.kind = encoders.material(sources[2]) if len(sources) > 2 else None
         self.size, self.groups = len(self.part), sources[0].groups()
         self._rest()
+
+    @classmethod
+    def looked_at(cls, recipe: TextToImageRecipe, reporter: Reporter) -> Self:
+        """Class pictures that lack are not painted: others stand in for them."""
+        data = recipe.data
+        if not data.class_path or not (numbers := lacking(data)):
+            return cls(recipe, reporter)
+        reporter.say(f"{len(numbers):,} pictures of {data.class_prompt!r} would be painted into {data.class_path}")
+        asked, data.class_path, data.class_prompt = (data.class_path, data.class_prompt), None, None
+        task = cls(recipe, reporter)
+        data.class_path, data.class_prompt = asked
+        task.kind = task.part
+        return task
 
     def _sources(self, resolution: tuple[int, int]) -> list[Captioned]:
         """The pictures to learn from, those held out, and those of the class if they are asked for."""
@@ -220,7 +233,11 @@ class TextToImage(Task):
         held_out = f"{len(self.held_out):,} are held out" if self.held_out else "none are held out"
         told = [f"{self.size:,} pictures are learned from, {held_out}."]
         told += [self.part.part.shapes()]
-        told += [f"{len(self.kind):,} pictures of its class stand beside them."] if self.kind else []
+        told += (
+            [f"{len(self.kind):,} pictures of its class stand beside them."]
+            if self.kind and self.kind is not self.part
+            else []
+        )
         part = self.part.part
         looks = [[(f"{part.place(row)} → ", False), (part.caption(row), True)] for row in evenly(range(self.size), 3)]
         return {"report": Report(told), "looks": looks}
