@@ -16,6 +16,7 @@ from veneer.train.diffusion.style import looks, saturation
 from veneer.train.drawing.sheet import GAP, SIDE
 from veneer.train.run import read_recipe, run
 from veneer.train.task import Reporter
+from veneer.train.trained import usage_of
 
 STYLES = ("emoji-delft", "emoji-high-contrast")
 PROMPTS, SIZE = ["red apple", "rocket"], 64
@@ -60,7 +61,7 @@ def test_a_style_is_learned_from_small_pictures_and_shown_on_others(style):
 def test_the_base_is_drawn_with_as_its_styles_are():
     own = read_recipe(STYLES[1])[0].sample
     expected = Sampling(steps=own.steps, guidance=own.guidance, guidance_rescale=own.guidance_rescale)
-    assert sampling_of(zoo.resolve("emoji")) == expected
+    assert sampling_of(usage_of(zoo.resolve("emoji"))) == expected
 
 
 def test_a_sheet_has_a_row_for_each_label_and_measures_against_the_first():
