@@ -28,6 +28,16 @@ class Batch:
     places: list[str]  # where the rows came from, for messages
 
 
+@dataclass(frozen=True)
+class Report:
+    """What is read, for people."""
+
+    told: list[str]
+
+    def sentences(self) -> list[str]:
+        return self.told
+
+
 class Reporter:
     """Is told what happens; this one is silent, the command line's draws."""
 

@@ -210,6 +210,17 @@ def test_class_pictures_are_those_of_the_base(built, tmp_path):
         built(data={**data, "class_pictures": 3}, sample={"steps": 2})
 
 
+def test_captions_that_are_cut_are_told(recipe_of, tmp_path):
+    long = "a thing of many words, " * 4  # each letter is a token of this tokenizer, and 22 fit
+    place = folder(tmp_path / "long", {"a.png": long.strip(), "b.png": "twenty two " + "x" * 10 + " y"})
+    reporter = Heard()
+    recipe, task = read_recipe(str(recipe_of("sd1", data={"path": str(place)})))
+    task(recipe, reporter)
+    (told,) = [own for own in reporter.told if "captions" in own]
+    assert "captions longer than the 24 tokens that the text encoders read are cut (1)" in told
+    assert long.strip()[:40] in told
+
+
 def test_a_look_at_a_recipe_paints_nothing(recipe_of, tmp_path):
     place = tmp_path / "class"
     data = {"class_path": str(place), "class_prompt": "a thing", "class_pictures": 2}

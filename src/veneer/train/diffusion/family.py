@@ -38,6 +38,7 @@ class Family(ABC):
     folder: Path
     parts: dict[str, nn.Module]  # by the pipeline's names; text encoders and seer are not needed where all is cached
     scheduler: Any  # diffusers'
+    tokenizer: Any  # of the first text encoder
     factor: int  # pixels, of a side, for a latent's point
     channels: int  # of a latent
     kept: int  # channels of what is kept of a picture
@@ -65,6 +66,12 @@ class Family(ABC):
     @abstractmethod
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The captions' numbers `(n, length)` for each text encoder, on the CPU."""
+
+    def too_long(self, captions: Sequence[str]) -> list[str]:
+        """Those of the captions whose end the text encoders do not read."""
+        numbers = self.tokenizer(list(captions), verbose=False).input_ids if captions else []
+        most = self.tokenizer.model_max_length
+        return [caption for caption, own in zip(captions, numbers, strict=True) if len(own) > most]
 
     @abstractmethod
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Conditions:

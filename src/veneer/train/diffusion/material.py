@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.core.errors import listed
 from veneer.train.diffusion.cache import Seen, given_latents, made_by, seen_latents, told_texts
 from veneer.train.diffusion.captions import Captioned
 from veneer.train.diffusion.data_settings import CaptionedData
@@ -120,6 +121,10 @@ class Encoders:
         """What the encoders make of a source; `latents` is the file that has those of its pictures."""
         family, data = self.family, self.data
         seen = given_latents(latents, part, self.family.kept) if latents else self._seen(part)
+        if cut := family.too_long(part.spoken()):
+            most = family.tokenizer.model_max_length
+            told = f"captions longer than the {most} tokens that the text encoders read are cut ({len(cut):,})"
+            self.reporter.say(f"{part.pictures.source}: {told}: {listed(cut, 2)}")
         if self.learning:
             return Material(part, seen, self._numbers, family)
         tell = told_texts(part.spoken(), family.encode_texts, self._by("texts"), data.cache, self.reporter)

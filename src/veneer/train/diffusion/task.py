@@ -1,7 +1,7 @@
 """The task `text-to-image`: a denoiser, and perhaps the text encoders, learn pictures with captions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -28,23 +28,13 @@ from veneer.train.diffusion.samples import Samples, at_hand
 from veneer.train.diffusion.settings import TextToImageRecipe
 from veneer.train.drawing.sheet import write_picture
 from veneer.train.sameness import digest_of_base
-from veneer.train.task import Batch, Reporter, Task
+from veneer.train.task import Batch, Report, Reporter, Task
 
 USE = """on a pipeline of diffusers:
 
 ```python
 pipe.load_lora_weights("ADAPTER")
 ```"""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the pictures are, for people."""
-
-    told: list[str]
-
-    def sentences(self) -> list[str]:
-        return self.told
 
 
 class TextToImage(Task):
@@ -185,14 +175,17 @@ class TextToImage(Task):
         rows = evenly(range(len(self.held_out)), own.rows or len(self.held_out))
         was_training = self.model.training
         self.model.eval()
-        total, count = 0.0, 0
-        for number, row in enumerate(rows):
-            items = self.held_out.measured(objective, row, len(rows), number, own.timesteps)
-            for start in range(0, len(items), self.recipe.train.batch_size):
-                for batch in batches(items[start : start + self.recipe.train.batch_size], self.family, self.device):
-                    total += self._losses(batch, objective).sum().item()
-            count += len(items)
-            self.reporter.progress("held-out pictures", number + 1, len(rows))
+        total, count, times = 0.0, 0, own.timesteps
+        items = (
+            item
+            for number, row in enumerate(rows)
+            for item in self.held_out.measured(objective, row, len(rows), number, times)
+        )
+        while some := list(islice(items, self.recipe.train.batch_size)):
+            for batch in batches(some, self.family, self.device):
+                total += self._losses(batch, objective).sum().item()
+            count += len(some)
+            self.reporter.progress("held-out pictures", count // times, len(rows))
         self.model.train(was_training)
         return {"eval_loss": total / count}
 

@@ -24,7 +24,7 @@ from veneer.train.data.rows import evenly
 from veneer.train.data.settings import RowsData
 from veneer.train.drawing.sheet import Shown, write_sheet
 from veneer.train.sameness import digest_of_base
-from veneer.train.task import Batch, Reporter, Task
+from veneer.train.task import Batch, Report, Reporter, Task
 from veneer.train.vision.model import load_seeing, options_for, scaling, still
 from veneer.train.vision.preparing import Box, Preparer, random_part
 
@@ -39,16 +39,6 @@ class Seen:
     pixels: Tensor  # (channels, height, width)
     label: Tensor  # of the picture, or of each of its pixels (height, width)
     size: tuple[int, int]  # width and height of the picture itself
-
-
-@dataclass(frozen=True)
-class PictureReport:
-    """What the pictures are, for people."""
-
-    told: list[str]
-
-    def sentences(self) -> list[str]:
-        return self.told
 
 
 class PictureTask(Task):
@@ -254,7 +244,7 @@ class PictureTask(Task):
             f"{len(labels)} classes: {listed(labels, 20, say=str)}.",
         ]
         looks = [self.look(index) for index in evenly(range(self.size), 3)]
-        return {"report": PictureReport(told), "looks": looks}
+        return {"report": Report(told), "looks": looks}
 
     @abstractmethod
     def look(self, index: int) -> list[tuple[str, bool]]:
