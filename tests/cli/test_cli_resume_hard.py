@@ -175,6 +175,16 @@ def test_a_sweep_goes_on_and_one_failure_does_not_end_it(veneer, recipe, tmp_pat
         assert bits(tmp_path / name / "small-1") == bits(tmp_path / "runs" / name)
 
 
+def test_a_sweep_over_rows_takes_each_run_for_its_own(veneer, recipe, rows, tmp_path):
+    shutil.copy(rows, tmp_path / "other.jsonl")
+    axes = ("--sweep", f"data.path={rows},{tmp_path / 'other.jsonl'}", "eval.answers=0", "train.steps=1")
+    for named in (["small-1", "small-2"], ["small-1", "small-2"]):
+        said = veneer("train", recipe, *axes, "--resume")
+        assert said.code == 0
+        assert [line.split()[-1] for line in said.out.splitlines() if line.split()[-1] in named] == named
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
 @pytest.mark.slow
 def test_a_full_disk_at_any_write_is_one_sentence_and_the_run_goes_on_to_the_same_bits(recipe):
     overrides = ("eval.answers=0", "eval.every_steps=2", "sample.every_steps=3", "checkpoint.every_steps=2")

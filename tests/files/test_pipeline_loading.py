@@ -99,8 +99,32 @@ def test_all_that_lacks_is_told(base, tmp_path):
     (folder / "prior" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"(?s)prior has no weights.*scheduler cannot be loaded as a DDPMW"):
         load_pipeline(folder)
+    index = json.loads((base / INDEX).read_text())
+    less = {key: own for key, own in index.items() if key not in ("scheduler", "prior")}
+    (folder / INDEX).write_text(json.dumps(less))
+    with pytest.raises(AdapterError, match=r"holds not what a WuerstchenPriorPipeline is made of: .*'scheduler'"):
+        load_pipeline(folder)
     with pytest.raises(AdapterError, match="no diffusers pipeline: it has no model_index"):
         load_pipeline(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("_class_name", "logging", "'logging' is no pipeline of diffusers"),
+        ("_class_name", "UNet2DModel", "'UNet2DModel' is no pipeline of diffusers"),
+        ("_class_name", "NoSuchPipeline", "diffusers have no 'NoSuchPipeline'"),
+        ("scheduler", ["transformers", "set_seed"], "'set_seed' of transformers is no part of a pipeline"),
+        ("more", ["diffusers", "DDPMScheduler"], "cannot be loaded as a DDPMScheduler"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_an_index_that_lies_is_told(base, tmp_path, key, value, said):
+    folder = shutil.copytree(base, tmp_path / "prior")
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, key: value}))
+    with pytest.raises(AdapterError, match=said):
+        load_pipeline(folder)
 
 
 def test_a_weight_that_lacks_is_never_a_random_one(base, tmp_path):

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from veneer.core.plan import by_row
 
 FEW = 64  # tokens, which take less time than to round A and B
+MANY = 512  # tokens, whose product with a weight is as fast by rows as by columns
 BLOCK = 2**19  # numbers of a weight in fp32 that stay in the cache
 
 
@@ -31,7 +32,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     There, bf16 products take twice as long as those of the same numbers in fp32, and round more.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and x.device.type == "cpu" and len(x) > FEW and not has_matrix_units() else x.dtype
+    return (
+        torch.float32 if half and x.device.type == "cpu" and 2 * len(x) >= FEW and not has_matrix_units() else x.dtype
+    )
 
 
 @cache
@@ -44,11 +47,13 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """W x + b in the dtype of x `(rows, in)`, whatever that of W `(out, in)` and b; without gradients where it differs.
 
     Of another dtype, W is cast by blocks of rows, for which one memory is enough: the cast of a whole layer's weight
-    takes longer than the product of a few hundred rows, most of it to get the memory.
+    takes longer than the product of a few hundred rows, most of it to get the memory. Their y lies by columns.
     """
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
-    y = x.new_empty(len(x), len(weight))
+    by_columns = len(x) < MANY
+    x = x.t().contiguous().t() if by_columns else x
+    y = x.new_empty(len(weight), len(x)).t() if by_columns else x.new_empty(len(x), len(weight))
     for rows, block in _blocks(weight, x.dtype):
         torch.mm(x, block.t(), out=y[:, rows])
     return y if bias is None else y.add_(bias)
@@ -194,7 +199,7 @@ class _FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, gain, *kept)
         ctx.masks, ctx.scales, ctx.dtypes = masks, scales, [factor.dtype for factor in factors]
         ctx.base = (weight.dtype, None if bias is None else bias.dtype)
-        return y.to(x.dtype)
+        return y.to(x.dtype, memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable

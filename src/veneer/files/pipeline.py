@@ -131,13 +131,19 @@ def load_pipeline(folder: str | os.PathLike[str], dtype: str | None = None) -> A
         raise AdapterError(f"{folder} is no diffusers pipeline: it has no {INDEX}")
     index, kinds = parsed(read_bytes(folder / INDEX), str(folder / INDEX)), part_kinds(folder)
     made_by = _class(folder, ("diffusers", str(index.get("_class_name"))))
+    if not (isinstance(made_by, type) and issubclass(made_by, import_module("diffusers").DiffusionPipeline)):
+        raise AdapterError(f"{folder / INDEX}: {shown(index['_class_name'])} is no pipeline of diffusers")
     taken = signature(made_by).parameters
     given = {
         key: None if isinstance(value, list) else value
         for key, value in index.items()
         if key in taken and key not in kinds
     }
-    return made_by(**given, **load_components(folder, kinds, dtype))
+    held = load_components(folder, kinds, dtype)
+    try:
+        return made_by(**given, **held)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{folder} holds not what a {made_by.__name__} is made of: {error}") from error
 
 
 def load_components(folder: Path, parts: Iterable[str], dtype: str | None = None) -> dict[str, Any]:
@@ -157,8 +163,9 @@ def load_components(folder: Path, parts: Iterable[str], dtype: str | None = None
 
 def _component(place: Path, kind: tuple[str, str], dtype: str | None) -> Any:
     made_by = _class(place, kind)
-    is_model = isinstance(made_by, type) and issubclass(made_by, torch.nn.Module)
-    return load_part(place, kind, dtype)[0] if is_model else _made(made_by, place)
+    if not (isinstance(made_by, type) and hasattr(made_by, "from_pretrained")):
+        raise AdapterError(f"{place}: {shown(kind[1])} of {kind[0]} is no part of a pipeline")
+    return load_part(place, kind, dtype)[0] if issubclass(made_by, torch.nn.Module) else _made(made_by, place)
 
 
 def _class(place: Path, kind: tuple[str, str]) -> Any:

@@ -8,14 +8,15 @@ from PIL import Image, ImageStat
 from veneer import zoo
 from veneer.recipes import SHIPPED
 from veneer.train.data.rows import evenly
-from veneer.train.diffusion.adapted import AdaptedPipeline
-from veneer.train.diffusion.painter import Wish, paint
+from veneer.train.diffusion.adapted import AdaptedPipeline, sampling_of
+from veneer.train.diffusion.painter import Sampling, Wish, paint
 from veneer.train.diffusion.prompts import Tag
 from veneer.train.diffusion.strengths import strengths_sheet
 from veneer.train.diffusion.style import looks, saturation
 from veneer.train.drawing.sheet import GAP, SIDE
 from veneer.train.run import read_recipe, run
 from veneer.train.task import Reporter
+from veneer.train.trained import usage_of
 
 STYLES = ("emoji-delft", "emoji-high-contrast")
 PROMPTS, SIZE = ["red apple", "rocket"], 64
@@ -55,6 +56,12 @@ def test_a_style_is_learned_from_small_pictures_and_shown_on_others(style):
         means = [ImageStat.Stat(picture).mean for picture in pictures]
         assert all(red <= green <= blue for red, green, blue in means)
     assert (SHIPPED / "data" / style / "LICENSE").is_file()
+
+
+def test_the_base_is_drawn_with_as_its_styles_are():
+    own = read_recipe(STYLES[1])[0].sample
+    expected = Sampling(steps=own.steps, guidance=own.guidance, guidance_rescale=own.guidance_rescale)
+    assert sampling_of(usage_of(zoo.resolve("emoji"))) == expected
 
 
 def test_a_sheet_has_a_row_for_each_label_and_measures_against_the_first():

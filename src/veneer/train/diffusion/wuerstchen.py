@@ -39,7 +39,6 @@ class WuerstchenPrior(Family):
         prior: Any = parts["prior"]
         self.channels = self.kept = prior.config.c_in
         index = parsed(read_bytes(folder / INDEX), str(folder / INDEX))
-        self.draws = bool(prior_places(part_kinds(folder)))
         # as the pipeline names them: its latents are mean · x - deviation
         self.mean, self.deviation = index.get("latent_mean", 42.0), index.get("latent_std", 1.0)
         self.multiple = index.get("resolution_multiple", 42.67)  # pixels that are drawn of a latent's point

@@ -23,7 +23,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, own: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.own = own
-        return wide_linear(x.to(own), weight, bias).to(x.dtype)
+        return wide_linear(x.to(own), weight, bias).to(x.dtype, memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
