@@ -127,8 +127,8 @@ class Run:
         return read_metrics(self.folder)
 
     def cut_back(self, step: int, measured: int) -> None:
-        """Forget the steps after `step`, and the held-out figures after `measured`; and those of the end, which may be of
-        a step that was measured before: of the best one.
+        """Forget the steps after `step`, and the held-out figures after `measured`; and those of the end, which are of
+        the best step where it is left.
         """
         kept, last = list[dict[str, Any]](), -1
         for record in self.metrics():
