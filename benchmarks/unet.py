@@ -4,7 +4,8 @@ A randomly initialised UNet of Stable Diffusion 1.5's size (860 million), one pi
 
 step     the UNet's step alone: latents and text embeddings are given, as a cache gives them
 latents  the VAE's encoder makes the latents in the step on both sides; text embeddings are given
-script   what diffusers' example script does, VAE and text encoder in the step, beside veneer with its caches
+script   what diffusers' example script does, VAE and text encoder in the step, beside veneer with its caches;
+         "script, latents": beside veneer with the VAE's encoder in the step
 
 Each side is a process of its own; a pair of them takes turns, a step each. Weights, adapter, pictures, noise and
 timesteps are the same. Prints medians, the median over the steps of the peer's time by veneer's, each process's peak
@@ -106,7 +107,6 @@ def draws(step: int) -> dict[str, Any]:
     generator, latents = torch.Generator().manual_seed(step), (1, 4, PIXELS // FACTOR, PIXELS // FACTOR)
     return {
         "pixels": torch.rand(1, 3, PIXELS, PIXELS, generator=generator) * 2 - 1,
-        "latents": torch.randn(latents, generator=generator),
         "of_latents": torch.randn(latents, generator=generator),  # the draw from what the VAE says of a picture
         "noise": torch.randn(latents, generator=generator),
         "t": torch.randint(1000, (1,), generator=generator),
@@ -115,20 +115,35 @@ def draws(step: int) -> dict[str, Any]:
     }
 
 
-def loss_of(unet: Any, parts: dict[str, Any], step: int, dtype: Any, autocast: Any) -> Any:
+def latents_of(vae: Any, drawn: dict[str, Any]) -> Any:
+    """The latents of a picture, of deviation 1, which random weights do not give them."""
+    import torch
+
+    with torch.no_grad():
+        found = vae.encode(drawn["pixels"].to(vae.dtype)).latent_dist
+    latents = found.mean + found.std * drawn["of_latents"].to(vae.dtype)
+    return latents / latents.std()
+
+
+def cached(start: Path, dtype: str) -> list[Any]:
+    """The latents of each step's picture, made before."""
+    from safetensors.torch import load_file
+
+    return list(load_file(start / f"latents-{dtype}.safetensors")["latents"].unsqueeze(1))
+
+
+def loss_of(unet: Any, parts: dict[str, Any], step: int, latents: Any, autocast: Any) -> Any:
     """The loss of a step, as the script computes it: the mean squared error of the noise that is found."""
     import torch
     import torch.nn.functional as F
     from diffusers import DDPMScheduler
 
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    drawn = {name: value.to(unet.device) for name, value in draws(step).items()}
-    latents, text = drawn["latents"], drawn["text"].to(dtype)
+    drawn, dtype = {name: value.to(unet.device) for name, value in draws(step).items()}, unet.dtype
+    latents, text = latents.to(unet.device), drawn["text"].to(dtype)
     with torch.no_grad():
         if "vae" in parts:
-            found = parts["vae"].encode(drawn["pixels"].to(dtype)).latent_dist
-            latents = (found.mean + found.std * drawn["of_latents"].to(dtype)) * parts["vae"].config.scaling_factor
-            latents = latents / latents.std()  # random weights do not give them the size that they have
+            latents = latents_of(parts["vae"], drawn)
         if "text_encoder" in parts:
             parts["text_encoder"](drawn["ids"])  # in the peer's time; what it says is given, that the sides agree
     noisy = schedule.add_noise(latents.to(dtype), drawn["noise"].to(dtype), drawn["t"])
@@ -139,21 +154,19 @@ def loss_of(unet: Any, parts: dict[str, Any], step: int, dtype: Any, autocast: A
 
 def veneer_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     """veneer's adapter, its pieces and its optimizer step, in the base's dtype."""
-    import torch
-
     import veneer
     from veneer.train.optimizers import Stepper
     from veneer.train.pieces import quick_pieces
     from veneer.train.settings import TrainSettings
 
-    parts = {part: build(part, side.dtype) for part in side.parts}
+    parts, latents = {part: build(part, side.dtype) for part in side.parts}, cached(start, side.dtype)
     unet = veneer.PeftModel.from_pretrained(build("unet", side.dtype), start, is_trainable=True).train()
     settings = TrainSettings(lr=LR, weight_decay=DECAY, max_grad_norm=CLIP)
     stepper = Stepper(unet, settings)
     turn()
     with quick_pieces(unet):
         for step in range(steps):
-            loss = loss_of(unet, parts, step, getattr(torch, side.dtype), nullcontext())
+            loss = loss_of(unet, parts, step, latents[step], nullcontext())
             stepper.backward(loss)
             stepper.step(LR)
             turn(loss=loss.item())
@@ -166,7 +179,7 @@ def peft_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    parts = {part: build(part, side.dtype) for part in side.parts}
+    parts, latents = {part: build(part, side.dtype) for part in side.parts}, cached(start, side.dtype)
     unet = build("unet", side.dtype)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
     prefix = "base_model.model."
@@ -180,7 +193,7 @@ def peft_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     unet.train()
     turn()
     for step in range(steps):
-        loss = loss_of(unet, parts, step, getattr(torch, side.dtype), mixed)
+        loss = loss_of(unet, parts, step, latents[step], mixed)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, CLIP)
         optimizer.step()
@@ -188,9 +201,10 @@ def peft_side(turn: Any, side: Side, start: Path, steps: int) -> None:
         turn(loss=loss.item())
 
 
-def prepare(turn: Any, start: Path) -> None:
-    """Write the adapter that both sides start from."""
+def prepare(turn: Any, start: Path, steps: int) -> None:
+    """Write the adapter that both sides start from, and the latents of the pictures."""
     import torch
+    from safetensors.torch import save_file
 
     import veneer
 
@@ -198,6 +212,11 @@ def prepare(turn: Any, start: Path) -> None:
     torch.manual_seed(0)
     config = veneer.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian")
     veneer.get_peft_model(unet, config).save_pretrained(start)
+    for dtype in DTYPES:
+        vae = build("vae", dtype)
+        drawn = ({name: value.to(vae.device) for name, value in draws(step).items()} for step in range(steps))
+        latents = torch.cat([latents_of(vae, own) for own in drawn])
+        save_file({"latents": latents.cpu()}, start / f"latents-{dtype}.safetensors")
 
 
 def measure(row: Row, dtype: str, start: Path, steps: int, fp32_adapter: bool) -> dict[str, list[dict[str, float]]]:
@@ -269,7 +288,7 @@ def main() -> None:
 
     all_found = {}
     with tempfile.TemporaryDirectory() as folder:
-        Process(prepare, Path(folder)).take()
+        Process(prepare, Path(folder), options.steps).take()
         for dtype in options.dtypes:
             for name in options.rows:
                 records = measure(ROWS[name], dtype, Path(folder), options.steps, not options.bf16_adapter)

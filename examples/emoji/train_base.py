@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from pictures import FLAT, HIGH_CONTRAST, bodies, caption, high_contrast, render, subjects
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pictures import FLAT, HIGH_CONTRAST, bodies, caption, high_contrast, render, subjects
 
 TOKENS, LENGTH = 1058, 24  # of the tokenizer, and at most of a caption
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -150,6 +150,9 @@ def test_how_pictures_are_drawn_is_in_the_adapters_folder(veneer, base, place):
     assert veneer("library", "add", "run", "--name", "kept").code == 0
     said = veneer("generate", "kept", "--base", base, "--prompt", "a cat", "--out", "b.png", "--guidance", 3)
     assert opened("a.png").tobytes() == opened("b.png").tobytes(), said.err
+    (place / "veneer.json").write_text(json.dumps({"scheduler": {"prediction_type": "epsilon"}}))
+    with pytest.warns(UserWarning, match="trained for other schedules, of which the first"):
+        veneer("generate", "run", "style.safetensors", "--base", base, "--prompt", "a cat", "--out", "c.png")
 
 
 @pytest.mark.parametrize(

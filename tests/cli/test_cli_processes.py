@@ -1,6 +1,7 @@
 """Several processes make the run that one makes; one that is killed ends it, and it goes on to the same bits."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_two_processes_train_all_combinations(shared):
     folder, codes = shared
     assert codes["sweep"] == [0, 0], (folder / "log").read_text()[-2000:]
     assert len(list((folder / "sweep").glob("*/adapter/adapter_model.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_launched_processes_fail_with_one_sentence_and_its_code():
+    command = [sys.executable, "-m", "veneer", "train", "causal-lm", "train.lrr=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NPROC_PER_NODE": "2"})
+    assert done.returncode == 2
+    assert done.stderr.count("error: recipe causal-lm: unknown key 'train.lrr'") == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("asked", ["0", "-1", "two"])

@@ -128,6 +128,53 @@ def test_a_tracker_that_is_not_there_is_named_before_the_run(veneer, recipe, tmp
     assert not list((tmp_path / "runs").iterdir())
 
 
+def test_a_tracker_that_fails_is_one_sentence_and_the_run_goes_on_without_it(veneer, recipe, tmp_path, monkeypatch):
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    def full(self, event):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventFileWriter, "add_event", full)
+        said = veneer("train", recipe, "log=[tensorboard]", "eval.answers=0")
+    assert said.code == 2
+    assert "log: tensorboard does not work: [Errno 28] No space left on device; leave it out" in said.err
+    assert not list((tmp_path / "runs").iterdir())  # nothing was learned yet
+    assert veneer("train", recipe, "log=[]", "eval.answers=0").code == 0
+
+
+def test_what_tensorboard_was_told_of_later_steps_goes(veneer, recipe, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from veneer.train.watch import Watch
+
+    stepped = Watch.stepped
+
+    def dying(self, record, steps):
+        if record["step"] == 3:
+            stepped(self, record, steps)
+            self.run.untrack()  # all of it is on the disk
+            raise KeyboardInterrupt
+        return stepped(self, record, steps)
+
+    keep = Watch.keep
+
+    def keeping(self, step, seconds):
+        if step == 2:
+            keep(self, step, seconds)
+
+    settings = ("log=[tensorboard]", "eval.answers=0", "checkpoint.every_steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "stepped", dying)
+        patch.setattr(
+            Watch, "keep", lambda self, step, seconds, keep=Watch.keep: step == 2 and keep(self, step, seconds)
+        )
+        assert veneer("train", recipe, *settings).code == 130
+    assert veneer("train", recipe, *settings, "--resume").code == 0
+    told = EventAccumulator(str(tmp_path / "runs/small-1/tensorboard")).Reload()
+    assert [one.step for one in told.Scalars("loss")] == [1, 2, 3, 4]
+
+
 def test_lists_are_one_value():
     from veneer.cli.sweep import values_of
 

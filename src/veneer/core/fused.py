@@ -32,7 +32,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     There, bf16 products take twice as long as those of the same numbers in fp32, and round more.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and x.device.type == "cpu" and 2 * len(x) >= FEW and not has_matrix_units() else x.dtype
+    return (
+        torch.float32 if half and x.device.type == "cpu" and 2 * len(x) >= FEW and not has_matrix_units() else x.dtype
+    )
 
 
 @cache

@@ -24,11 +24,9 @@ def cut_short(recipe: Recipe, named: Path | None = None) -> Path | None:
 
 def begun_as(recipe: Recipe) -> tuple[Path | None, str]:
     """The newest run that was begun with just this recipe, and its state: finished, or cut short."""
-    wanted = {key: value for key, value in asked(recipe).items() if key not in PLACES}
     for folder in runs_named(recipe.output, recipe.name or recipe.task):
         facts = facts_of(folder)
-        own = facts.get("asked", {})
-        if {key: value for key, value in own.items() if key not in PLACES} == wanted:
+        if facts.get("asked") == asked(recipe):
             state = facts.get("state")
             return (folder, state) if state == "finished" or state in CUT_SHORT else (None, "")
     return None, ""

@@ -94,5 +94,7 @@ def test_what_a_pipeline_cannot_keep_is_refused_before_anything_is_learned(built
         built(adapter={"modules_to_save": ["conv_out"], "bias": "all"})
     with pytest.raises(AdapterError, match=r"(?s)unet: .*'to_kv'.*text_encoder: .*'q_prj'"):
         built(adapter={"target_modules": ["to_kv"]}, text_encoder={"r": 1, "target_modules": ["q_prj"]})
+    with pytest.raises(AdapterError, match=r"unet: .*'kohia' .* matches none; did you mean 'kohya'"):
+        built(adapter={"target_modules": "kohia"})
     with pytest.raises(AdapterError, match=r"prior: .*has no layers that 'kohya' means"):
         built("wuerstchen-prior", adapter={"target_modules": "kohya"}, data={"resolution": 64})

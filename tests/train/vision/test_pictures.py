@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from train.vision.drawing import draw_all
 from veneer import AdapterError
+from veneer.train.data import pictures
 from veneer.train.data.pictures import Said, read_pictures, read_sides
 from veneer.train.data.reading import read_mask, read_picture
 from veneer.train.settings import checked
@@ -127,6 +129,25 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, shapes):
     assert "expected the column label='klass'" in problem(tmp_path / "list.csv", Said((), "label", "klass"))
     (tmp_path / "split/val").mkdir(parents=True)
     assert "has no folder 'train': found 'val'" in problem(tmp_path / "split")
+
+
+def test_each_picture_and_each_mask_is_part_of_the_digest_and_no_place_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "LOOKED_INTO", 1)  # of the others, the ends
+    found = set()
+    for name, place in (("one", tmp_path / "one"), ("two", tmp_path / "two")):
+        draw_all(place, 6)
+        monkeypatch.chdir(place)
+        masks = Said(("mask",), "mask", None, masks="masks" if name == "one" else str(place / "masks"), is_picture=True)
+        digest = read_pictures("pictures", "train", data("pictures"), masks).digest
+        before = digest()
+        for file in ("pictures/004.png", "masks/003.png"):
+            kept = (place / file).read_bytes()
+            (place / file).write_bytes(encoded(Image.open(BytesIO(kept)).transpose(Image.Transpose.ROTATE_90)))
+            assert digest() != before, f"{name}: {file}"
+            (place / file).write_bytes(kept)
+        assert digest() == before
+        found.add(before)
+    assert len(found) == 1
 
 
 def test_masks_lie_in_the_split_of_their_pictures(tmp_path, shapes):

@@ -1,5 +1,6 @@
 """A pipeline with adapters from their files, to be asked for pictures."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,8 +66,10 @@ class AdaptedPipeline:
         sampling = Sampling()
         for usage in usages:
             sampling = sampling.over(sampling_of(usage))
-        changes = next((own for usage in usages if isinstance(own := usage.get("scheduler"), dict)), {})
-        pipeline.scheduler = rescheduled(pipeline.scheduler, changes)
+        every = [own for usage in usages if isinstance(own := usage.get("scheduler"), dict)]
+        if any(own != every[0] for own in every):
+            warnings.warn(f"trained for other schedules, of which the first is used: {listed(every)}", stacklevel=2)
+        pipeline.scheduler = rescheduled(pipeline.scheduler, every[0] if every else {})
         return cls(pipeline, sampling, carriers, names)
 
     def acting(self, tags: Iterable[Tag]) -> Weights:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.kinds import kind_of
 from veneer.core.model import PeftModel, get_peft_model
 from veneer.core.targets import select
@@ -68,7 +68,8 @@ def adapted(family: Family, config: LoraConfig, text: Any) -> PeftModel:
             own = config if not is_text(name) else _bare(config)
             paths += [f"{name}.{path}" for path in chosen(family.parts[name], targets, own, is_text(name))]
         except AdapterError as error:
-            faults.append(f"{name}: {error}")
+            hint = nearest(targets, PRESETS) if isinstance(targets, str) and "did you mean" not in str(error) else ""
+            faults.append(f"{name}: {error}{hint}")
     if faults:
         raise AdapterError("\n".join(faults))
     whole = replace(config, target_modules=paths, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
