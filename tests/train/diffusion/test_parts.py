@@ -1,10 +1,13 @@
 """Which layers a preset means, and what text encoders have of their own."""
 
+import peft
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from train.diffusion.pipelines import made
 from veneer import AdapterError, LoraConfig
 from veneer.core.inject import adapted_layers
 from veneer.train.diffusion.parts import chosen
@@ -57,6 +60,17 @@ def test_all_means_every_linear_layer_and_convolution(parts):
     for part, model in parts.items():
         every = [path for path, module in model.named_modules() if isinstance(module, kinds)]
         assert chosen(model, "all", LoraConfig(), part.startswith("text")) == every
+
+
+def test_all_of_a_prior_is_taken_by_peft_too():
+    """It has convolutions in groups, where diffusers' PEFT would refuse a rank that is no multiple of their number."""
+    prior = made("wuerstchen-prior").prior
+    paths = chosen(prior, "all", LoraConfig(), False)
+    in_groups = {path for path, module in prior.named_modules() if getattr(module, "groups", 1) > 1}
+    assert in_groups
+    assert not in_groups & set(paths)
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=paths), prior)
+    assert len(paths) == sum(isinstance(module, LoraLayer) for module in theirs.modules())
 
 
 def test_attention_of_rank_4_has_the_parameters_that_diffusers_tells(parts):

@@ -113,7 +113,12 @@ def _preset(part: nn.Module, preset: str, text: bool) -> Iterator[str]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d) and kind_of(module) is not None
+    """A convolution in groups is none: PEFT, and so diffusers, refuse a rank that is no multiple of their number."""
+    return isinstance(module, nn.Linear | nn.Conv2d) and kind_of(module) is not None and not _is_grouped(module)
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups > 1
 
 
 def _is_wide(module: nn.Module) -> bool:
