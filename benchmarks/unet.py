@@ -45,14 +45,14 @@ class Side:
 
     dtype: str
     parts: tuple[str, ...] = ()
-    fp32_adapter: bool = True  # of the peer, whose script leaves it in bf16
+    option: bool = False  # of veneer: layers run again in the backward; of the peer: its adapter is in bf16
 
 
 @dataclass(frozen=True)
 class Row:
     """Two sides beside one another."""
 
-    parts: tuple[str, ...]  # of veneer
+    parts: tuple[str, ...]
     others: tuple[str, ...]  # of the peer
 
 
@@ -69,6 +69,8 @@ def build(part: str, dtype: str) -> Any:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from veneer.train.bases.loading import choose_device
 
     makers: dict[str, Callable[[], Any]] = {
         "unet": lambda: UNet2DConditionModel(**UNET),
@@ -91,13 +93,7 @@ def build(part: str, dtype: str) -> Any:
     for name, buffer in model.named_buffers():
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]))
-    return model.to(choose_device())
-
-
-def choose_device() -> Any:
-    from veneer.train.bases.loading import choose_device
-
-    return choose_device("auto")
+    return model.to(choose_device("auto"))
 
 
 def draws(step: int) -> dict[str, Any]:
@@ -157,12 +153,14 @@ def veneer_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     import veneer
     from veneer.train.optimizers import Stepper
     from veneer.train.pieces import quick_pieces
+    from veneer.train.recompute import recompute_layers
     from veneer.train.settings import TrainSettings
 
     parts, latents = {part: build(part, side.dtype) for part in side.parts}, cached(start, side.dtype)
     unet = veneer.PeftModel.from_pretrained(build("unet", side.dtype), start, is_trainable=True).train()
-    settings = TrainSettings(lr=LR, weight_decay=DECAY, max_grad_norm=CLIP)
-    stepper = Stepper(unet, settings)
+    if side.option:
+        recompute_layers(unet)
+    stepper = Stepper(unet, TrainSettings(lr=LR, weight_decay=DECAY, max_grad_norm=CLIP))
     turn()
     with quick_pieces(unet):
         for step in range(steps):
@@ -185,7 +183,7 @@ def peft_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     prefix = "base_model.model."
     weights = load_file(start / "adapter_model.safetensors")
     set_peft_model_state_dict(unet, {name.removeprefix(prefix): value for name, value in weights.items()})
-    if side.fp32_adapter:
+    if not side.option:
         cast_training_params(unet, dtype=torch.float32)
     learned = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=LR, weight_decay=DECAY)
@@ -219,14 +217,15 @@ def prepare(turn: Any, start: Path, steps: int) -> None:
         save_file({"latents": latents.cpu()}, start / f"latents-{dtype}.safetensors")
 
 
-def measure(row: Row, dtype: str, start: Path, steps: int, fp32_adapter: bool) -> dict[str, list[dict[str, float]]]:
+def measure(
+    row: Row, dtype: str, start: Path, steps: int, options: tuple[bool, bool]
+) -> dict[str, list[dict[str, float]]]:
     """The records of the steps of both sides."""
     from turns import Process
 
-    names = ("veneer", "peft")
-    sides = (Side(dtype, row.parts), Side(dtype, row.others, fp32_adapter))
-    work = dict(zip(names, (veneer_side, peft_side), strict=True))
-    running = {name: Process(work[name], side, start, steps) for name, side in zip(names, sides, strict=True)}
+    names, sides = ("veneer", "peft"), (Side(dtype, row.parts, options[0]), Side(dtype, row.others, options[1]))
+    works = (veneer_side, peft_side)
+    running = {name: Process(*own, start, steps) for name, *own in zip(names, works, sides, strict=True)}
     records: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for process in running.values():
         process.take()
@@ -268,8 +267,9 @@ def show(name: str, found: dict[str, Any]) -> None:
     for side in found["s/step"]:
         times = f"{found['s/step'][side]:10.2f} s/step{found['cpu s/step'][side]:10.2f} of the CPU"
         print(f"{side:8}{times}{found['peak GB'][side]:10.2f} GB")
-    times = f"time x {found['time x']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
-    print(f"{times}, of the CPU x {found['cpu time x']:.2f}, memory x {found['memory x']:.2f}")
+    print(
+        f"time x {found['time x']:.2f} ({found['least']:.2f} to {found['most']:.2f}), of the CPU x {found['cpu time x']:.2f}, memory x {found['memory x']:.2f}"
+    )
     print(f"losses {'agree' if found['loss off %'] <= AGREE else 'DIFFER'}, {found['loss off %']:.3f} % at most")
     for step, losses in enumerate(zip(*found["losses"].values(), strict=True)):
         print(f"{step + 1:4}", *(f"{loss:12.6f}" for loss in losses), flush=True)
@@ -281,19 +281,20 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--bf16-adapter", action="store_true", help="the peer's too, as its script has it")
+    parser.add_argument("--bf16-adapter", action="store_true", help="of the peer, as its script has it")
+    parser.add_argument("--recompute", action="store_true", help="veneer with train.gradient_checkpointing")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     from turns import Process
 
-    all_found = {}
+    all_found, own = {}, (options.recompute, options.bf16_adapter)
     with tempfile.TemporaryDirectory() as folder:
         Process(prepare, Path(folder), options.steps).take()
         for dtype in options.dtypes:
             for name in options.rows:
-                records = measure(ROWS[name], dtype, Path(folder), options.steps, not options.bf16_adapter)
-                all_found[f"{name}, {dtype}"] = summary(records)
-                show(f"{name}, {dtype}", all_found[f"{name}, {dtype}"])
+                records = measure(ROWS[name], dtype, Path(folder), options.steps, own)
+                found = all_found[f"{name}, {dtype}"] = summary(records)
+                show(f"{name}, {dtype}", found)
                 if options.json:
                     options.json.write_text(json.dumps(all_found, indent=1))
 
