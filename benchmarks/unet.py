@@ -7,9 +7,8 @@ latents  the VAE's encoder makes the latents in the step on both sides; text emb
 script   what diffusers' example script does, VAE and text encoder in the step, beside veneer with its caches;
          "script, latents": beside veneer with the VAE's encoder in the step
 
-Each side is a process of its own; a pair of them takes turns, a step each. Weights, adapter, pictures, noise and
-timesteps are the same. Prints medians, the median over the steps of the peer's time by veneer's, each process's peak
-memory, and the losses side by side.
+Each side is a process of its own; they take turns, a step each, with the same weights, adapter, pictures, noise and
+timesteps. Prints medians, the median of the peer's time by veneer's, each process's peak memory, and the losses.
 """
 
 import argparse
@@ -48,19 +47,12 @@ class Side:
     option: bool = False  # of veneer: layers run again in the backward; of the peer: its adapter is in bf16
 
 
-@dataclass(frozen=True)
-class Row:
-    """Two sides beside one another."""
-
-    parts: tuple[str, ...]
-    others: tuple[str, ...]  # of the peer
-
-
+# the parts beside the UNet, of veneer and of the peer
 ROWS = {
-    "step": Row((), ()),
-    "latents": Row(("vae",), ("vae",)),
-    "script": Row((), ("vae", "text_encoder")),
-    "script, latents": Row(("vae",), ("vae", "text_encoder")),
+    "step": ((), ()),
+    "latents": (("vae",), ("vae",)),
+    "script": ((), ("vae", "text_encoder")),
+    "script, latents": (("vae",), ("vae", "text_encoder")),
 }
 
 
@@ -218,12 +210,12 @@ def prepare(turn: Any, start: Path, steps: int) -> None:
 
 
 def measure(
-    row: Row, dtype: str, start: Path, steps: int, options: tuple[bool, bool]
+    row: str, dtype: str, start: Path, steps: int, options: tuple[bool, bool]
 ) -> dict[str, list[dict[str, float]]]:
     """The records of the steps of both sides."""
     from turns import Process
 
-    names, sides = ("veneer", "peft"), (Side(dtype, row.parts, options[0]), Side(dtype, row.others, options[1]))
+    names, sides = ("veneer", "peft"), (Side(dtype, ROWS[row][0], options[0]), Side(dtype, ROWS[row][1], options[1]))
     works = (veneer_side, peft_side)
     running = {name: Process(*own, start, steps) for name, *own in zip(names, works, sides, strict=True)}
     records: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -244,18 +236,19 @@ def summary(records: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     timed = {name: [step["seconds"] for step in steps[skip:]] for name, steps in records.items()}
     ratios = [theirs / own for own, theirs in zip(timed["veneer"], timed["peft"], strict=True)]
     computed = {name: statistics.median([step["cpu seconds"] for step in own[skip:]]) for name, own in records.items()}
-    peaks = {name: steps[-1]["peak"] for name, steps in records.items()}
-    losses = {name: [step["loss"] for step in steps] for name, steps in records.items()}
+    peaks, losses = (
+        {name: [step[key] for step in steps] for name, steps in records.items()} for key in ("peak", "loss")
+    )
     off = [abs(own / theirs - 1) for own, theirs in zip(losses["veneer"], losses["peft"], strict=True)]
     return {
         "s/step": {name: statistics.median(own) for name, own in timed.items()},
         "cpu s/step": computed,
-        "peak GB": {name: peak / 1e9 for name, peak in peaks.items()},
+        "peak GB": {name: own[-1] / 1e9 for name, own in peaks.items()},
         "time x": statistics.median(ratios),
         "least": min(ratios),
         "most": max(ratios),
         "cpu time x": computed["peft"] / computed["veneer"],
-        "memory x": peaks["veneer"] / peaks["peft"],
+        "memory x": peaks["veneer"][-1] / peaks["peft"][-1],
         "loss off %": 100 * max(off),
         "losses": losses,
     }
@@ -267,9 +260,8 @@ def show(name: str, found: dict[str, Any]) -> None:
     for side in found["s/step"]:
         times = f"{found['s/step'][side]:10.2f} s/step{found['cpu s/step'][side]:10.2f} of the CPU"
         print(f"{side:8}{times}{found['peak GB'][side]:10.2f} GB")
-    print(
-        f"time x {found['time x']:.2f} ({found['least']:.2f} to {found['most']:.2f}), of the CPU x {found['cpu time x']:.2f}, memory x {found['memory x']:.2f}"
-    )
+    print(f"time x {found['time x']:.2f} ({found['least']:.2f} to {found['most']:.2f})", end=", ")
+    print(f"of the CPU x {found['cpu time x']:.2f}, memory x {found['memory x']:.2f}")
     print(f"losses {'agree' if found['loss off %'] <= AGREE else 'DIFFER'}, {found['loss off %']:.3f} % at most")
     for step, losses in enumerate(zip(*found["losses"].values(), strict=True)):
         print(f"{step + 1:4}", *(f"{loss:12.6f}" for loss in losses), flush=True)
@@ -292,7 +284,7 @@ def main() -> None:
         Process(prepare, Path(folder), options.steps).take()
         for dtype in options.dtypes:
             for name in options.rows:
-                records = measure(ROWS[name], dtype, Path(folder), options.steps, own)
+                records = measure(name, dtype, Path(folder), options.steps, own)
                 found = all_found[f"{name}, {dtype}"] = summary(records)
                 show(f"{name}, {dtype}", found)
                 if options.json:
