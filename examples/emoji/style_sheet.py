@@ -55,7 +55,7 @@ def main() -> None:
     rows = {label: drawn[place * len(prompts) :][: len(prompts)] for place, label in enumerate(ROWS)}
     measured = {label: measures(pictures, rows["before"]) for label, pictures in rows.items()}
     told = [(f"{label}:   {line(measured[label])}", pictures) for label, pictures in rows.items()]
-    picture = grid(told, prompts).quantize(192, dither=Image.Dither.NONE)
+    picture = grid(told, prompts)
     write_whole({given.out: lambda path: picture.save(path, format="PNG", optimize=True)})
     show(measured)
     print(f"the sheet is {given.out}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+END = -1
 FILLING = Path(__file__).parents[1] / "train/filling.py"
 
 
@@ -24,7 +25,9 @@ def bits(run: Path) -> bytes:
 
 @pytest.fixture
 def cut(veneer, recipe, tmp_path, monkeypatch):
-    """`cut(3, *overrides)`: the run after Ctrl-C in its third step; `cut(None)`, while its end was measured."""
+    """`cut(3, *overrides)`: the run after Ctrl-C in its third step; `cut(None)`, before its end was measured, and
+    `cut(END)`, after that.
+    """
     from veneer.train import run
     from veneer.train.watch import Watch
 
@@ -43,6 +46,8 @@ def cut(veneer, recipe, tmp_path, monkeypatch):
             patch.setattr(Watch, "stepped", cutting)
             if step is None:
                 patch.setattr(run, "_finish", pressed)
+            if step == END:
+                patch.setattr(Watch, "samples", pressed)
             assert veneer("train", recipe, "eval.answers=0", *overrides).code == 130
         return tmp_path / "runs/small-1"
 
@@ -70,8 +75,9 @@ def whole(veneer, recipe, tmp_path):
     ],
     ids=["patience", "last", "best"],
 )
-def test_a_run_that_was_at_its_end_ends_there(veneer, recipe, cut, whole, overrides):
-    run = cut(None, *overrides)
+@pytest.mark.parametrize("when", [None, END], ids=["before", "after"])
+def test_a_run_that_was_at_its_end_ends_there(veneer, recipe, cut, whole, overrides, when):
+    run = cut(when, *overrides)
     assert veneer("train", run, "--resume").code == 0
     undisturbed = whole(*overrides)
     assert records(run) == records(undisturbed)

@@ -116,6 +116,8 @@ def load_part(place: Path, kind: tuple[str, str], dtype: str | None) -> tuple[An
     variant = None if None in found.values() else next(iter(found.values()))
     precision = getattr(torch, dtype) if dtype else _stored([path for path, own in found.items() if own == variant])
     told = {"torch_dtype": precision, "variant": variant, "output_loading_info": True}
+    if made_by.__module__.startswith("diffusers.") and find_spec("accelerate") is None:
+        told["low_cpu_mem_usage"] = False  # as it would be after a warning
     model, found_out = _made(made_by, place, **told)
     if missing := sorted(found_out["missing_keys"]):  # which would be random
         raise AdapterError(f"{place} lacks weights of a {kind[1]}: {collapsed(missing, 8)}")

@@ -127,8 +127,16 @@ class Run:
         return read_metrics(self.folder)
 
     def cut_back(self, step: int, measured: int) -> None:
-        """Forget the steps after `step`, and the held-out figures after `measured`."""
-        kept = [record for record in self.metrics() if record["step"] <= (step if "loss" in record else measured)]
+        """Forget the steps after `step`, and the held-out figures after `measured`; and those of the end, which are of
+        the best step where it is left.
+        """
+        kept, last = list[dict[str, Any]](), -1
+        for record in self.metrics():
+            if "loss" in record and record["step"] <= step:
+                kept.append(record)
+            elif "loss" not in record and last < record["step"] <= measured:
+                kept.append(record)
+                last = record["step"]
         self.write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
 

@@ -1,10 +1,13 @@
 """Which layers a preset means, and what text encoders have of their own."""
 
+import peft
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from train.diffusion.pipelines import made
 from veneer import AdapterError, LoraConfig
 from veneer.core.inject import adapted_layers
 from veneer.train.diffusion.parts import chosen
@@ -59,6 +62,17 @@ def test_all_means_every_linear_layer_and_convolution(parts):
         assert chosen(model, "all", LoraConfig(), part.startswith("text")) == every
 
 
+def test_all_of_a_prior_is_taken_by_peft_too():
+    """It has convolutions in groups, where diffusers' PEFT would refuse a rank that is no multiple of their number."""
+    prior = made("wuerstchen-prior").prior
+    paths = chosen(prior, "all", LoraConfig(), False)
+    in_groups = {path for path, module in prior.named_modules() if getattr(module, "groups", 1) > 1}
+    assert in_groups
+    assert not in_groups & set(paths)
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=paths), prior)
+    assert len(paths) == sum(isinstance(module, LoraLayer) for module in theirs.modules())
+
+
 def test_attention_of_rank_4_has_the_parameters_that_diffusers_tells(parts):
     unet = parts["unet"]
     layers = map(unet.get_submodule, chosen(unet, "attention", LoraConfig(), False))
@@ -94,5 +108,7 @@ def test_what_a_pipeline_cannot_keep_is_refused_before_anything_is_learned(built
         built(adapter={"modules_to_save": ["conv_out"], "bias": "all"})
     with pytest.raises(AdapterError, match=r"(?s)unet: .*'to_kv'.*text_encoder: .*'q_prj'"):
         built(adapter={"target_modules": ["to_kv"]}, text_encoder={"r": 1, "target_modules": ["q_prj"]})
+    with pytest.raises(AdapterError, match=r"unet: .*'kohia' .* matches none; did you mean 'kohya'"):
+        built(adapter={"target_modules": "kohia"})
     with pytest.raises(AdapterError, match=r"prior: .*has no layers that 'kohya' means"):
         built("wuerstchen-prior", adapter={"target_modules": "kohya"}, data={"resolution": 64})

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
-from veneer.core.errors import AdapterError, listed
+from veneer.core.errors import AdapterError, listed, nearest
 from veneer.core.kinds import kind_of
 from veneer.core.model import PeftModel, get_peft_model
 from veneer.core.targets import select
@@ -68,7 +68,8 @@ def adapted(family: Family, config: LoraConfig, text: Any) -> PeftModel:
             own = config if not is_text(name) else _bare(config)
             paths += [f"{name}.{path}" for path in chosen(family.parts[name], targets, own, is_text(name))]
         except AdapterError as error:
-            faults.append(f"{name}: {error}")
+            hint = nearest(targets, PRESETS) if isinstance(targets, str) and "did you mean" not in str(error) else ""
+            faults.append(f"{name}: {error}{hint}")
     if faults:
         raise AdapterError("\n".join(faults))
     whole = replace(config, target_modules=paths, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
@@ -112,7 +113,12 @@ def _preset(part: nn.Module, preset: str, text: bool) -> Iterator[str]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d) and kind_of(module) is not None
+    """A convolution in groups is none: PEFT, and so diffusers, refuse a rank that is no multiple of their number."""
+    return isinstance(module, nn.Linear | nn.Conv2d) and kind_of(module) is not None and not _is_grouped(module)
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups > 1
 
 
 def _is_wide(module: nn.Module) -> bool:

@@ -72,7 +72,9 @@ class TextToImage(Task):
         self.held_out = encoders.material(sources[1], data.latents) if len(sources[1]) else None
         self.kind = encoders.material(sources[2]) if len(sources) > 2 else None
         self.size, self.groups = len(self.part), sources[0].groups()
-        self._rest()
+        if device.type != "cpu":
+            self.resting = self.idle()
+            self.family.move(self.resting, torch.device("cpu"))
 
     @classmethod
     def looked_at(cls, recipe: TextToImageRecipe, reporter: Reporter) -> Self:
@@ -97,15 +99,13 @@ class TextToImage(Task):
             found.append(read_class(data, resolution, factor, self.reporter))
         return found
 
-    def _rest(self) -> None:
-        """Frozen parts whose work is done leave the device."""
+    def idle(self) -> list[str]:
+        """The frozen parts whose work is done before the first step, as what they make is kept."""
         data, needed = self.recipe.data, {name for name, _ in self.model.named_children()}
         needed |= set() if data.cache else set(self.family.encoders)
         sources = [own for own in (self.part, self.held_out, self.kind) if own]
-        needed |= set() if data.cache and all(map(is_still, sources)) else {self.family.seer}
-        if self.device.type != "cpu":
-            self.resting = [name for name in self.family.parts if name not in needed]
-            self.family.move(self.resting, torch.device("cpu"))
+        needed |= set() if data.latents or (data.cache and all(map(is_still, sources))) else {self.family.seer}
+        return [name for name in self.family.parts if name not in needed]
 
     def about(self) -> dict[str, str]:
         """What the adapter's file says of itself."""

@@ -1,8 +1,9 @@
-"""What remains between matrix products, in few passes and with few bytes kept for the backward.
+"""Frozen layers and what remains between them, in few passes and with few bytes kept for the backward.
 
-Norms, gated activations, activations and rotary positions of the live model are replaced while it trains. A class's
-name proves nothing: a piece is replaced only where, on random inputs from tiny to huge, its outputs and gradients are
-those of the layer's own forward to rounding.
+Frozen linear layers and convolutions, diffusers' attention, norms, gated activations, activations and rotary positions
+of the live model are replaced while it trains. A class's name proves nothing: except where PyTorch's or diffusers' own
+forward is called by name, a piece is replaced only where, on random inputs from tiny to huge, its outputs and gradients
+are those of the layer's own forward to rounding.
 """
 
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from veneer.train.pieces.attention import quick_attention
 from veneer.train.pieces.compiled import compiled, make_kernels, saving
 from veneer.train.pieces.frozen import quick_frozen
 from veneer.train.pieces.gated import quick_gated
+from veneer.train.pieces.halves import quick_halves
 from veneer.train.pieces.norm import quick_norm
 from veneer.train.pieces.piece import Piece
 from veneer.train.pieces.rotary import quick_rotary
 
-KINDS = (quick_frozen, quick_attention, quick_norm, quick_gated, quick_activation, quick_rotary)
+KINDS = (quick_frozen, quick_attention, quick_norm, quick_gated, quick_halves, quick_activation, quick_rotary)
 
 
 @dataclass

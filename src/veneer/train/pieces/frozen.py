@@ -112,7 +112,8 @@ class QuickLinear(Piece):
     weight: Tensor
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         if not _is_ready(self, x) or (own := product_dtype(flat := x.reshape(-1, x.shape[-1]))) == x.dtype:
             return self.own(x)
         return _Linear.apply(flat, self.weight, self.bias, own).view(*x.shape[:-1], len(self.weight))
@@ -128,7 +129,8 @@ class QuickConv2d(Piece):
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = *inputs, *named.values()  # by whatever name the base calls it
         if x.ndim != 4 or not _is_ready(self, x):
             return self.own(x)
         window = Window(self.kernel_size, self.stride, self.padding, self.dilation)
