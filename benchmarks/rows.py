@@ -33,13 +33,14 @@ def started(recipe: Path, rows: Path, output: Path, cache: Path) -> tuple[float,
     began = time.perf_counter()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env={**os.environ, "VENEER_CACHE": str(cache)}, **quiet)
-    first = 0.0
+    first, ended = 0.0, (0, 0, None)
     metrics = output / "small-1/metrics.jsonl"
-    while process.poll() is None and not first:
+    while not first and not ended[0]:
         time.sleep(0.02)
+        ended = os.wait4(process.pid, os.WNOHANG)
         if metrics.exists() and '"loss"' in metrics.read_text():
             first = time.perf_counter() - began
-    _, status, used = os.wait4(process.pid, 0)
+    _, status, used = ended if ended[0] else os.wait4(process.pid, 0)
     if status or not first:
         raise SystemExit(f"the run failed: {' '.join(command)}")
     return first, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

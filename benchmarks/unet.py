@@ -7,9 +7,8 @@ latents  the VAE's encoder makes the latents in the step on both sides; text emb
 script   what diffusers' example script does, VAE and text encoder in the step, beside veneer with its caches;
          "script, latents": beside veneer with the VAE's encoder in the step
 
-Each side is a process of its own; a pair of them takes turns, a step each. Weights, adapter, pictures, noise and
-timesteps are the same. Prints medians, the median over the steps of the peer's time by veneer's, each process's peak
-memory, and the losses side by side.
+Each side is a process of its own; they take turns, a step each, with the same weights, adapter, pictures, noise and
+timesteps. Prints medians, the median of the peer's time by veneer's, each process's peak memory, and the losses.
 """
 
 import argparse
@@ -45,22 +44,15 @@ class Side:
 
     dtype: str
     parts: tuple[str, ...] = ()
-    fp32_adapter: bool = True  # of the peer, whose script leaves it in bf16
+    option: bool = False  # of veneer: layers run again in the backward; of the peer: its adapter is in bf16
 
 
-@dataclass(frozen=True)
-class Row:
-    """Two sides beside one another."""
-
-    parts: tuple[str, ...]  # of veneer
-    others: tuple[str, ...]  # of the peer
-
-
+# the parts beside the UNet, of veneer and of the peer
 ROWS = {
-    "step": Row((), ()),
-    "latents": Row(("vae",), ("vae",)),
-    "script": Row((), ("vae", "text_encoder")),
-    "script, latents": Row(("vae",), ("vae", "text_encoder")),
+    "step": ((), ()),
+    "latents": (("vae",), ("vae",)),
+    "script": ((), ("vae", "text_encoder")),
+    "script, latents": (("vae",), ("vae", "text_encoder")),
 }
 
 
@@ -69,6 +61,8 @@ def build(part: str, dtype: str) -> Any:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from veneer.train.bases.loading import choose_device
 
     makers: dict[str, Callable[[], Any]] = {
         "unet": lambda: UNet2DConditionModel(**UNET),
@@ -91,13 +85,7 @@ def build(part: str, dtype: str) -> Any:
     for name, buffer in model.named_buffers():
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]))
-    return model.to(choose_device())
-
-
-def choose_device() -> Any:
-    from veneer.train.bases.loading import choose_device
-
-    return choose_device("auto")
+    return model.to(choose_device("auto"))
 
 
 def draws(step: int) -> dict[str, Any]:
@@ -157,12 +145,14 @@ def veneer_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     import veneer
     from veneer.train.optimizers import Stepper
     from veneer.train.pieces import quick_pieces
+    from veneer.train.recompute import recompute_layers
     from veneer.train.settings import TrainSettings
 
     parts, latents = {part: build(part, side.dtype) for part in side.parts}, cached(start, side.dtype)
     unet = veneer.PeftModel.from_pretrained(build("unet", side.dtype), start, is_trainable=True).train()
-    settings = TrainSettings(lr=LR, weight_decay=DECAY, max_grad_norm=CLIP)
-    stepper = Stepper(unet, settings)
+    if side.option:
+        recompute_layers(unet)
+    stepper = Stepper(unet, TrainSettings(lr=LR, weight_decay=DECAY, max_grad_norm=CLIP))
     turn()
     with quick_pieces(unet):
         for step in range(steps):
@@ -185,7 +175,7 @@ def peft_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     prefix = "base_model.model."
     weights = load_file(start / "adapter_model.safetensors")
     set_peft_model_state_dict(unet, {name.removeprefix(prefix): value for name, value in weights.items()})
-    if side.fp32_adapter:
+    if not side.option:
         cast_training_params(unet, dtype=torch.float32)
     learned = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=LR, weight_decay=DECAY)
@@ -219,14 +209,15 @@ def prepare(turn: Any, start: Path, steps: int) -> None:
         save_file({"latents": latents.cpu()}, start / f"latents-{dtype}.safetensors")
 
 
-def measure(row: Row, dtype: str, start: Path, steps: int, fp32_adapter: bool) -> dict[str, list[dict[str, float]]]:
+def measure(
+    row: str, dtype: str, start: Path, steps: int, options: tuple[bool, bool]
+) -> dict[str, list[dict[str, float]]]:
     """The records of the steps of both sides."""
     from turns import Process
 
-    names = ("veneer", "peft")
-    sides = (Side(dtype, row.parts), Side(dtype, row.others, fp32_adapter))
-    work = dict(zip(names, (veneer_side, peft_side), strict=True))
-    running = {name: Process(work[name], side, start, steps) for name, side in zip(names, sides, strict=True)}
+    names, sides = ("veneer", "peft"), (Side(dtype, ROWS[row][0], options[0]), Side(dtype, ROWS[row][1], options[1]))
+    works = (veneer_side, peft_side)
+    running = {name: Process(*own, start, steps) for name, *own in zip(names, works, sides, strict=True)}
     records: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for process in running.values():
         process.take()
@@ -245,18 +236,19 @@ def summary(records: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     timed = {name: [step["seconds"] for step in steps[skip:]] for name, steps in records.items()}
     ratios = [theirs / own for own, theirs in zip(timed["veneer"], timed["peft"], strict=True)]
     computed = {name: statistics.median([step["cpu seconds"] for step in own[skip:]]) for name, own in records.items()}
-    peaks = {name: steps[-1]["peak"] for name, steps in records.items()}
-    losses = {name: [step["loss"] for step in steps] for name, steps in records.items()}
+    peaks, losses = (
+        {name: [step[key] for step in steps] for name, steps in records.items()} for key in ("peak", "loss")
+    )
     off = [abs(own / theirs - 1) for own, theirs in zip(losses["veneer"], losses["peft"], strict=True)]
     return {
         "s/step": {name: statistics.median(own) for name, own in timed.items()},
         "cpu s/step": computed,
-        "peak GB": {name: peak / 1e9 for name, peak in peaks.items()},
+        "peak GB": {name: own[-1] / 1e9 for name, own in peaks.items()},
         "time x": statistics.median(ratios),
         "least": min(ratios),
         "most": max(ratios),
         "cpu time x": computed["peft"] / computed["veneer"],
-        "memory x": peaks["veneer"] / peaks["peft"],
+        "memory x": peaks["veneer"][-1] / peaks["peft"][-1],
         "loss off %": 100 * max(off),
         "losses": losses,
     }
@@ -268,8 +260,8 @@ def show(name: str, found: dict[str, Any]) -> None:
     for side in found["s/step"]:
         times = f"{found['s/step'][side]:10.2f} s/step{found['cpu s/step'][side]:10.2f} of the CPU"
         print(f"{side:8}{times}{found['peak GB'][side]:10.2f} GB")
-    times = f"time x {found['time x']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
-    print(f"{times}, of the CPU x {found['cpu time x']:.2f}, memory x {found['memory x']:.2f}")
+    print(f"time x {found['time x']:.2f} ({found['least']:.2f} to {found['most']:.2f})", end=", ")
+    print(f"of the CPU x {found['cpu time x']:.2f}, memory x {found['memory x']:.2f}")
     print(f"losses {'agree' if found['loss off %'] <= AGREE else 'DIFFER'}, {found['loss off %']:.3f} % at most")
     for step, losses in enumerate(zip(*found["losses"].values(), strict=True)):
         print(f"{step + 1:4}", *(f"{loss:12.6f}" for loss in losses), flush=True)
@@ -281,19 +273,20 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--bf16-adapter", action="store_true", help="the peer's too, as its script has it")
+    parser.add_argument("--bf16-adapter", action="store_true", help="of the peer, as its script has it")
+    parser.add_argument("--recompute", action="store_true", help="veneer with train.gradient_checkpointing")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     from turns import Process
 
-    all_found = {}
+    all_found, own = {}, (options.recompute, options.bf16_adapter)
     with tempfile.TemporaryDirectory() as folder:
         Process(prepare, Path(folder), options.steps).take()
         for dtype in options.dtypes:
             for name in options.rows:
-                records = measure(ROWS[name], dtype, Path(folder), options.steps, not options.bf16_adapter)
-                all_found[f"{name}, {dtype}"] = summary(records)
-                show(f"{name}, {dtype}", all_found[f"{name}, {dtype}"])
+                records = measure(name, dtype, Path(folder), options.steps, own)
+                found = all_found[f"{name}, {dtype}"] = summary(records)
+                show(f"{name}, {dtype}", found)
                 if options.json:
                     options.json.write_text(json.dumps(all_found, indent=1))
 
