@@ -223,3 +223,19 @@ def test_parts_that_lack_are_named_all_at_once(bases, built, tmp_path):
     (broken / "vae/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"(?s)unet has no weights in safetensors.*vae has no weights"):
         built(base=str(broken))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_sheet_after_a_step_is_of_what_was_learned_until_then(built):
+    """Also where the adapter acted from the beginning, and its pictures were measured then."""
+    task = built("sd1", trained=True, eval={"looks": True}, sample={"count": 1, "steps": 2})
+    task.evaluate(whole=True)
+    tensors(task, 0, [0])
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(-2)
+    task.sample()
+    found = task.drawn
+    task.sample()  # which draws anew in any case
+    assert found.tobytes() == task.drawn.tobytes()

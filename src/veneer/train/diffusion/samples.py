@@ -27,7 +27,9 @@ class Samples:
         self, family: Family, schedule: Schedule, settings: SampleSettings, size: tuple[int, int], reporter: Reporter
     ) -> None:
         self.family, self.settings, self.reporter = family, settings, reporter
-        self.changes, self.before, self.after = schedule.sampling(), list[Image.Image](), list[Image.Image]()
+        self.changes = schedule.sampling()
+        self.before = list[Image.Image]()  # the base's pictures
+        self.after = list[Image.Image]()  # the adapter's, as long as it has learned nothing since
         width, height = family.drawn(size)
         said = {"width": settings.width, "height": settings.height}
         if wrong := [f"sample.{side}={own}" for side, own in said.items() if own and own % family.step]:

@@ -131,6 +131,7 @@ class TextToImage(Task):
         exchange(self.model, folder)
 
     def batches(self, rows: Sequence[int]) -> list[Batch]:
+        self.samples.after = []  # what a step learns is not on them
         turns = self.turns if len(self.turns) == len(rows) else [0] * len(rows)
         strata = self.strata if len(self.strata) == len(rows) else [(0, 1)] * len(rows)
         moments = [Moment(self.step, *own) for own in zip(turns, strata, strict=True)]
