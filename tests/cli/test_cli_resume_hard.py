@@ -194,7 +194,7 @@ def test_a_sweep_over_rows_takes_each_run_for_its_own(veneer, recipe, rows, tmp_
 @pytest.mark.slow
 def test_a_full_disk_at_any_write_is_one_sentence_and_the_run_goes_on_to_the_same_bits(recipe):
     overrides = ("eval.answers=0", "eval.every_steps=2", "sample.every_steps=3", "checkpoint.every_steps=2")
-    command = [sys.executable, str(FILLING), str(recipe), "5", "37", *overrides, "log=[tensorboard]"]
+    command = [sys.executable, str(FILLING), str(recipe), "5", "37", *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + (recipe.parent / "log").read_text()[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
