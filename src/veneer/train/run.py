@@ -203,7 +203,7 @@ def _finish(watch: Watch, result: Result) -> None:
     exported = outcome.steps if outcome.interrupted or outcome.failure else watch.back_to_best(outcome.steps)
     _save(task, watch.recipe, result)
     if outcome.failure:
-        _draw(folder)
+        _draw(folder, task)
         folder.note(state="failed", why=outcome.failure)
         raise AdapterError(f"{outcome.failure}. It is in {folder.adapter}")
     if not outcome.interrupted:
@@ -212,7 +212,7 @@ def _finish(watch: Watch, result: Result) -> None:
             result.samples = watch.samples("answers")
         except KeyboardInterrupt:
             outcome.stopped_by = signal.SIGINT
-    _draw(folder)
+    _draw(folder, task)
 
 
 def _built(recipe: Recipe, build: Callable[[Recipe, Reporter], Task], reporter: Reporter, world: World) -> Task:
@@ -230,8 +230,9 @@ def _built(recipe: Recipe, build: Callable[[Recipe, Reporter], Task], reporter: 
     return task
 
 
-def _draw(folder: Run) -> None:
-    folder.draw("loss.png", lambda path: draw_losses(folder.metrics(), path, folder.folder.name))
+def _draw(folder: Run, task: Task) -> None:
+    name, held_out = folder.folder.name, task.held_out_loss
+    folder.draw("loss.png", lambda path: draw_losses(folder.metrics(), path, name, held_out))
 
 
 def _save(task: Task, recipe: Recipe, result: Result) -> None:

@@ -64,6 +64,7 @@ class Task(ABC):
     python: ClassVar[str] = USE  # how a model card says that it is used in Python
     sampled: ClassVar[str] = "A held-out row"  # what a model card calls a sample
     unit: ClassVar[str] = "tokens"  # what goes through the model, as people and metrics.jsonl count it
+    held_out_loss: str = "held out"  # what its curve is called beside the training's
     judged_by: str = "eval_loss"  # the figure that says which of two adapters is better
     higher_is_better: bool = False
     model: PeftModel

@@ -99,6 +99,7 @@ def test_pictures_without_captions_are_named_with_the_ways_out(tmp_path):
     for name in ("d.png", "e.png"):
         (own / name).write_bytes((own / "a.png").read_bytes())
         (own / name).with_suffix(".txt").write_text("x")
+    assert "data.caption=words means a column, and a folder has none" in problem(own, caption="words")
     (own / "a.txt").write_bytes("é".encode("latin-1"))
     (own / "b.txt").write_bytes(b"\xff")
     (own / "c.png").write_bytes(b"no picture")

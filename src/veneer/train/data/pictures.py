@@ -119,6 +119,11 @@ def _folder(folder: Path, split: str, data: Any, said: Said) -> Pictures:
         masks = _masks(folder, names, Path(said.masks))
         return _files(folder, names, [str(Path(said.masks) / masks[name]) for name in names], masks=True)
     if said.beside:
+        if said.asked is not None:
+            raise AdapterError(
+                f"{folder}: data.{said.key}={said.asked} means a column, and a folder has none: leave it out where texts "
+                f"lie beside the pictures, or write {LISTS[0]} with file_name and {said.asked}"
+            )
         return _files(folder, names, said.beside(folder, names))
     if not said.of_folder:
         raise AdapterError(

@@ -62,6 +62,8 @@ class TextToImage(Task):
         data.resolution = data.resolution or (self.family.resolution, self.family.resolution)
         self.objective = Objective(self.family.schedule(train), train)
         self.samples = Samples(self.family, self.objective.schedule, recipe.sample, data.resolution, reporter)
+        if (train.min_snr_gamma, train.loss) != (None, "mse"):
+            self.held_out_loss = "held out, squares without weights"
         sources = self._sources(data.resolution)
         torch.manual_seed(train.seed)  # which decides the adapter's starting values
         self.model = adapted(self.family, recipe.adapter, recipe.text_encoder)

@@ -10,11 +10,11 @@ Records = Sequence[Mapping[str, Any]]
 COLOURS = ("#1f5a8a", "#c4622d", "#3f7d4e", "#7a4f9a", "#a03c4b", "#5f6b73", "#b08d2e", "#2b8f93")
 
 
-def draw_losses(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
-    """loss.png: the loss of each step, its running mean, and the held-out loss."""
+def draw_losses(records: Iterable[Mapping[str, Any]], path: Path, title: str, held_out: str = "held out") -> None:
+    """loss.png: the loss of each step, its running mean, and the loss that is called `held_out`."""
     records = list(records)
     figure, axes = _axes(title)
-    _curves(axes, records, COLOURS[0], "running mean", "held out", COLOURS[1])
+    _curves(axes, records, COLOURS[0], "running mean", held_out, COLOURS[1])
     _finish(figure, axes, path)
 
 
