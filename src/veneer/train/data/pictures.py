@@ -121,8 +121,8 @@ def _folder(folder: Path, split: str, data: Any, said: Said) -> Pictures:
     if said.beside:
         if said.asked is not None:
             raise AdapterError(
-                f"{folder}: data.{said.key}={said.asked} means a column, and a folder has none: leave it out where texts "
-                f"lie beside the pictures, or write {LISTS[0]} with file_name and {said.asked}"
+                f"{folder}: data.{said.key}={said.asked} means a column, and a folder has none: leave it out where "
+                f"texts lie beside the pictures, or write {LISTS[0]} with file_name and {said.asked}"
             )
         return _files(folder, names, said.beside(folder, names))
     if not said.of_folder:
