@@ -28,6 +28,7 @@ def test_an_unknown_recipe_is_told_with_the_nearest(veneer):
         ("train.learning_rte=1", ("'train.learning_rte'",)),
         ("trian.steps=1", ("'trian'", "did you mean 'train'?")),
         ("steps=1", ("'steps'", "did you mean 'train.steps'?")),
+        ("train.step=1", ("'train.step'", "did you mean 'steps'?")),
         ("adapter.rank=8", ("'adapter.rank'",)),
         ("adapter.lora_alph=8", ("'adapter.lora_alph'", "did you mean 'lora_alpha'?")),
         ("train.batch_size=none", ("train.batch_size", "integer", "'none'")),

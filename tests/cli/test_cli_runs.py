@@ -36,6 +36,7 @@ def test_runs_are_listed_shown_and_compared(veneer, runs, tmp_path):
     shown = veneer("runs", "show", runs / "small-1").out
     for words in ("finished", "4 of 4", "step-00000004", "threads"):
         assert words in shown
+    assert veneer("runs", "--in", runs, "show", "small-1").out == shown, "a name that `runs` lists is enough"
     picture = tmp_path / "both.png"
     said = veneer("runs", "compare", runs / "small-1", runs / "small-2", "--out", picture)
     assert said.code == 0

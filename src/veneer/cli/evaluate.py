@@ -20,7 +20,8 @@ def evaluate(
     """Measure an adapter on rows: loss, and what the task is judged by."""
     import json
 
-    from veneer.cli.terminal import NAMES, TerminalReporter
+    from veneer.cli.terminal import TerminalReporter
+    from veneer.train.card import NAMES
     from veneer.train.evaluate import measured
 
     with TerminalReporter() as reporter:

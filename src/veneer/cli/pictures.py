@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from veneer.train.diffusion.adapted import AdaptedPipeline
     from veneer.train.diffusion.painter import Sampling
 
-_FOLDER = Path("pictures")  # where pictures go that are not told where
+_FOLDER = Path("drawn")  # where pictures go that are not told where
 _OTHERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TRIGGER = "modelspec.trigger_phrase"
 _LARGEST_SEED = 2**32 - 1  # of what other programs take

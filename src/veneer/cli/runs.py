@@ -36,12 +36,13 @@ def listing(
 
 
 @app.command()
-def show(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+def show(context: typer.Context, run: Annotated[Path, typer.Argument(help="A run's folder, or its name.")]) -> None:
     """What one run was asked, what it came to, and what it keeps."""
-    from veneer.cli.terminal import NAMES
+    from veneer.train.card import NAMES
     from veneer.train.record import facts_of
     from veneer.train.runs import summary
 
+    run = _place(context, run)
     found, facts = summary(run), facts_of(run)
     _print_table([found])
     print()
@@ -62,7 +63,8 @@ def show(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="The folders of two runs or more.")],
+    context: typer.Context,
+    runs: Annotated[list[Path], typer.Argument(help="The folders of two runs or more, or their names.")],
     out: Annotated[Path, typer.Option("--out", help="The picture.")] = Path("compare.png"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the picture.")] = False,
 ) -> None:
@@ -78,6 +80,7 @@ def compare(
         raise AdapterError("compare needs two runs or more")
     if out.exists() and not force:
         raise AdapterError(f"{out} exists already; nothing was written (--force overwrites it, --out names another)")
+    runs = [_place(context, run) for run in runs]
     found = [summary(run) for run in runs]
     _print_table(found)
     if other := differing(runs):
@@ -93,11 +96,18 @@ def compare(
     print(out)
 
 
+def _place(context: typer.Context, run: Path) -> Path:
+    """The run's folder: where it is said to be, or of that name among the runs that are listed."""
+    listed: Path = context.parent.params["folder"] / run if context.parent else run
+    return listed if not run.exists() and listed.exists() else run
+
+
 def _print_table(found: "list[Summary]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from veneer.cli.terminal import NAMES, size
+    from veneer.cli.terminal import size
+    from veneer.train.card import NAMES
     from veneer.train.runs import when
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

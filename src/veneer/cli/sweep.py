@@ -95,7 +95,7 @@ def _show(combinations: list[list[str]], came: Sequence[Came]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from veneer.cli.terminal import NAMES
+    from veneer.train.card import NAMES
     from veneer.train.runs import best_of, summary
 
     found = [None if isinstance(own, AdapterError) else summary(own) for own in came]

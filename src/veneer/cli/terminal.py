@@ -8,25 +8,10 @@ from types import TracebackType
 from rich.console import Console
 from rich.status import Status
 
+from veneer.train.card import NAMES
 from veneer.train.record import peak_memory
 from veneer.train.task import Reporter
 
-NAMES = {
-    "eval_loss": "held-out loss",
-    "bleu": "BLEU",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF",
-    "f1": "F1",
-    "matthews": "Matthews",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "exact_match": "exact match",
-    "mean_iou": "mean IoU",
-    "pixel_accuracy": "pixel accuracy",
-    "distance": "distance to the style",
-    "shape": "shape kept",
-    "edges": "edges kept",
-}
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 

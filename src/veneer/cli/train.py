@@ -19,8 +19,6 @@ from veneer.core.errors import AdapterError
 if TYPE_CHECKING:
     from veneer.train.run import Preview, Result
 
-ASKED = {"prompt", "seed"}  # of a sample: what the model was asked
-
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe (`veneer recipes` lists them) or a file.")],
@@ -63,7 +61,7 @@ def train(
         own = Path(recipe).expanduser()
         result = run.run(settings, task, reporter, resume and (own if own.is_dir() else True), allow_inexact)
     if result.run.writes:
-        _show_result(result)
+        _show_result(result, shipped=not Path(recipe).expanduser().exists())
     if result.outcome.interrupted:
         raise typer.Exit(128 + result.outcome.stopped_by)
 
@@ -115,7 +113,7 @@ def _show_preview(preview: "Preview") -> None:
     console.rule(preview.unit)
     for sentence in preview.facts["report"].sentences():
         print(sentence)
-    print("A few rows; what is learned is green and underlined:")
+    print("A few examples; what is learned is green and underlined:")
     for look in preview.facts["looks"]:
         text = Text()
         for part, learned in look:
@@ -124,12 +122,12 @@ def _show_preview(preview: "Preview") -> None:
         print()
 
 
-def _show_result(result: "Result") -> None:
+def _show_result(result: "Result", shipped: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.cli.terminal import NAMES
+    from veneer.train.card import ASKED, NAMES
 
     console = Console(highlight=False)
     if result.samples and not set(result.samples[0]) <= ASKED:  # what was drawn is on the sheet
@@ -144,6 +142,7 @@ def _show_result(result: "Result") -> None:
     if result.after:
         console.print(figures)
     _show_facts(result)
+    _show_next(result, shipped)
 
 
 def _show_facts(result: "Result") -> None:
@@ -162,12 +161,17 @@ def _show_facts(result: "Result") -> None:
     if outcome.interrupted:
         print(f"interrupted after step {outcome.steps}; what was learned until then is in {result.run.adapter}")
         print(f"to go on              {_command()} train {folder} --resume")
-    asked = {key: _quoted(text) for key, text in (result.samples[0] if result.samples else {}).items()}
+
+
+def _show_next(result: "Result", shipped: bool) -> None:
+    folder = result.run.folder
+    asked = {"seed": "0"} | {key: _quoted(text) for key, text in (result.samples[0] if result.samples else {}).items()}
     veneer = _command()
     print("\nworth typing next:")
     print(f"  {veneer} {result.asking.format_map(defaultdict(lambda: _quoted('…'), asked, adapter=folder))}")
     print(f"  {veneer} merge {folder} --out {folder}-merged")
-    print(f"  {veneer} recipes copy {result.recipe.task} my.yaml     # then train on rows of your own")
+    if shipped:
+        print(f"  {veneer} recipes copy {result.recipe.task} my.yaml     # then train on data of your own")
 
 
 def _command() -> str:

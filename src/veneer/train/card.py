@@ -1,6 +1,7 @@
 """The model card that lies beside an adapter."""
 
 import json
+import shlex
 from collections import defaultdict
 from typing import Any
 
@@ -8,6 +9,24 @@ from veneer import __version__
 from veneer.train.record import stamp
 from veneer.train.task import Task
 
+NAMES = {  # of figures, for people
+    "eval_loss": "held-out loss",
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+    "f1": "F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "exact_match": "exact match",
+    "mean_iou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "distance": "distance to the style",
+    "shape": "shape kept",
+    "edges": "edges kept",
+}
+
+ASKED = {"prompt", "seed"}  # of a sample: what the model was asked
 _CARD = """---
 base_model: {base}
 library_name: {library}
@@ -32,7 +51,7 @@ veneer merge ADAPTER --out DIR
 
 In Python, {python}
 
-How the rows of its training were read (`veneer.json` says the same, and `veneer {verb}` reads it there):
+How the data of its training was read (`veneer.json` says the same, and `veneer {verb}` reads it there):
 
 ```json
 {usage}
@@ -44,7 +63,9 @@ def card(
     task: Task, name: str, base: str, rows: list[tuple[str, str]], usage: dict[str, Any], samples: list[dict[str, str]]
 ) -> str:
     """README.md of an adapter: what it is, what it was measured at, how it is used, what it answers."""
-    command = task.asking.format_map(defaultdict(lambda: '"…"', adapter="ADAPTER", seed=0))
+    drawn = [sample for sample in samples if set(sample) <= ASKED]  # nothing was answered that a card could show
+    first = {key: shlex.quote(text) for key, text in (drawn[0] if drawn else {}).items()}
+    command = task.asking.format_map(defaultdict(lambda: '"…"', {"seed": 0} | first, adapter="ADAPTER"))
     return _CARD.format(
         name=name,
         base=base,
@@ -57,7 +78,7 @@ def card(
         date=stamp(),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows),
         usage=json.dumps(usage["data"], indent=2, ensure_ascii=False),
-        samples="".join(_sample(task.sampled, sample) for sample in samples[:1]),
+        samples="".join(_sample(task.sampled, sample) for sample in samples[:1] if sample not in drawn),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from veneer import recipes
 from veneer.core.errors import AdapterError
-from veneer.train.card import card
+from veneer.train.card import NAMES, card
 from veneer.train.drawing.curves import draw_losses
 from veneer.train.loop import Outcome, count_steps, train
 from veneer.train.memory import Estimate, bytes_of, estimate
@@ -266,7 +266,7 @@ def _figures(recipe: Recipe, result: Result) -> list[tuple[str, str]]:
     if result.outcome.interrupted:
         rows.append(("state", "interrupted before its end"))
     rows += [
-        (key.replace("eval_loss", "held-out loss"), f"{result.before[key]:.4g} before, {value:.4g} after")
+        (NAMES.get(key, key), f"{result.before[key]:.4g} before, {value:.4g} after")
         for key, value in result.after.items()
     ]
     return rows

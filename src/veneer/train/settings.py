@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -163,10 +164,12 @@ def _sentence(problem: Any, schema: type[Settings]) -> str:
 
 
 def _nearest_key(path: list[str], known: list[str]) -> str:
-    """A hint: the same word in another part, else a like word in this part, else one anywhere."""
+    """A hint: a word of this part that is a letter off, the same in another part, one like it here, or anywhere."""
     last = {name: name.rpartition(".")[2] for name in known}
     same = [name for name, word in last.items() if word == path[-1]]
     here = [word for name, word in last.items() if name.rpartition(".")[0] == ".".join(path[:-1])]
+    slips = get_close_matches(path[-1], here, n=1, cutoff=0.85)
+    same = slips or same
     return f"; did you mean {same[0]!r}?" if same else nearest(path[-1], here) or nearest(path[-1], known)
 
 

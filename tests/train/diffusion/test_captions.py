@@ -92,7 +92,7 @@ def test_pictures_without_captions_are_named_with_the_ways_out(tmp_path):
 
     own = folder(tmp_path, {"a.png": "a", "b.png": None, "c.png": " \n", "deep/d.png": None})
     told = problem(own)
-    assert "3 of 4 pictures have no caption: 'b.png', 'c.png', 'deep/d.png'. Write b.txt beside" in told
+    assert "3 of 4 pictures have no caption: 'b.png', 'c.png', 'deep/d.png'. Write it into b.txt beside" in told
     assert "data.instance_prompt='a photo of sks dog'" in told
     found, _ = read(own, instance_prompt="a photo of sks dog")
     assert [found.caption(row) for row in range(4)] == ["a", *["a photo of sks dog"] * 3]
@@ -159,7 +159,7 @@ def test_every_kind_of_picture_is_used_or_named(tmp_path):
     assert [found.original(row) for row in range(6)] == [*[(40, 32)] * 5, (10, 8)]
     for row in range(3):
         assert (found.picture(row)[0] == 1).all(), "white"
-    assert "1 pictures are smaller than what is learned, and are enlarged: upscaled.png (10×8)" in heard.told
+    assert "1 of 6 pictures are smaller than what is learned, and are enlarged: upscaled.png (10×8)" in heard.told
     assert "of 1 animated pictures the first frame is learned: 'moving.gif'" in heard.told
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "none.png").write_bytes(b"hello")

@@ -196,10 +196,11 @@ def _texts(pictures: Pictures, data: CaptionedData, folders: Mapping[str, Repeat
     if strange:
         problems.append(f"{pictures.source}: captions that cannot be used: {listed(strange, say=str, between='; ')}")
     if bare:
+        file = PurePosixPath(bare[0]).with_suffix(".txt").name
         problems.append(
-            f"{pictures.source}: {len(bare):,} of {len(pictures):,} pictures have no caption: {listed(bare)}. Write "
-            f"{PurePosixPath(bare[0]).with_suffix('.txt').name} beside each picture, or metadata.jsonl with file_name "
-            "and text; or say data.caption=COLUMN; or data.instance_prompt='a photo of sks dog' for all that have none"
+            f"{pictures.source}: {len(bare):,} of {len(pictures):,} pictures have no caption: {listed(bare)}. Write it "
+            f"into {file} beside the picture, and so on, or all into metadata.jsonl with file_name and text; or say "
+            "data.caption=COLUMN; or data.instance_prompt='a photo of sks dog' for all that have none"
         )
     if problems:
         raise AdapterError("; ".join(problems))
@@ -282,7 +283,8 @@ def _say(
     if small:
         done = "are learned in their own size; data.buckets.upscale=true enlarges them"
         done = done if frame.own and not frame.own.upscale else "are enlarged"
-        reporter.say(f"{len(small):,} pictures are smaller than what is learned, and {done}: {listed(small, 3, str)}")
+        count = f"{len(small):,} of {len(pictures):,} pictures"
+        reporter.say(f"{count} are smaller than what is learned, and {done}: {listed(small, 3, str)}")
     if moving := [pictures.name(row) for row in np.unique(pictures.rows).tolist() if looks.moves[row]]:
         reporter.say(f"of {len(moving):,} animated pictures the first frame is learned: {listed(moving, 3)}")
     if frame.own is None and lost and sum(lost) / len(lost) > 0.1:

@@ -113,7 +113,7 @@ class Samples:
 
     def _all(self, prompts: Sequence[str], model: PeftModel, weights: Weights) -> list[Image.Image]:
         wishes = [Wish(prompt, seed, weights) for prompt in prompts for seed in self.settings.seeds]
-        return self.painted(wishes, model, own=not weights)
+        return self.painted(wishes, model, "drawing" if weights else "drawing with the base", own=not weights)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class TextToImage(Task):
     pipeline = "text-to-image"
     unit = "pictures"
     asking = "generate {adapter} --prompt {prompt} --seed {seed} --out picture.png"
-    library, python, sampled = "diffusers", USE, "A picture"
+    library, python = "diffusers", USE
     drawn: Image.Image | None = None  # what `sample` has shown last
     resting: Sequence[str] = ()  # parts that are not needed at each step, in main memory
 
