@@ -133,6 +133,7 @@ def test_an_adapter_of_one_model_is_put_where_its_layers_are(draw, place):
     assert abs(np.asarray(opened("one.png")) - expected((SHAPE, 1))).max() < 0.502
 
 
+@pytest.mark.filterwarnings("ignore:drawn by v_prediction")
 def test_how_pictures_are_drawn_is_in_the_adapters_folder(veneer, base, place):
     folder = place / "run" / "adapter"
     folder.mkdir(parents=True)
@@ -141,7 +142,8 @@ def test_how_pictures_are_drawn_is_in_the_adapters_folder(veneer, base, place):
     changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     usage = {"task": "text-to-image", "sample": sample, "data": {"resolution": [40, 32]}, "scheduler": changed}
     (folder / "veneer.json").write_text(json.dumps(usage))
-    said = veneer("generate", "run", "--base", base, "--prompt", "a cat", "--out", "a.png", "--guidance", 3)
+    with pytest.warns(UserWarning, match="drawn by v_prediction, as was trained, and not by epsilon"):
+        said = veneer("generate", "run", "--base", base, "--prompt", "a cat", "--out", "a.png", "--guidance", 3)
     assert said.code == 0, said.err
     _, negative, line = opened("a.png").info["parameters"].split("\n")
     assert negative == "Negative prompt: a dog"

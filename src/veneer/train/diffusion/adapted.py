@@ -69,7 +69,11 @@ class AdaptedPipeline:
         every = [own for usage in usages if isinstance(own := usage.get("scheduler"), dict)]
         if any(own != every[0] for own in every):
             warnings.warn(f"trained for other schedules, of which the first is used: {listed(every)}", stacklevel=2)
-        pipeline.scheduler = rescheduled(pipeline.scheduler, every[0] if every else {})
+        changes, own = every[0] if every else {}, pipeline.scheduler.config.get("prediction_type")
+        if own != (learned := changes.get("prediction_type", own)):
+            told = f"drawn by {learned}, as was trained, and not by {own}, as the base says: strength 0 is not the base"
+            warnings.warn(told, stacklevel=2)
+        pipeline.scheduler = rescheduled(pipeline.scheduler, changes)
         return cls(pipeline, sampling, carriers, names)
 
     def acting(self, tags: Iterable[Tag]) -> Weights:
