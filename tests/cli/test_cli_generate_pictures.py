@@ -73,6 +73,7 @@ def test_a_picture_is_what_diffusers_draws_and_says_how_it_was_made(draw, place)
     again = draw(*words)
     assert again.code == 2
     assert "exists already; nothing was drawn" in again.err
+    assert "cat.png is no folder; nothing was drawn" in draw(*words[:-1], "cat.png/deep.png").err
 
 
 def test_one_picture_of_many_is_the_one_alone_and_strength_0_the_base(draw, place):

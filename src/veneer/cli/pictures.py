@@ -1,6 +1,7 @@
 """The pictures that an adapted pipeline makes, for `veneer generate`."""
 
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -187,6 +188,10 @@ def _targets(asked: Sequence[Asked], out: Path | None, sheet: bool) -> list[Path
             found.append(path)
     if there := [path for path in found if path.exists()]:
         raise AdapterError(f"{listed(there, say=str)} exists already; nothing was drawn (--out names another place)")
+    home = next(place for place in found[0].absolute().parents if place.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        why = "may not be written to" if home.is_dir() else "is no folder"
+        raise AdapterError(f"{found[0]}: {home} {why}; nothing was drawn (--out names another place)")
     return found
 
 

@@ -210,8 +210,8 @@ def described(schema: type[Any]) -> Iterator[tuple[str, str, str]]:
 MEANINGS = {
     "r": "The rank: how many columns A and B share.",
     "lora_alpha": "The change is scaled by lora_alpha / r (lora_alpha / √r with use_rslora).",
-    "target_modules": "Which layers: names or last parts of names, a regular expression for whole names, all-linear; of a "
-    "pipeline also attention, kohya, kohya+conv or all.",
+    "target_modules": "Which layers: names or last parts of names, a regular expression for whole names, all-linear; "
+    "of a pipeline also attention, kohya, kohya+conv or all.",
     "exclude_modules": "Layers that are left out, named in the same way.",
     "lora_dropout": "The share of the change's inputs that is dropped in training.",
     "use_rslora": "Scale by lora_alpha / √r, which keeps large ranks learning.",
