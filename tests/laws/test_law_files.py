@@ -210,12 +210,12 @@ def test_a_write_that_fails_leaves_the_old_files_whole(case, folder, monkeypatch
 def test_a_write_that_is_interrupted_leaves_the_old_files_whole(case, folder, monkeypatch):
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
-    def interrupted(_: object, path: str, **__: object) -> None:
+    def interrupted(_: object, path: str, __: object) -> None:
         with open(path, "wb") as file:
             file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_module, "save_file", interrupted)
+    monkeypatch.setattr(adapter_module, "save_ordered", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Adapter.load(folder).save(folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
