@@ -108,8 +108,8 @@ def latents_of(vae: Any, drawn: dict[str, Any]) -> Any:
     import torch
 
     with torch.no_grad():
-        found = vae.encode(drawn["pixels"].to(vae.dtype)).latent_dist
-    latents = found.mean + found.std * drawn["of_latents"].to(vae.dtype)
+        found = vae.encode(drawn["pixels"].to(vae.encoder.conv_in.weight.dtype)).latent_dist
+    latents = found.mean + found.std * drawn["of_latents"].to(found.mean)
     return latents / latents.std()
 
 
@@ -149,6 +149,8 @@ def veneer_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     from veneer.train.settings import TrainSettings
 
     parts, latents = {part: build(part, side.dtype) for part in side.parts}, cached(start, side.dtype)
+    for half in ("encoder", "quant_conv") if "vae" in parts else ():
+        getattr(parts["vae"], half).float()  # as veneer has the half that sees
     unet = veneer.PeftModel.from_pretrained(build("unet", side.dtype), start, is_trainable=True).train()
     if side.option:
         recompute_layers(unet)

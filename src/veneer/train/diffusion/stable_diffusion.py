@@ -1,7 +1,6 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al. 2021, arXiv:2112.10752): a UNet over a VAE's latents, told by CLIP."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ class StableDiffusion(Family):
 
     @classmethod
     def load(cls, folder: Path, dtype: str | None, device: torch.device) -> "StableDiffusion":
-        parts = load_parts(folder, (cls.denoiser, *cls.encoders, cls.seer), dtype, device)
+        parts = load_parts(folder, (cls.denoiser, *cls.encoders, cls.seer), dtype, device, wide=cls.seer)
+        draws_in(parts[cls.seer], dtype)
         return cls(folder, parts, load_tokenizer(folder / "tokenizer"), load_scheduler(folder))
 
     def config(self, part: str) -> Any:
@@ -43,9 +43,9 @@ class StableDiffusion(Family):
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
         vae: Any = self.parts["vae"]
-        with in_float32(vae):
-            moments: Tensor = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist.parameters
-        return moments
+        own = next(vae.encoder.parameters())
+        moments: Tensor = vae.encode(pixels.to(own.device, own.dtype)).latent_dist.parameters
+        return moments.float()
 
     def latents_of(self, kept: Tensor, noise: Tensor) -> Tensor:
         return vae_latents(kept, noise, self.config("vae"))
@@ -77,8 +77,12 @@ class StableDiffusion(Family):
             )
 
 
-def load_parts(folder: Path, names: Sequence[str], dtype: str | None, device: torch.device) -> dict[str, nn.Module]:
-    """Models of a pipeline's folder, frozen, in `dtype` (None: as stored). Raises one `AdapterError` for all."""
+def load_parts(
+    folder: Path, names: Sequence[str], dtype: str | None, device: torch.device, wide: str = ""
+) -> dict[str, nn.Module]:
+    """Models of a pipeline's folder, frozen, in `dtype` (None: as stored), or in float32 the one that is `wide`. Raises
+    one `AdapterError` for all.
+    """
     kinds, found, faults = part_kinds(folder), dict[str, nn.Module](), []
     for name in names:
         if name not in kinds:
@@ -86,7 +90,8 @@ def load_parts(folder: Path, names: Sequence[str], dtype: str | None, device: to
             continue
         try:
             with quiet():
-                model: nn.Module = load_part(folder / name, kinds[name], dtype)[0]
+                own = "float32" if dtype and name == wide else dtype
+                model: nn.Module = load_part(folder / name, kinds[name], own)[0]
         except AdapterError as error:
             faults.append(f"base {error}")
             continue
@@ -94,6 +99,13 @@ def load_parts(folder: Path, names: Sequence[str], dtype: str | None, device: to
     if faults:
         raise AdapterError("\n".join(faults))
     return found
+
+
+def draws_in(vae: nn.Module, dtype: str | None) -> None:
+    """Let the half of a VAE that draws be in `dtype`; the half that sees stays in float32, as latents are kept."""
+    for name, half in vae.named_children():
+        if dtype and name in ("decoder", "post_quant_conv"):
+            half.to(getattr(torch, dtype))
 
 
 def load_scheduler(folder: Path, part: str = "scheduler") -> Any:
@@ -129,16 +141,3 @@ def vae_latents(kept: Tensor, noise: Tensor, config: Any) -> Tensor:
         centre, width = (mean.new_tensor(config[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
         latents = (latents - centre) / width
     return latents * config.scaling_factor
-
-
-@contextmanager
-def in_float32(model: Any) -> Iterator[None]:
-    """Inside, the model computes in float32; its weights are the same numbers after."""
-    before = model.dtype
-    if before != torch.float32:
-        model.to(torch.float32)
-    try:
-        yield
-    finally:
-        if before != torch.float32:
-            model.to(before)

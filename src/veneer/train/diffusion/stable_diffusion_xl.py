@@ -12,7 +12,7 @@ from veneer.files.pipeline import INDEX
 from veneer.safe.stored import parsed, read_bytes
 from veneer.train.bases.loading import load_tokenizer, quiet
 from veneer.train.diffusion.family import Conditions
-from veneer.train.diffusion.stable_diffusion import StableDiffusion, load_parts, load_scheduler, padded
+from veneer.train.diffusion.stable_diffusion import StableDiffusion, draws_in, load_parts, load_scheduler, padded
 
 _CONFIG = "config.json"
 
@@ -35,10 +35,13 @@ class StableDiffusionXL(StableDiffusion):
     @classmethod
     def load(cls, folder: Path, dtype: str | None, device: torch.device) -> "StableDiffusionXL":
         """Its VAE overflows in half precision, and is in float32 unless it says that it does not."""
-        parts = load_parts(folder, (cls.denoiser, *cls.encoders), dtype, device)
+        parts = load_parts(folder, (cls.denoiser, *cls.encoders, cls.seer), dtype, device, wide=cls.seer)
         config = folder / cls.seer / _CONFIG
         upcast = not config.is_file() or parsed(read_bytes(config), str(config)).get("force_upcast", True)
-        parts |= load_parts(folder, (cls.seer,), "float32" if upcast else dtype, device)
+        if upcast:
+            parts[cls.seer].float()
+        else:
+            draws_in(parts[cls.seer], dtype)
         first, second = load_tokenizer(folder / "tokenizer"), load_tokenizer(folder / "tokenizer_2")
         return cls(folder, parts, first, second, load_scheduler(folder))
 
