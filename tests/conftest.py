@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  # before distutils, which it takes the place of: torch's compiler asks for both
 import torch
 from torch import nn
 

@@ -95,6 +95,11 @@ def ended(child: int) -> bool:
     return True
 
 
+def is_finished(output: Path) -> bool:
+    """Whether the run there came to its end: it may have been killed behind it."""
+    return any(json.loads(path.read_text())["state"] == "finished" for path in output.glob("*/run.json"))
+
+
 def ready(recipe: str) -> None:
     """Import all that a run needs, with nothing begun that a fork would break."""
     torch.set_num_threads(1)
@@ -129,6 +134,8 @@ def main(recipe: str, kills: int, seed: int) -> dict:
             if ended(child):
                 break
             done += 1
+            if is_finished(output):
+                break
         ends[result_of(output)] += 1
     return {"kills": done, "ends": ends, "undisturbed": result_of(folder / "undisturbed")}
 
