@@ -12,13 +12,13 @@ import os
 import statistics
 import sys
 import tempfile
-import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from turns import Process
 
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 RATE, BETA, SKIP = 1e-4, 0.1, 2  # steps in which things are made ready are not timed
@@ -145,7 +145,7 @@ def peer_side(job: Job, turn: Any) -> None:
 SIDES = {"veneer": veneer_side, "trl": peer_side}
 
 
-def prepare(job: Job, pipe: Any) -> None:
+def prepare(job: Job, turn: Any) -> None:
     """Write the rows and the adapter that both begin with."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -165,58 +165,30 @@ def prepare(job: Job, pipe: Any) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(job.base, dtype="float32")
     veneer.get_peft_model(model, veneer.LoraConfig(**ADAPTER)).save_pretrained(job.start)
-    pipe.send({})
 
 
-def _work(pipe: Any, job: Job, name: str) -> None:
-    try:
-        from transformers.utils import logging
+def side(turn: Any, job: Job, name: str) -> None:
+    """What a process does."""
+    from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        if name == "prepare":
-            prepare(job, pipe)
-        else:
-            from train_sides import Turns
-
-            SIDES[name](job, Turns(pipe))
-            pipe.send({})
-    except BaseException:
-        pipe.send({"failure": traceback.format_exc()})
-
-
-def started(job: Job, name: str) -> Any:
-    """The other end of a process."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=_work, args=(theirs, job, name), daemon=True).start()
-    theirs.close()
-    return ours
-
-
-def take(pipe: Any, name: str) -> dict[str, float]:
-    """What a side says next. Ends the run when it fails."""
-    said = pipe.recv()
-    if "failure" in said:
-        raise SystemExit(f"{name}: {said['failure']}")
-    return said
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    {"prepare": prepare, **SIDES}[name](job, turn)
 
 
 def measure(job: Job) -> dict[str, list[dict[str, float]]]:
     """The steps of both sides, which take turns."""
-    take(started(job, "prepare"), "prepare")
-    pipes = {name: started(job, name) for name in SIDES}
-    for name, pipe in pipes.items():
-        take(pipe, name)
+    Process(side, job, "prepare", name="prepare").take()
+    sides = {name: Process(side, job, name, name=name) for name in SIDES}
+    for own in sides.values():
+        own.take()
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     for step in range(job.steps):
         for name in SIDES if step % 2 else reversed(SIDES):
-            pipes[name].send("go")
-            steps[name].append(take(pipes[name], name))
+            steps[name].append(sides[name].turn())
         print(f"{step + 1}/{job.steps}", end="\r", file=sys.stderr)
-    for name, pipe in pipes.items():
-        pipe.send("go")
-        take(pipe, name)
+    for own in sides.values():
+        own.turn()
     return steps
 
 

@@ -9,18 +9,16 @@ process's peak memory; the losses side by side, and the held-out loss of every a
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from turns import Process
 
 PEFT = ("peft bf16, dropout", "peft bf16", "peft autocast")
 VENEER = "veneer"
@@ -54,69 +52,30 @@ ROWS = {
 }
 
 
-class Side:
-    """A process at the other end of a pipe."""
+def train_side(turn: Any, job: Any, name: str) -> None:
+    """A side's training, a step a turn."""
+    import train_sides
 
-    def __init__(self, work: str, *inputs: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, work, inputs), daemon=True)
-        self.process.start()
-        other.close()
-        self.name = inputs[-1] if isinstance(inputs[-1], str) else work
-
-    def take(self) -> Any:
-        """What it says next. Ends the run when it fails."""
-        try:
-            said, failed = self.pipe.recv(), None
-        except EOFError:
-            self.process.join()
-            said, failed = None, f"died (exit code {self.process.exitcode}: -9 is usually too little memory)"
-        if isinstance(said, dict) and "failure" in said:
-            failed = said["failure"]
-        if failed:
-            raise SystemExit(f"{self.name}: {failed}")
-        return said
-
-    def turn(self) -> Any:
-        """Let it take a turn."""
-        with contextlib.suppress(BrokenPipeError):  # it is dead, which `take` says
-            self.pipe.send("go")
-        return self.take()
-
-
-def _work(pipe: Connection, work: str, inputs: tuple[Any, ...]) -> None:
-    """What a process does: a side's training, or one function whose result is sent back."""
-    try:
-        import train_sides
-
-        if work in ("prepare", "evaluate"):
-            pipe.send(getattr(train_sides, work)(*inputs))
-            return
-        job, name = inputs
-        side = train_sides.veneer_side if name.startswith("veneer") else train_sides.peft_side
-        side(job, train_sides.Turns(pipe), job.folder / name, **SIDES[name])
-        pipe.send("done")
-    except BaseException:
-        pipe.send({"failure": traceback.format_exc()})
+    side = train_sides.veneer_side if name.startswith("veneer") else train_sides.peft_side
+    side(job, turn, job.folder / name, **SIDES[name])
 
 
 def measure(row: Row, others: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """veneer beside each of the others: every step as it came, and the held-out losses at the end."""
-    from train_sides import Job
+    from train_sides import Job, evaluate, prepare
 
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Path(folder), row.base, row.batch, row.length, row.dtype, options.steps, options.data, options.veneer)
-        found = Side("prepare", job).take()
+        found = Process(prepare, job).take()
         found["runs"] = {other: take_turns(job, (VENEER, other), found["tokens"]) for other in others}
         folders = {"start": job.start, **{name: job.folder / name for name in (VENEER, *others)}}
-        found["held-out"] = Side("evaluate", job, folders).take()
+        found["held-out"] = Process(evaluate, job, folders).take()
     return found
 
 
 def take_turns(job: Any, names: tuple[str, str], tokens: list[int]) -> dict[str, list[dict[str, float]]]:
     """Two sides' steps; only two at a time, so that both find memory enough."""
-    sides = {name: Side("train", job, name) for name in names}
+    sides = {name: Process(train_side, job, name, name=name) for name in names}
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for side in sides.values():
         side.take()

@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.utils import logging
 
 import veneer
+from turns import Turns, wait
 from veneer import recipes
 from veneer.train.bases.loading import choose_device
 from veneer.train.loop import Outcome, Watcher, rows_of, train
 from veneer.train.optimizers import Stepper
-from veneer.train.record import peak_memory
 from veneer.train.run import read_recipe
 from veneer.train.task import Reporter
 
@@ -80,20 +80,6 @@ class Job:
             "train.steps": self.steps,
         }
         return read_recipe("causal-lm", [*(f"{key}={value}" for key, value in values.items()), *self.overrides])
-
-
-class Turns:
-    """Ends a turn with what came of it, and waits for the next; a turn is a step, or what comes before the first."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe, self.began = pipe, time.perf_counter()
-
-    def __call__(self, **record: float) -> None:
-        _wait()
-        seconds = time.perf_counter() - self.began
-        self.pipe.send({**record, "seconds": seconds, "peak": peak_memory()})
-        self.pipe.recv()
-        self.began = time.perf_counter()
 
 
 def veneer_side(job: Job, turn: Turns, folder: Path, dropout: float) -> None:
@@ -163,7 +149,7 @@ def peft_side(job: Job, turn: Turns, folder: Path, dropout: float, dtype: str, a
     model.save_pretrained(folder)
 
 
-def prepare(job: Job) -> dict[str, Any]:
+def prepare(turn: Turns, job: Job) -> dict[str, Any]:
     """Write the base, the starting adapter and the rows; say how many tokens the steps have, and the bound."""
     pairs = {name: list(_texts(job, name)) for name in ("train", "held-out")}
     if job.base == "llama-1b":
@@ -259,20 +245,15 @@ def _rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> float:
 
 
 def _seconds(x: Tensor, weight: Tensor) -> float:
-    _wait()
+    wait()
     began = time.perf_counter()
     F.linear(x, weight)
-    _wait()
+    wait()
     return time.perf_counter() - began
 
 
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
 @torch.no_grad()
-def evaluate(job: Job, folders: dict[str, Path]) -> dict[str, float]:
+def evaluate(turn: Turns, job: Job, folders: dict[str, Path]) -> dict[str, float]:
     """The loss of each side's adapter on the held-out rows, all through the same float32 model of PEFT."""
     import peft
 

@@ -10,12 +10,14 @@ from typing import Any
 
 
 class Process:
-    """A process at the other end of a pipe; its work is called with `Turns` before its inputs."""
+    """A process at the other end of a pipe; its work is called with `Turns` before its inputs, and what it returns is
+    the last thing that it says.
+    """
 
-    def __init__(self, work: Callable[..., None], *inputs: Any) -> None:
+    def __init__(self, work: Callable[..., Any], *inputs: Any, name: str = "") -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.name = work.__name__
+        self.name = name or work.__name__
         self.process = context.Process(target=_work, args=(other, work, inputs), daemon=True)
         self.process.start()
         other.close()
@@ -49,23 +51,23 @@ class Turns:
     def __call__(self, **record: float) -> None:
         from veneer.train.record import peak_memory
 
-        _wait()
+        wait()
         seconds, computed = time.perf_counter() - self.began, time.process_time() - self.computed
         self.pipe.send({**record, "seconds": seconds, "cpu seconds": computed, "peak": peak_memory()})
         self.pipe.recv()
         self.began, self.computed = time.perf_counter(), time.process_time()
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Until the device has done all that it was given."""
     import torch
 
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
-def _work(pipe: Connection, work: Callable[..., None], inputs: tuple[Any, ...]) -> None:
+def _work(pipe: Connection, work: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
     try:
-        work(Turns(pipe), *inputs)
-        pipe.send("done")
+        pipe.send(work(Turns(pipe), *inputs))
     except BaseException:
         pipe.send({"failure": traceback.format_exc()})
