@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from veneer.train.card import NAMES
 from veneer.train.diffusion.style import Looks, looks
 from veneer.train.drawing.grid import grid
 
@@ -23,5 +24,4 @@ def strengths_sheet(rows: Mapping[str, Pictures], columns: Sequence[str], style:
 
 
 def _told(found: Looks) -> str:
-    words = {"distance": "distance to the style", "shape": "shape kept", "edges": "edges kept"}
-    return "   ".join(f"{words.get(name, name)} {value:.2f}" for name, value in figures(found).items())
+    return "   ".join(f"{NAMES.get(name, name)} {value:.2f}" for name, value in figures(found).items())
