@@ -39,8 +39,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 @cache
 def has_matrix_units() -> bool:
-    """Whether this CPU multiplies matrices of bf16 faster than those of fp32 (AMX)."""
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    """Whether this CPU multiplies matrices of bf16 faster than those of fp32 (AMX, AVX-512 BF16)."""
+    return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
