@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 128  # tokens: the head's weight is read once for each, and 128 × 49,152 logits are 25 MB
+from veneer.core.fused import BLOCK, product_dtype, wide_linear, wide_product
+from veneer.train.pieces.frozen import QuickLinear
+
+CHUNK = 128  # tokens in fp32, twice as many in bf16: 128 × 49,152 logits are 25 MB
 
 
 def learned_losses(hidden: Tensor, head: nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -20,7 +23,8 @@ def learned_losses(hidden: Tensor, head: nn.Module, targets: Tensor, smoothing: 
     over the vocabulary. A frozen linear head's part of the gradient is computed along with the losses; any other head
     runs again in the backward.
     """
-    if type(head) is nn.Linear and not any(own.requires_grad for own in head.parameters()):
+    plain = type(head) is nn.Linear or isinstance(head, QuickLinear)
+    if plain and not any(own.requires_grad for own in head.parameters()):
         return _FrozenHead.apply(hidden, head.weight, head.bias, targets, smoothing)
     parts = [
         checkpoint(_chunk_losses, head, own, wanted, smoothing, use_reentrant=False)
@@ -46,23 +50,16 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
     ) -> Tensor:
+        own = product_dtype(hidden)
+        size = max(1, 4 * CHUNK // own.itemsize)
         losses = hidden.new_zeros(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        grads = []
-        for i in range(0, len(targets), CHUNK):
-            own, wanted = hidden[i : i + CHUNK], targets[i : i + CHUNK, None]
-            logits = F.linear(own, weight, bias)
-            log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-            losses[i : i + CHUNK] = (smoothing - 1) * log_p.gather(1, wanted)[:, 0]
-            if smoothing:
-                losses[i : i + CHUNK] -= smoothing * log_p.mean(1)
-            if ctx.needs_input_grad[0]:
-                p = log_p.exp_()
-                p.scatter_add_(1, wanted, torch.full_like(p[:, :1], smoothing - 1))
-                if smoothing:
-                    p.sub_(smoothing / p.shape[1])
-                grads.append(p.to(weight.dtype) @ weight)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(grads) if grads else torch.empty_like(hidden))
+        into = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(targets), size):
+            logits = wide_linear(hidden[i : i + size].to(own), weight, bias)  # (chunk, vocabulary)
+            losses[i : i + size] = _losses_in_place(logits, targets[i : i + size, None], smoothing)
+            if into is not None:
+                into[i : i + size] = wide_product(logits, weight)
+        ctx.save_for_backward(into)
         return losses
 
     @staticmethod
@@ -71,6 +68,25 @@ class _FrozenHead(torch.autograd.Function):
         (dhidden,) = ctx.saved_tensors
         into = torch.empty_like(dhidden)  # computed in fp32 and rounded once: fp16's scale may be beyond fp16
         return torch.mul(dhidden, grad[:, None], out=into), None, None, None, None
+
+
+def _losses_in_place(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The losses of logits `(tokens, vocabulary)`, targets `(tokens, 1)`, and p - target in the logits' place.
+
+    By blocks of rows that stay in the cache, in fp32. log Σ exp(logits) is found from the largest entry and its p.
+    """
+    wide, losses = torch.promote_types(logits.dtype, torch.float32), []
+    for rows, wanted in zip(*(own.split(max(1, BLOCK // logits.shape[1])) for own in (logits, targets)), strict=True):
+        block = rows.to(wide)
+        p = block.softmax(-1)
+        total = block.amax(-1, keepdim=True).sub_(p.amax(-1, keepdim=True).log_())  # log Σ exp: (rows, 1)
+        loss = total.sub(block.gather(1, wanted), alpha=1 - smoothing)
+        if smoothing:
+            loss.sub_(block.mean(-1, keepdim=True), alpha=smoothing)
+            p.sub_(smoothing / p.shape[1])
+        losses.append(loss)
+        rows.copy_(p.scatter_add_(1, wanted, torch.full_like(loss, smoothing - 1)))
+    return torch.cat(losses)[:, 0]
 
 
 @contextmanager
