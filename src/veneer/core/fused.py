@@ -220,7 +220,7 @@ class _FusedLinear(torch.autograd.Function):
             A, B, h, row = kept[4 * i : 4 * i + 4]
             mask = None if ctx.masks[i] is None else ctx.masks[i](x)
             need_A, need_B = need_factors[2 * i : 2 * i + 2]
-            dB = (grad.t() @ h).mul_(scale).to(ctx.dtypes[2 * i + 1]) if need_B else None
+            dB = (h.t() @ grad).mul_(scale).t().to(ctx.dtypes[2 * i + 1]) if need_B else None
             dh = (grad @ B).mul_(scale) if need_A or need_x else None  # (tokens, r)
             dh = dh if dh is None or row is None else by_row(dh, row)
             dA = None

@@ -22,6 +22,8 @@ from veneer.core.errors import AdapterError
 NAME = "veneer"  # in a model's config, in place of "sdpa"
 HARMLESS = {"position_ids", "cache_position", "use_cache", "return_dict", "deterministic"}  # output_… are, too
 LIKE = 0.75  # of the longest document: the shortest that is taken together with it
+KEPT = 2  # times a query's numbers: the most probabilities of it that are kept for the backward
+HALF = (torch.bfloat16, torch.float16)
 SHORT = 192  # tokens; with more, torch's own kernel is faster on a CPU too
 
 
@@ -213,7 +215,9 @@ class _Returned(torch.autograd.Function):
 
 
 class _Products(torch.autograd.Function):
-    """softmax(scale · q kᵀ + bias) v by batched products; keeps q, k and v, and makes the probabilities again."""
+    """softmax(scale · q kᵀ + bias) v by batched products; keeps q, k and v, and of short documents the probabilities,
+    which are made again of longer ones.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -221,15 +225,17 @@ class _Products(torch.autograd.Function):
         bias = bias.repeat_interleave(q.shape[1], 0) if len(bias) > 1 else bias
         bias = bias.repeat(1, q.shape[2], 1)  # (…, queries a key · longest, longest)
         q, k, v = q.flatten(0, 1).flatten(1, 2), k.flatten(0, 2), v.flatten(0, 2)
-        ctx.save_for_backward(q, k, v, bias)
-        return torch.bmm(_probabilities(q, k, bias, scale), v).view(ctx.shapes[0])
+        p = _probabilities(q, k, bias, scale)  # (documents · key heads, queries a key · longest, longest)
+        ctx.kept = p.numel() <= KEPT * q.numel()
+        ctx.save_for_backward(q, k, v, p if ctx.kept else bias)
+        return torch.bmm(p, v).view(ctx.shapes[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
+        q, k, v, own = ctx.saved_tensors
         grad = grad.reshape(q.shape)
-        p = _probabilities(q, k, bias, ctx.scale)  # (documents · key heads, queries a key · longest, longest)
+        p = own if ctx.kept else _probabilities(q, k, own, ctx.scale)
         dv = torch.bmm(p.transpose(1, 2), grad)
         dp = torch.bmm(grad, v.transpose(1, 2))
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
@@ -238,4 +244,7 @@ class _Products(torch.autograd.Function):
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+    if scores.dtype not in HALF:
+        return scores.softmax(-1)
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)  # half the time of the kernel for half precision
