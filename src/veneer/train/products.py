@@ -30,7 +30,7 @@ def quick_products() -> Iterator[None]:
 
 
 def _is_amd() -> bool:
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return str(told.get("cpu_name", "")).startswith("AMD")
 
 
