@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.core.adapter import Adapter, examine
+from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed
 from veneer.core.hotswap import hotswap
@@ -45,13 +45,13 @@ class PeftModel(Trainable):
         `low_cpu_mem_usage`, which PEFT has, says nothing here: adapters are read straight into their place, and draw
         no random numbers. Raises `AdapterError` that lists all that does not fit; the model is then as it was.
         """
-        return _first_adapter(model, adapter_name, examine(folder), is_trainable)
+        return _first_adapter(model, adapter_name, Adapter.examined(folder), is_trainable)
 
     def load_adapter(
         self, folder: Folder, adapter_name: str, is_trainable: bool = False, low_cpu_mem_usage: bool = True
     ) -> None:
         """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
-        self._add(adapter_name, examine(folder), is_trainable)
+        self._add(adapter_name, Adapter.examined(folder), is_trainable)
 
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones, until rows are mixed."""
@@ -211,7 +211,7 @@ class PeftModel(Trainable):
         """
         config = self._config(adapter_name)
         self.adapter_plan.refuse_merged("a hot swap")
-        hotswap(self, adapter_name, config, examine(folder))
+        hotswap(self, adapter_name, config, Adapter.examined(folder))
 
     def _add(self, name: str, what: LoraConfig | Adapter, is_trainable: bool) -> None:
         if name in self.peft_config:
