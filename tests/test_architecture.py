@@ -49,6 +49,7 @@ UPWARDS = {
     ("core/adapter.py", "veneer.files.folder"),
     ("core/config.py", "veneer.files.config"),
     ("core/model.py", "veneer.combine.live"),
+    ("core/trainer.py", "veneer.files.live"),
 }
 BELOW = ("core", "safe")
 CORE_NEEDS = {"torch", "safetensors", "veneer", *sys.stdlib_module_names}

@@ -1,14 +1,12 @@
 """What training asks of a model with adapters: what trains, and checkpoints that transformers' Trainer reads back."""
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
@@ -16,11 +14,6 @@ from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, gathered
 from veneer.core.plan import Plan
 from veneer.core.reclass import Reclassed
-from veneer.safe.whole import write_whole
-
-# all that adapters are, to the bit and under the model's own names: what Trainer reads back into a model that is not of
-# PEFT's own class
-_STATE = "model.safetensors"
 
 
 class Trainable(Reclassed):
@@ -45,19 +38,9 @@ class Trainable(Reclassed):
         passes, say nothing here. Of a model that `fully_shard` spread, every process calls this. No network call is
         made.
         """
-        folder = Path(folder)
-        acting = self.active_adapters
-        resumable = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
-        several = resumable and len(acting) > 1 and adapter_name is None
-        names = {folder / name: name for name in acting} if several else {folder: adapter_name}
-        adapters = {path: self.get_adapter(name) for path, name in names.items()}
-        state = own_state(self) if resumable else {}
-        if is_main_process:
-            for path, adapter in adapters.items():
-                adapter.save(path)
-            if resumable:
-                write_whole({folder / _STATE: lambda path: save_file(state, path, metadata={"format": "pt"})})
-        return folder
+        from veneer.files.live import save
+
+        return save(self, Path(folder), adapter_name, is_main_process)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch, but for the checkpoint of adapters, which is loaded with `strict=False`.
