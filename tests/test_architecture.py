@@ -49,6 +49,8 @@ UPWARDS = {
     ("core/adapter.py", "veneer.files.folder"),
     ("core/config.py", "veneer.files.config"),
     ("core/model.py", "veneer.combine.live"),
+    ("core/model.py", "veneer.files.live"),
+    ("core/trainer.py", "veneer.analyse.live"),
     ("core/trainer.py", "veneer.files.live"),
 }
 BELOW = ("core", "safe")

@@ -13,6 +13,7 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown, unmatched
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedAttention
+from veneer.core.ranges import OF_A_METHOD
 from veneer.safe.expression import Expression, Path
 
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
@@ -133,9 +134,7 @@ class Search:
             if entry is not None:
                 meant = config.with_method(entry)
                 for place in group:
-                    own[place] |= {
-                        name: getattr(meant, name) for name in ("peft_type", "use_dora", "use_rslora", "options")
-                    }
+                    own[place] |= {name: getattr(meant, name) for name in OF_A_METHOD}
             placed = meant.method.placed(meant, self, list(dict.fromkeys(path for path, _ in group)))
             for place in group if placed else ():
                 own[place] |= placed.get(place[0], {})

@@ -1,25 +1,30 @@
-"""What training asks of a model with adapters: what trains, and checkpoints that transformers' Trainer reads back."""
+"""What training asks of a model: what it carries, what of it trains, and checkpoints that are read back into it."""
 
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
+from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, gathered
 from veneer.core.plan import Plan
 from veneer.core.reclass import Reclassed
+
+if TYPE_CHECKING:
+    from veneer.analyse.live import LayerStatus, ModelStatus
 
 
 class Trainable(Reclassed):
     """The part of a `PeftModel` that is for training, by transformers' Trainer too."""
 
     adapter_plan: Plan
+    peft_config: dict[str, LoraConfig]
     get_adapter: Callable[[str | None], Adapter]
     _hf_peft_config_loaded = True  # asked before a quantised model is trained, and when layers are checkpointed
 
@@ -72,6 +77,18 @@ class Trainable(Reclassed):
         plan.refuse_merged("enabling adapters")
         plan.act(plan.terms or plan.carried(plan.disabled))
 
+    def get_layer_status(self) -> "list[LayerStatus]":
+        """What each adapted layer carries, in the model's order."""
+        from veneer.analyse.live import layer_status
+
+        return layer_status(self)
+
+    def get_model_status(self) -> "ModelStatus":
+        """What the model carries as a whole; `print` shows it a fact a line."""
+        from veneer.analyse.live import model_status
+
+        return model_status(self)
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters), adapters included."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
@@ -96,8 +113,7 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
 def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Warn of the layers with acting adapters that were not called inside: they would learn nothing."""
     acting = {term.adapter for term in plan.terms}
-    carriers = ((path, layer) for path, layer in adapted_layers(model) if acting.intersection(layer.adapters))
-    idle: dict[nn.Module, str] = {layer: path for path, layer in carriers}
+    idle: dict[nn.Module, str] = {layer: path for path, layer in adapted_layers(model) if acting & {*layer.adapters}}
 
     def called(layer: nn.Module, inputs: object) -> None:
         idle.pop(layer, None)

@@ -23,6 +23,12 @@ _SILENT = {
     "peft_version", "qalora_group_size", "rank_dropout_scale", "runtime_config", "velora_config",
 }  # fmt: skip
 
+# Fields of which PEFT's configs of other methods have some or none: there they are written where they say something.
+_LORAS_OWN: dict[str, str | None] = dict.fromkeys((
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_dora", "use_rslora",
+))  # fmt: skip
 # What PEFT's readers of the file need to be told.
 _FOR_PEFT = {"fan_in_fan_out": False}
 
@@ -83,7 +89,8 @@ def _given(values: Mapping[str, Any], known: set[str], options: Mapping[str, Any
 
 def values_of(config: LoraConfig) -> dict[str, Any]:
     """What `LoraConfig.to_dict` says."""
-    names = {"method_pattern": None, **config.method.peft_names}
+    others = _LORAS_OWN if config.peft_type != "LORA" else {}
+    names = {"method_pattern": None, **others, **config.method.peft_names}
     usual = _flat(LoraConfig(peft_type=config.peft_type))
     own = {key: (names.get(key, key), value) for key, value in _flat(config).items()}
     said = {name or key: value for key, (name, value) in own.items() if name or value != usual[key]}
