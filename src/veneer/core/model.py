@@ -12,6 +12,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed
 from veneer.core.inject import adapted_layers, detach, extract, inject, settle
+from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore
@@ -225,11 +226,13 @@ class PeftModel(Trainable):
         return self.peft_config[name]
 
     def _strip(self) -> nn.Module:
-        for module in self.modules():
+        modules = list(self.modules())
+        for module in modules:
             if isinstance(module, Reclassed):
                 refuse_changed(module)
-        for _, layer in list(adapted_layers(self)):
-            detach(layer)
+        for module in modules:
+            if isinstance(module, AdaptedLayer):
+                detach(module)
         settle(self)
         del self.adapter_plan, self.peft_config
         restore(self)

@@ -74,7 +74,7 @@ class Update(nn.Module):
     reads_weight: ClassVar[bool] = True  # whether ΔW depends on more of W than its size
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
     simple: bool = False  # whether all that it does is `scale` · B A, of its parameters as they are
-    turned: bool | None = None  # whether it is the transpose of what another layer, that has the same weight, has
+    turned: bool | None = None  # of another layer's change, whose weight this layer shares: whether it is transposed
     dropout: float = 0.0  # probability that an input of the change is dropped in training
     scale: float = 1.0  # what a product of its parameters is multiplied by
 

@@ -12,15 +12,15 @@ from veneer.core.update import Update
 
 # What PEFT's configs may also say, and the values at which it changes nothing.
 _NEUTRAL: dict[str, object] = {
-    **dict.fromkeys(("alora_invocation_tokens", "layer_replication", "use_bdlora")),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "use_bdlora")),
     **dict.fromkeys(("module_dropout", "rank_dropout"), 0.0),
     **dict.fromkeys(("use_effective_conv2d", "use_qalora"), False),
 }
 # What says nothing about the numbers in a finished adapter: where it came from, how it started, how it ran.
 _SILENT = {
-    "arrow_config", "auto_mapping", "corda_config", "eva_config", "fan_in_fan_out",
-    "kasa_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
-    "peft_version", "qalora_group_size", "rank_dropout_scale", "runtime_config", "velora_config",
+    "auto_mapping", "corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_ga_config",
+    "megatron_config", "megatron_core", "monteclora_config", "peft_version", "qalora_group_size",
+    "rank_dropout_scale", "runtime_config", "velora_config",
 }  # fmt: skip
 
 # Fields of which PEFT's configs of other methods have some or none: there they are written where they say something.
