@@ -50,7 +50,7 @@ def put(files: Mapping[Path, Write], place: Path) -> None:
 def content(adapter: Adapter, folder: Path) -> dict[Path, Write]:
     """What `save` writes there, the weights first. Raises `AdapterError`."""
     flat = dict[str, Tensor]()
-    every = sorted(map(_names, adapter.config.by_method()), key=len)
+    every = sorted(map(file_names, adapter.config.by_method()), key=len)
     for path, tensors in adapter.tensors.items():
         names = next((names for names in every if tensors.keys() <= names.keys()), None)
         if names is None:
@@ -64,7 +64,7 @@ def content(adapter: Adapter, folder: Path) -> dict[Path, Write]:
     }
 
 
-def _names(config: LoraConfig) -> dict[str, str]:
+def file_names(config: LoraConfig) -> dict[str, str]:
     """What an update calls its tensors → what PEFT's files call them."""
     own = config.method.file_names | (Dora.file_names if config.use_dora else {})
     return Copy.file_names | Tokens.file_names | own
@@ -138,7 +138,7 @@ def read_config(folder: Path) -> LoraConfig:
 def by_layer(flat: Mapping[str, Tensor], config: LoraConfig, about: Mapping[str, str]) -> tuple[Adapter, list[str]]:
     """A PEFT file's tensors by layer and by the method's own names, and the names that are none of a method's."""
     every = config.by_method()
-    endings = {ending: name for own in every for name, ending in _names(own).items() if ending}
+    endings = {ending: name for own in every for name, ending in file_names(own).items() if ending}
     lookups = {_ON_EMBEDDINGS[ending]: name for ending, name in endings.items() if ending in _ON_EMBEDDINGS}
     endings |= lookups
     if any(own.use_dora for own in every):
