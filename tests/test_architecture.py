@@ -44,8 +44,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the package itself only says where its names live
     "": {"core", "starts", "files", "combine", "analyse", "library", "train", "recipes", "zoo", "serve", "studio"},
 }
-# the one import that points up: a model's method whose work is done with adapters as plain data, imported when called
-UPWARDS = {("core/model.py", "veneer.combine.live")}
+# the imports that point up: methods of core's nouns whose work is done above it, imported when called
+UPWARDS = {
+    ("core/adapter.py", "veneer.files.folder"),
+    ("core/config.py", "veneer.files.config"),
+    ("core/model.py", "veneer.combine.live"),
+    ("core/model.py", "veneer.files.live"),
+    ("core/trainer.py", "veneer.analyse.live"),
+    ("core/trainer.py", "veneer.files.live"),
+}
 BELOW = ("core", "safe")
 CORE_NEEDS = {"torch", "safetensors", "veneer", *sys.stdlib_module_names}
 

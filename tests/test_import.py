@@ -35,6 +35,12 @@ def test_the_model_loads_torch_and_safetensors_only():
     assert heavy <= LIGHT
 
 
+def test_saving_and_loading_need_torch_and_safetensors_only(tmp_path):
+    made = "veneer.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), veneer.LoraConfig(target_modules=['0']))"
+    moves = f"model = {made}; model.save_pretrained({str(tmp_path)!r}); model.load_adapter({str(tmp_path)!r}, 'again')"
+    assert _loaded(f"import torch, veneer; {moves}") - _loaded("import torch") <= LIGHT | WITH_TORCH
+
+
 @pytest.mark.parametrize("name", veneer.__all__)
 def test_each_public_name_resolves(name):
     value = getattr(veneer, name)

@@ -102,6 +102,8 @@ def test_to_dict_and_from_dict_are_inverse_and_json():
         {"layer_replication": [[0, 2]]},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
+        {"kasa_config": {"beta": 1e-4}},
+        {"arrow_config": {"top_k": 3}},
     ],
     ids=str,
 )

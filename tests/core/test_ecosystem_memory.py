@@ -70,6 +70,26 @@ def test_the_copy_of_one_layer_is_not_one_of_all(model):
     }
 
 
+def test_the_copy_of_one_layer_acts_as_it_did_and_is_refused_in_the_model():
+    config, x = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False), torch.randn(3, 4)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config, "a")
+    model.add_adapter("b", config)
+    own, before = model[0], model[0](x)
+    twin = copy.deepcopy(own)
+    model.set_adapter("b")
+    assert torch.equal(twin(x), before)
+    assert not torch.equal(own(x), before)
+    model[0] = twin
+    wrong = "0 is the copy of an adapted layer"
+    for ask in (model.merge_adapter, model.get_adapter, model.get_layer_status, lambda: model.train()(x)):
+        with pytest.raises(AdapterError, match=wrong):
+            ask()
+    model[0] = own
+    assert set(model.get_adapter("a").tensors) == {"0", "1"}
+    model[0] = twin
+    assert [*adapted_layers(model.unload())] == []
+
+
 def test_a_state_dict_goes_round(model, tiny):
     state = torch_saved(model.state_dict())
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())

@@ -95,6 +95,24 @@ def test_an_encoder_does_not_pass_the_change_by(targets, learning):
             model.unmerge_adapter()
 
 
+@pytest.mark.parametrize("target", ["linear1", "norm2", "self_attn", "norm"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_rows_of_torchs_transformers_are_mixed_where_the_batch_comes_first(target, batch_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=batch_first)
+    base = nn.TransformerEncoder(layer, 1, nn.LayerNorm(8), enable_nested_tensor=False)
+    config = LoraConfig(r=1, target_modules=[target], init_lora_weights=False)
+    model, x = get_peft_model(base, config, "a").eval(), torch.randn(2, 2, 8)
+    model.add_adapter("b", config)
+    if target == "self_attn" or not batch_first:
+        with pytest.raises(AdapterError, match="cannot be mixed"):
+            model(x, adapter_names=["a", "b"])
+        return
+    mixed = model(x, adapter_names=["a", "b"])
+    for row, name in enumerate("ab"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(x)[row], mixed[row])
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 2}], ids=str)
 def test_attention_takes_what_it_took(sizes, batch_first):

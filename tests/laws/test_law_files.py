@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import Adapter, AdapterError, PeftModel
-from veneer.core import adapter as adapter_module
+from veneer.files import folder as own_folder
 
 _KEY = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -215,7 +215,7 @@ def test_a_write_that_is_interrupted_leaves_the_old_files_whole(case, folder, mo
             file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_module, "save_ordered", interrupted)
+    monkeypatch.setattr(own_folder, "save_ordered", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Adapter.load(folder).save(folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import veneer
-from veneer.core.methods import file_names
 from veneer.core.methods.lokr import divided
+from veneer.files.folder import file_names
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")

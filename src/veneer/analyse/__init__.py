@@ -1,1 +1,1 @@
-"""What an adapter is: numbers and words about it, without a model."""
+"""What an adapter is, and what a live model carries: numbers and words."""

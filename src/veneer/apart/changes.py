@@ -3,19 +3,22 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed, listed
 from veneer.core.methods import maker
 from veneer.core.methods.beside import Copy, Tokens
-from veneer.core.search import WRAPPED, among, own_configs
+from veneer.core.search import Search
 from veneer.core.update import Update, flat
+
+WRAPPED = ".base_layer"  # what follows a layer's path in a file where it is adapted in several parts
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,28 @@ def changes(adapter: Adapter) -> dict[str, Change]:
     return {path: Change(own[path], dict(adapter.tensors[path]), shared) for path in paths}
 
 
+def own_configs(config: LoraConfig, paths: Iterable[str]) -> dict[str, LoraConfig]:
+    """The config of each layer for itself, with no more in it than says what its tensors do; the layers' paths are
+    those of a file. Raises `AdapterError` for patterns that match none.
+    """
+    layers = {path: path.partition(WRAPPED)[0] for path in paths}
+    config = config.method.saved_config(config)
+    search = _search(layers.values())
+    own = search.own_fields([(path, "") for path in search.modules], config)
+    search.stop()
+    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "options")
+    plain = LoraConfig(**{name: getattr(config, name) for name in names})
+    found = {path: copy(plain) for path in search.modules}
+    for path, one in found.items():
+        vars(one).update(own.get((path, ""), {}))  # checked before, for all layers at once
+    return {path: found[layer] for path, layer in layers.items()}
+
+
+def _search(paths: Iterable[str]) -> Search:
+    """A search among layers of which only the paths are known."""
+    return Search(dict.fromkeys(paths, nn.Linear(1, 1, device="meta")))
+
+
 def beside(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     """What the adapter trains that is no change of a layer by its method: modules and biases whole (`{"value": W′}`
     under the parameter's path), rows of tables (`{"rows": R}`), and what `target_parameters` names, whose tensors do
@@ -124,7 +149,7 @@ def beside(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     if adapter.config.target_parameters:
         paths = [path for path in adapter.tensors if path and path not in rest]
         names = adapter.config.target_modules
-        layers = among(paths).matching(names, "target_modules", paths) if names else []
+        layers = _search(paths).matching(names, "target_modules", paths) if names else []
         rest |= {path: adapter.tensors[path] for path in paths if path not in layers}
     return rest
 

@@ -31,14 +31,26 @@ class Carrier(NamedTuple):
     update: Any
 
 
+_TRANSFORMERS = (
+    nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+)  # fmt: skip
 # what sees tokens as a router sends them, or pairs of positions: their number may well be that of the rows
 _ROUTED = re.compile(r"(^|\.)(experts?(_\d+)?|relative_attention_bias)(\.|$)")
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """The layers that carry adapters, with their paths."""
+    """The layers that carry adapters, with their paths.
+
+    Raises `AdapterError` for one that was copied by itself and put into the model: what acts on it is its own affair.
+    """
+    plan = getattr(model, "adapter_plan", None)
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
+            if plan is not None and module.adapters.plan is not plan:
+                raise AdapterError(
+                    f"{path} is the copy of an adapted layer, which the model's adapters do not reach: put the layer "
+                    "itself back, and copy layers before they are adapted, or the whole model"
+                )
             yield path, module
 
 
@@ -50,12 +62,20 @@ def inject(model: nn.Module, plan: Plan, name: str, what: LoraConfig | Adapter) 
     """
     _refuse_name(name)
     carriers, resolved = prepared(model, what)
+    crosswise = tuple(f"{path}.".lstrip(".") for path, module in model.named_modules() if _is_crosswise(module))
     for path, carrier in carriers.items():
         _attach(carrier, plan, name)
-        if _ROUTED.search(path):
+        if _ROUTED.search(path) or path.startswith(crosswise):
             plan.unmixable[name] = path
     settle(model)
     return resolved
+
+
+def _is_crosswise(module: nn.Module) -> bool:
+    """Whether it is a transformer of torch's that takes time as its first dimension, and the batch as its second."""
+    return isinstance(module, _TRANSFORMERS) and any(
+        isinstance(inner, nn.MultiheadAttention) and not inner.batch_first for inner in module.modules()
+    )
 
 
 def prepared(model: nn.Module, what: LoraConfig | Adapter) -> tuple[dict[str, Carrier], LoraConfig]:

@@ -2,21 +2,20 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from veneer.core.adapter import Adapter, examine
+from veneer.core.adapter import Adapter
 from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed
-from veneer.core.hotswap import hotswap
 from veneer.core.inject import adapted_layers, detach, extract, inject, settle
+from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.merge import merge, unmerge
 from veneer.core.plan import Plan, Rows, Spec, terms_by_row, terms_of
 from veneer.core.reclass import Reclassed, is_fixed, reclass, refuse_changed, restore
-from veneer.core.status import get_layer_status, get_model_status
 from veneer.core.trainer import Trainable, watching
 
 Folder = str | os.PathLike[str]
@@ -28,8 +27,6 @@ class PeftModel(Trainable):
     One `Plan` says which adapters act; switching sets one attribute of it, whatever the model's size. Nothing
     here touches `requires_grad` but what freezes the base once: `get_peft_model` and `from_pretrained`.
     """
-
-    peft_config: dict[str, LoraConfig]
 
     @classmethod
     def from_pretrained(
@@ -45,13 +42,13 @@ class PeftModel(Trainable):
         `low_cpu_mem_usage`, which PEFT has, says nothing here: adapters are read straight into their place, and draw
         no random numbers. Raises `AdapterError` that lists all that does not fit; the model is then as it was.
         """
-        return _first_adapter(model, adapter_name, examine(folder), is_trainable)
+        return _first_adapter(model, adapter_name, Adapter.examined(folder), is_trainable)
 
     def load_adapter(
         self, folder: Folder, adapter_name: str, is_trainable: bool = False, low_cpu_mem_usage: bool = True
     ) -> None:
         """Read a PEFT folder into a new adapter. It does not act until `set_adapter`, and changes no other."""
-        self._add(adapter_name, examine(folder), is_trainable)
+        self._add(adapter_name, Adapter.examined(folder), is_trainable)
 
     def get_adapter(self, name: str | None = None) -> Adapter:
         """The adapter as plain data; its tensors are the live ones, until rows are mixed."""
@@ -202,16 +199,16 @@ class PeftModel(Trainable):
         unmerge(self, self.adapter_plan)
         return self._strip()
 
-    get_layer_status, get_model_status = get_layer_status, get_model_status
-
     def hotswap_adapter(self, folder: Folder, adapter_name: str = "default") -> None:
         """Read a PEFT folder into a live adapter of the same layers: only the values of its tensors change.
 
         Raises `AdapterError`, with nothing changed, when it holds a larger rank, other layers or another method.
         """
-        config = self._config(adapter_name)
+        from veneer.files.live import hotswap
+
+        self._config(adapter_name)
         self.adapter_plan.refuse_merged("a hot swap")
-        hotswap(self, adapter_name, config, examine(folder))
+        hotswap(self, adapter_name, Adapter.examined(folder))
 
     def _add(self, name: str, what: LoraConfig | Adapter, is_trainable: bool) -> None:
         if name in self.peft_config:
@@ -219,9 +216,8 @@ class PeftModel(Trainable):
         self.adapter_plan.refuse_merged("adding an adapter")
         resolved = inject(self, self.adapter_plan, name, what)
         if not is_trainable:
-            for _, layer in adapted_layers(self):
-                if name in layer.adapters:
-                    layer.adapters[name].requires_grad_(False)
+            for update in self.adapter_plan.updates[name].values():
+                update.requires_grad_(False)
         resolved.base_model_name_or_path = resolved.base_model_name_or_path or getattr(self, "name_or_path", None)
         self.peft_config[name] = resolved
 
@@ -230,11 +226,13 @@ class PeftModel(Trainable):
         return self.peft_config[name]
 
     def _strip(self) -> nn.Module:
-        for module in self.modules():
+        modules = list(self.modules())
+        for module in modules:
             if isinstance(module, Reclassed):
                 refuse_changed(module)
-        for _, layer in list(adapted_layers(self)):
-            detach(layer)
+        for module in modules:
+            if isinstance(module, AdaptedLayer):
+                detach(module)
         settle(self)
         del self.adapter_plan, self.peft_config
         restore(self)
@@ -246,9 +244,7 @@ class GeneratingPeftModel(PeftModel):
 
     def generate(self, *inputs: Any, adapter_names: Rows | None = None, **more: Any) -> Any:
         """The base's own `generate`, beams included; `adapter_names` as in a call."""
-        if adapter_names is None:
-            return super().generate(*inputs, **more)  # type: ignore[misc]
-        with self._mixed(adapter_names, repeats=True):
+        with nullcontext() if adapter_names is None else self._mixed(adapter_names, repeats=True):
             return super().generate(*inputs, **more)  # type: ignore[misc]
 
 

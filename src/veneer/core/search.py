@@ -4,7 +4,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from functools import cache
 from typing import Any
 
@@ -14,9 +13,9 @@ from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, listed, nearest, shown, unmatched
 from veneer.core.kinds import kind_of
 from veneer.core.kinds.dense import AdaptedAttention
+from veneer.core.ranges import OF_A_METHOD
 from veneer.safe.expression import Expression, Path
 
-WRAPPED = ".base_layer"  # what follows a layer's path in a file where it is adapted in several parts
 Place = tuple[str, str]  # a layer's path, and the parameter that is adapted by its name; "" where it is the layer
 
 
@@ -135,9 +134,7 @@ class Search:
             if entry is not None:
                 meant = config.with_method(entry)
                 for place in group:
-                    own[place] |= {
-                        name: getattr(meant, name) for name in ("peft_type", "use_dora", "use_rslora", "options")
-                    }
+                    own[place] |= {name: getattr(meant, name) for name in OF_A_METHOD}
             placed = meant.method.placed(meant, self, list(dict.fromkeys(path for path, _ in group)))
             for place in group if placed else ():
                 own[place] |= placed.get(place[0], {})
@@ -165,28 +162,6 @@ class Search:
         if missing:
             self.fault(field, unmatched(missing, "adapted layer", _tails([path for path, _ in names])))
         return found
-
-
-def own_configs(config: LoraConfig, paths: Iterable[str]) -> dict[str, LoraConfig]:
-    """The config of each layer for itself, with no more in it than says what its tensors do; the layers' paths are
-    those of a file. Raises `AdapterError` for patterns that match none.
-    """
-    layers = {path: path.partition(WRAPPED)[0] for path in paths}
-    config = config.method.saved_config(config)
-    search = among(layers.values())
-    own = search.own_fields([(path, "") for path in search.modules], config)
-    search.stop()
-    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "options")
-    plain = LoraConfig(**{name: getattr(config, name) for name in names})
-    found = {path: copy(plain) for path in search.modules}
-    for path, one in found.items():
-        vars(one).update(own.get((path, ""), {}))  # checked before, for all layers at once
-    return {path: found[layer] for path, layer in layers.items()}
-
-
-def among(paths: Iterable[str]) -> Search:
-    """A search among layers of which only the paths are known."""
-    return Search(dict.fromkeys(paths, nn.Linear(1, 1, device="meta")))
 
 
 def _ends(path: str, in_a_word: bool) -> Iterator[str]:

@@ -158,8 +158,7 @@ def _matching_parameters(search: Search, config: LoraConfig) -> list[Place]:
     known = {
         f"{path}.{name}": (path, name)
         for path, module in (search.modules.items() if config.target_parameters else ())
-        for name, parameter in module.named_parameters(recurse=False)
-        if 1 <= parameter.ndim <= 3
+        for name in AdaptedParameters.names(module)
     }
     what = "parameter of one to three dimensions"
     return [known[full] for full in search.named(config.target_parameters or [], "target_parameters", known, what)]

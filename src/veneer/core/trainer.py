@@ -1,32 +1,30 @@
-"""What training asks of a model with adapters: what trains, and checkpoints that transformers' Trainer reads back."""
+"""What training asks of a model: what it carries, what of it trains, and checkpoints that are read back into it."""
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
+from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import adapted_layers, gathered
 from veneer.core.plan import Plan
 from veneer.core.reclass import Reclassed
-from veneer.safe.whole import write_whole
 
-# all that adapters are, to the bit and under the model's own names: what Trainer reads back into a model that is not of
-# PEFT's own class
-_STATE = "model.safetensors"
+if TYPE_CHECKING:
+    from veneer.analyse.live import LayerStatus, ModelStatus
 
 
 class Trainable(Reclassed):
     """The part of a `PeftModel` that is for training, by transformers' Trainer too."""
 
     adapter_plan: Plan
+    peft_config: dict[str, LoraConfig]
     get_adapter: Callable[[str | None], Adapter]
     _hf_peft_config_loaded = True  # asked before a quantised model is trained, and when layers are checkpointed
 
@@ -45,19 +43,9 @@ class Trainable(Reclassed):
         passes, say nothing here. Of a model that `fully_shard` spread, every process calls this. No network call is
         made.
         """
-        folder = Path(folder)
-        acting = self.active_adapters
-        resumable = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
-        several = resumable and len(acting) > 1 and adapter_name is None
-        names = {folder / name: name for name in acting} if several else {folder: adapter_name}
-        adapters = {path: self.get_adapter(name) for path, name in names.items()}
-        state = own_state(self) if resumable else {}
-        if is_main_process:
-            for path, adapter in adapters.items():
-                adapter.save(path)
-            if resumable:
-                write_whole({folder / _STATE: lambda path: save_file(state, path, metadata={"format": "pt"})})
-        return folder
+        from veneer.files.live import save
+
+        return save(self, Path(folder), adapter_name, is_main_process)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch, but for the checkpoint of adapters, which is loaded with `strict=False`.
@@ -89,6 +77,18 @@ class Trainable(Reclassed):
         plan.refuse_merged("enabling adapters")
         plan.act(plan.terms or plan.carried(plan.disabled))
 
+    def get_layer_status(self) -> "list[LayerStatus]":
+        """What each adapted layer carries, in the model's order."""
+        from veneer.analyse.live import layer_status
+
+        return layer_status(self)
+
+    def get_model_status(self) -> "ModelStatus":
+        """What the model carries as a whole; `print` shows it a fact a line."""
+        from veneer.analyse.live import model_status
+
+        return model_status(self)
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters), adapters included."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
@@ -113,8 +113,7 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
 def watching(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Warn of the layers with acting adapters that were not called inside: they would learn nothing."""
     acting = {term.adapter for term in plan.terms}
-    carriers = ((path, layer) for path, layer in adapted_layers(model) if acting.intersection(layer.adapters))
-    idle: dict[nn.Module, str] = {layer: path for path, layer in carriers}
+    idle: dict[nn.Module, str] = {layer: path for path, layer in adapted_layers(model) if acting & {*layer.adapters}}
 
     def called(layer: nn.Module, inputs: object) -> None:
         idle.pop(layer, None)

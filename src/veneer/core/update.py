@@ -15,15 +15,8 @@ if TYPE_CHECKING:
     from veneer.core.config import LoraConfig
     from veneer.core.search import Search
 
-# Fields of which PEFT's configs of other methods have some or none: there they are written where they say something.
-LORAS_OWN: dict[str, str | None] = dict.fromkeys((
-    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "rank_pattern", "target_parameters",
-    "trainable_token_indices", "use_dora", "use_rslora",
-))  # fmt: skip
-LYCORIS_NAMES = {**LORAS_OWN, "lora_alpha": "alpha", "init_lora_weights": "init_weights"}
-
-
+# `peft_names` of its methods
+LYCORIS_NAMES: dict[str, str | None] = {"lora_alpha": "alpha", "init_lora_weights": "init_weights"}
 _BLOCK = 2**18  # entries of a weight that are summed at once
 
 
@@ -81,6 +74,7 @@ class Update(nn.Module):
     reads_weight: ClassVar[bool] = True  # whether ΔW depends on more of W than its size
     faster: ClassVar[tuple[str, ...]] = ()  # the parameters that LoRA+ gives a larger rate
     simple: bool = False  # whether all that it does is `scale` · B A, of its parameters as they are
+    turned: bool | None = None  # of another layer's change, whose weight this layer shares: whether it is transposed
     dropout: float = 0.0  # probability that an input of the change is dropped in training
     scale: float = 1.0  # what a product of its parameters is multiplied by
 
@@ -233,10 +227,16 @@ class Stack(Update):
         return torch.vmap(one)(dict(self.named_parameters()), weight)
 
 
-def summed(weight: Tensor, changes: Sequence[tuple[Update, float]]) -> Tensor:
+def summed(weight: Tensor, changes: Sequence[tuple[Any, float]]) -> Tensor:
     """W + Σ share · ΔW, summed in fp32 at least and rounded once to W's dtype."""
-    if not torch.is_grad_enabled() and weight.ndim == 2 and all(update.simple for update, _ in changes):
-        return _summed_thin(weight, changes)
+    turns = {update.turned for update, _ in changes}
+    if turns in ({False}, {True}):  # by the other layer's sums, so that both have the same bits
+        others = [(update.of, share) for update, share in changes]
+        return summed(weight.t(), others).t() if True in turns else summed(weight, others)
+    if turns == {None} and not torch.is_grad_enabled() and weight.ndim == 2:
+        thin = [(factors, share) for update, share in changes if (factors := update.factors())]
+        if len(thin) == len(changes):
+            return _summed_thin(weight, thin)
     if len(changes) == 1 and changes[0][1] == 1:
         return changes[0][0].onto(weight).to(weight.dtype)
     total = weight.to(own_precision(weight))
@@ -245,7 +245,7 @@ def summed(weight: Tensor, changes: Sequence[tuple[Update, float]]) -> Tensor:
     return total.to(weight.dtype)
 
 
-def _summed_thin(weight: Tensor, changes: Sequence[tuple[Any, float]]) -> Tensor:
+def _summed_thin(weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
     """The same, some rows at a time: what lies between stays in the processor's cache."""
     result = torch.empty_like(weight)
     step = max(1, _BLOCK // max(1, weight.shape[1]))
@@ -253,8 +253,8 @@ def _summed_thin(weight: Tensor, changes: Sequence[tuple[Any, float]]) -> Tensor
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             total = weight[rows].to(own_precision(weight), copy=True)
-            for update, share in changes:
-                total.addmm_(update.B[rows].to(total.dtype), update.A.to(total.dtype), alpha=share * update.scale)
+            for (A, B, scale), share in changes:
+                total.addmm_(B[rows].to(total.dtype), A.to(total.dtype), alpha=share * scale)
             result[rows] = total
     return result
 

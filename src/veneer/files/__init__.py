@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.apart.changes import changes, checked
-from veneer.core.adapter import CONFIG, Adapter
-from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
+from veneer.core.adapter import Adapter
+from veneer.core.errors import AdapterError, listed, named, nearest
 from veneer.files.attach import adapter_on, attach, carriers, detach
+from veneer.files.folder import CONFIG, broken
 from veneer.files.stored import PICKLES, Stored, adapter_file, mapped
-from veneer.safe.stored import is_finite
 from veneer.safe.whole import write_whole
 
 __all__ = ["FORMATS", "adapter_on", "attach", "carriers", "detach", "detect", "read", "recognised", "write"]
@@ -78,7 +78,8 @@ def write(adapter: Adapter, path: Place, format: str, force: bool = False, **ask
     _expect_name(path, format)
     if taken and not force:
         raise AdapterError(f"{path} exists already; nothing was written (force=True or --force replaces it)")
-    _refuse_broken(adapter)
+    if faults := broken(adapter):
+        raise AdapterError(f"{faults[0]}; nothing was written")
     if format in FOLDERS:
         run(adapter, path, **given)
         return path
@@ -88,12 +89,6 @@ def write(adapter: Adapter, path: Place, format: str, force: bool = False, **ask
     except OSError as error:
         raise AdapterError(f"{path} cannot be written: {error}") from error
     return path
-
-
-def _refuse_broken(adapter: Adapter) -> None:
-    every = {(path, name): tensor for path, own in adapter.tensors.items() for name, tensor in own.items()}
-    if broken := [".".join(filter(None, key)) for key, tensor in every.items() if not is_finite(tensor)]:
-        raise AdapterError(f"NaN or infinity in: {collapsed(broken, 8)}; nothing was written")
 
 
 def _module(name: str) -> Any:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from veneer.apart.changes import Change, adapter_of, own_configs
 from veneer.core.adapter import Adapter
-from veneer.core.config import LoraConfig, judged
+from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed
+from veneer.files.config import judged
 from veneer.files.factors import Pair, of_one_rank, pairs
 from veneer.files.parts import LEVEL, PARTS, canonical, is_text, levelled, part_of
 from veneer.files.stored import save

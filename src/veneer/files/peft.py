@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from veneer.apart.changes import Change, adapter_of, beside, changes
-from veneer.core.adapter import CONFIG, Adapter, by_layer, examine, read_config
+from veneer.core.adapter import Adapter
 from veneer.core.config import scaling
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest
 from veneer.core.methods.lokr import divided
 from veneer.core.update import flat
+from veneer.files.folder import CONFIG, by_layer, content, examine, faultless, put, read_config
 from veneer.files.parts import PARTS, STILL_FLAT, by_part, joined, unresolved
-from veneer.safe.whole import write_whole
 
 NAME = "peft"
 _PREFIX = ("base_model.model.", "base_model.vera_A", "base_model.vera_B")
@@ -50,25 +49,19 @@ def read(tensors: Mapping[str, Tensor], about: Mapping[str, str], where: str, *,
             raise AdapterError(f"{place} says neither method nor alpha: its {CONFIG} should stand beside it")
         found, strangers = by_layer(tensors, read_config(place.parent), about)
         found.faults += [f"{place}: unexpected tensors: {collapsed(strangers)}"] if strangers else []
-        return _faultless(found)
+        return faultless(found)
     there = inside(place)
     if adapter is not None and adapter not in there:
         raise AdapterError(f"{place} has no adapter {named(adapter)}: it has {listed(there)}{nearest(adapter, there)}")
     if adapter is not None:
-        return _faultless(examine(place / adapter))
+        return faultless(examine(place / adapter))
     if (place / CONFIG).is_file() or not there:
-        return _faultless(examine(place))
+        return faultless(examine(place))
     if set(there) <= set(PARTS):
-        return joined({part: _faultless(examine(place / part)) for part in there})
+        return joined({part: faultless(examine(place / part)) for part in there})
     if len(there) > 1:
         raise AdapterError(f"{place} holds several adapters, name one: {listed(there, 20)} (adapter=…, or its folder)")
-    return _faultless(examine(place / there[0]))
-
-
-def _faultless(adapter: Adapter) -> Adapter:
-    if adapter.faults:
-        raise AdapterError("\n".join(adapter.faults))
-    return adapter
+    return faultless(examine(place / there[0]))
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -84,13 +77,7 @@ def write(adapter: Adapter, path: Path) -> None:
         raise AdapterError(f"{path} holds {listed(stale, say=named)} too, which would be read with it: write elsewhere")
     if adapter.parts and (path / CONFIG).exists():
         raise AdapterError(f"{path} holds an adapter of one model, which would be read instead: write elsewhere")
-    files = {file: writer for folder, own in folders.items() for file, writer in own.files(folder).items()}
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        write_whole(files)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"cannot write the adapter to {path}: {error}") from error
+    put({file: write for folder, own in folders.items() for file, write in content(own, folder).items()}, path)
 
 
 def held(adapter: Adapter) -> Adapter:

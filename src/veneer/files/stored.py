@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from veneer.core.adapter import CONFIG, WEIGHTS
 from veneer.core.errors import AdapterError, collapsed, listed, named, nearest, shown
+from veneer.files.folder import CONFIG, WEIGHTS
 from veneer.files.peft import inside
 from veneer.safe.ordered import save_ordered
 from veneer.safe.stored import read_header, read_tensors
@@ -102,15 +102,9 @@ def _is_whole_number(entry: Any) -> bool:
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
-    """Write a safetensors file; in it no two tensors share memory. Raises `AdapterError`."""
-    own, homes = dict[str, Tensor](), set[int]()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous().cpu()
-        home = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if home in homes else tensor
-        homes.add(home)
+    """Write a safetensors file. Raises `AdapterError`."""
     try:
-        save_ordered(own, path, {**about, "format": "pt"})
+        save_ordered(tensors, path, {**about, "format": "pt"})
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot be written: {error}") from error
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from veneer import files
 from veneer.analyse.summary import Summary, summary
-from veneer.core.adapter import examine
 from veneer.core.errors import AdapterError
+from veneer.files.folder import examine, faultless
 from veneer.safe.stored import read_bytes, read_header
 
 _MOST = 100  # trigger words that a stranger's file is believed
@@ -19,9 +19,7 @@ def facts(adapter: Path) -> dict[str, Any]:
     Raises `AdapterError` for what is no adapter, or cannot be read without being told more.
     """
     if adapter.is_dir():
-        format, held = "peft", examine(adapter)
-        if held.faults:
-            raise AdapterError("\n".join(held.faults))
+        format, held = "peft", faultless(examine(adapter))
     else:
         read_header(adapter)  # a pickle is refused, whatever its name
         held, format = files.recognised(adapter)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.core.adapter import CONFIG
 from veneer.core.errors import AdapterError, listed
+from veneer.files.folder import CONFIG
 from veneer.library.place import Report, needed
 from veneer.library.source import CARD, PICTURES, SHEET
 

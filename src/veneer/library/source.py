@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from veneer.core.adapter import CONFIG, WEIGHTS
 from veneer.core.errors import AdapterError, listed, named
+from veneer.files.folder import CONFIG, WEIGHTS
 from veneer.files.stored import adapter_file
 from veneer.library.content import SUMS
 from veneer.library.entry import Entry, is_plain

@@ -10,9 +10,15 @@ from torch import Tensor
 
 def save_ordered(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
     """Write the file with what it says of itself in the order of the alphabet; safetensors' own is drawn anew by each
-    process.
+    process. Tensors that share memory are written one by one.
     """
-    save_file(dict(tensors), path, metadata=dict(about))
+    own, homes = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        home = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if home in homes else tensor  # a file has no two of one memory
+        homes.add(home)
+    save_file(own, path, metadata=dict(about))
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

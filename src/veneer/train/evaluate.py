@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer import library, recipes
-from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError
+from veneer.files.folder import read_config
 from veneer.train.record import USAGE
 from veneer.train.run import read_recipe
 from veneer.train.settings import Recipe, checked

@@ -25,8 +25,37 @@ class AdaptedDense(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rowwise and (terms := self.adapters.by_row()):
-            return forward_by_row(self, terms, args, kwargs)
+            return self._forward_by_row(terms, args, kwargs)
         return self.own_forward(self.changed(), *args, **kwargs)
+
+    def _forward_by_row(self, terms: Sequence[Term], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """y[i] = f(x[i]; W + Σ weight[i] · ΔW), on inputs `(rows, …)`.
+
+        For rows of the base f runs on the whole batch, as a batch of another size may round differently. Raises
+        `AdapterError` for inputs and outputs that are not tensors of rows.
+        """
+        inputs = [own for own in (*args, *kwargs.values()) if not isinstance(own, bool | int | float | str | None)]
+        _expect_rows(self, "called with", inputs)
+        for value in inputs:
+            self.adapters.plan.count(value)
+        groups: dict[tuple[Term, ...], list[int]] = {}
+        number = len(terms[0].rows or ())
+        for row in range(number):
+            weights = ((term.adapter, term.rows[row]) for term in terms if term.rows)
+            groups.setdefault(tuple(Term(name, weight) for name, weight in weights if weight), []).append(row)
+        places = torch.arange(len(inputs[0]), device=inputs[0].device).view(number, -1)
+        order = [places[rows].flatten() for rows in groups.values()]
+
+        def run(own: tuple[Term, ...], chosen: Tensor) -> Any:
+            def picked(value: Any) -> Any:
+                return value[chosen] if own and isinstance(value, Tensor) else value
+
+            named = {name: picked(value) for name, value in kwargs.items()}
+            y = self.own_forward(self.changed(own), *map(picked, args), **named)
+            _expect_rows(self, "that gives", [y])
+            return y if own else y[chosen]
+
+        return torch.cat(list(map(run, groups, order)))[torch.cat(order).argsort()]
 
 
 class AdaptedNorm(AdaptedDense):
@@ -65,8 +94,7 @@ class AdaptedParts(AdaptedDense):
 
     @classmethod
     def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
-        values = {part: attrgetter(name)(layer) for part, name in cls.names(layer).items()}
-        return {part: value.unsqueeze(1) if value.ndim == 1 else value for part, value in values.items()}
+        return {part: attrgetter(name)(layer) for part, name in cls.names(layer).items()}
 
     @classmethod
     def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +115,8 @@ class AdaptedParameters(AdaptedParts):
 
     @classmethod
     def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
-        return {part: _turned(layer, matrix) for part, matrix in super().matrices(layer).items()}
+        values = super().matrices(layer)
+        return {part: own.unsqueeze(1) if own.ndim == 1 else _turned(layer, own) for part, own in values.items()}
 
     @classmethod
     def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,10 +191,6 @@ class AdaptedModule(AdaptedParts):
         return {name.replace(".", "/"): name for name in names}  # modules are not named with dots
 
     @classmethod
-    def matrices(cls, layer: nn.Module) -> dict[str, Tensor]:
-        return {part: attrgetter(name)(layer) for part, name in cls.names(layer).items()}
-
-    @classmethod
     def values(cls, layer: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {part.replace("/", "."): value for part, value in matrices.items()}
 
@@ -180,38 +205,6 @@ class AdaptedModule(AdaptedParts):
             return super().own_forward(values, *args, **kwargs)
         finally:
             self._modules["adapters"] = adapters
-
-
-def forward_by_row(
-    layer: AdaptedLayer, terms: Sequence[Term], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor:
-    """y[i] = f(x[i]; W + Σ weight[i] · ΔW), where f is the layer's own forward on inputs `(rows, …)`.
-
-    For rows of the base f runs on the whole batch, as a batch of another size may round differently. Raises
-    `AdapterError` for inputs and outputs that are not tensors of rows.
-    """
-    inputs = [value for value in (*args, *kwargs.values()) if not isinstance(value, bool | int | float | str | None)]
-    _expect_rows(layer, "called with", inputs)
-    for value in inputs:
-        layer.adapters.plan.count(value)
-    groups: dict[tuple[Term, ...], list[int]] = {}
-    number = len(terms[0].rows or ())
-    for row in range(number):
-        weights = ((term.adapter, term.rows[row]) for term in terms if term.rows)
-        groups.setdefault(tuple(Term(name, weight) for name, weight in weights if weight), []).append(row)
-    places = torch.arange(len(inputs[0]), device=inputs[0].device).view(number, -1)
-    order = [places[rows].flatten() for rows in groups.values()]
-
-    def run(own: tuple[Term, ...], chosen: Tensor) -> Any:
-        def picked(value: Any) -> Any:
-            return value[chosen] if own and isinstance(value, Tensor) else value
-
-        named = {name: picked(value) for name, value in kwargs.items()}
-        y = layer.own_forward(layer.changed(own), *map(picked, args), **named)
-        _expect_rows(layer, "that gives", [y])
-        return y if own else y[chosen]
-
-    return torch.cat(list(map(run, groups, order)))[torch.cat(order).argsort()]
 
 
 def _expect_rows(layer: AdaptedLayer, how: str, values: Sequence[object]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from veneer.core.config import LoraConfig
-from veneer.core.methods.beside import Copy, Tokens
 from veneer.core.methods.dora import Dora
 from veneer.core.methods.full import Full
 from veneer.core.methods.ia3 import Ia3
@@ -36,9 +35,3 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ca
         return Dora(weight, update) if own.use_dora else update
 
     return make
-
-
-def file_names(config: LoraConfig) -> dict[str, str]:
-    """Name of a tensor of such an update → its name in a PEFT file."""
-    own = config.method.file_names | (Dora.file_names if config.use_dora else {})
-    return Copy.file_names | Tokens.file_names | own

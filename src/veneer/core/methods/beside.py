@@ -68,9 +68,6 @@ class Tied(Update):
     def delta(self, weight: Tensor) -> Tensor:
         return self._turn(self.of.delta(self._turn(weight)))
 
-    def onto(self, weight: Tensor) -> Tensor:  # as the other has it, to the bit
-        return self._turn(self.of.onto(self._turn(weight)))
-
     def added(self, total: Tensor, weight: Tensor, share: float) -> Tensor:
         return self._turn(self.of.added(self._turn(total), self._turn(weight), share))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.ranges import is_names
-from veneer.core.update import LORAS_OWN, Option, Update, own_precision, switch
+from veneer.core.update import Option, Update, own_precision, switch
 
 
 class Ia3(Update):
@@ -23,7 +23,7 @@ class Ia3(Update):
 
     file_names: ClassVar = {"l": "ia3_l"}
     forms: ClassVar = {"l": "l"}
-    peft_names: ClassVar = {**LORAS_OWN, "r": None, "init_lora_weights": "init_ia3_weights", "scales_bias": None}
+    peft_names: ClassVar = {"r": None, "init_lora_weights": "init_ia3_weights", "scales_bias": None}
     naming: ClassVar = ("feedforward_modules",)
     options: ClassVar = {
         "feedforward_modules": Option(
@@ -45,12 +45,11 @@ class Ia3(Update):
     @classmethod
     def placed(cls, config: LoraConfig, search: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
         """In one layer's config, `feedforward_modules` is whether it is one of them."""
-        names = config.options["feedforward_modules"] if paths else []
+        names = config.options["feedforward_modules"]
+        if not names or not paths:
+            return {}
         inner = set(search.matching(names, "feedforward_modules among the adapted layers", paths))
-        options = config.options
-        return {
-            path: {"options": {**options, "feedforward_modules": path in inner}} for path in (paths if names else ())
-        }
+        return {path: {"options": {**config.options, "feedforward_modules": path in inner}} for path in paths}
 
     @classmethod
     def shifts(cls, config: LoraConfig) -> bool:

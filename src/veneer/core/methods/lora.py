@@ -97,8 +97,28 @@ class Lora(Update):
         return {"A": A.detach(), "B": B.detach(), **({} if b is None else {"b": b.detach()})}
 
     @classmethod
-    def placed(cls, config: LoraConfig, search: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
-        return placed(config, search, paths) if config.options["fused"] else {}
+    def placed(cls, config: LoraConfig, search: "Search", paths: list[str]) -> dict[str, dict[str, Any]]:
+        """The options of each layer, whose `fused` is `{path: {"r": …, "sizes": …}}` or nothing."""
+        names = config.options["fused"]
+        if not names:
+            return {}
+        fused: dict[str, Any] = {path: {} for path in paths}
+        for path, name in search.named(names, "fused", paths, "adapted layer").items():
+            known = _known(search.modules, path)
+            split = {"sizes": known, **_spelt(names[name])}
+            fused[path] = {path: split}
+            if split["sizes"] is None:
+                search.fault(
+                    "fused",
+                    f"how {path} is split is not known: give {{'r': …, 'sizes': …}}, sizes being the rows of "
+                    "its parts (of one head's, where the heads are interleaved)",
+                )
+            elif known and split["sizes"] != known:
+                search.fault("fused", f"{path} is split into parts of {known} rows, not of {shown(split['sizes'])}")
+        if start_of(config) in (*FROM_WEIGHT, *FROM_DATA):
+            how = config.init_lora_weights
+            search.fault("fused", f"parts cannot start from the weight or from data, as init_lora_weights={how!r} asks")
+        return {path: {"options": {**config.options, "fused": split}} for path, split in fused.items()}
 
     @classmethod
     def saved_config(cls, config: LoraConfig) -> LoraConfig:
@@ -191,27 +211,6 @@ def _is_split(r: Any = None, sizes: Any = (1,), **more: Any) -> bool:
 
 def _spelt(split: Any) -> dict[str, Any]:
     return {str(key): value for key, value in split.items()} if isinstance(split, dict) else {"r": split}
-
-
-def placed(config: LoraConfig, search: "Search", paths: list[str]) -> dict[str, dict[str, Any]]:
-    """The options of each layer, whose `fused` is `{path: {"r": …, "sizes": …}}` or nothing."""
-    fused: dict[str, Any] = {path: {} for path in paths}
-    for path, name in search.named(config.options["fused"], "fused", paths, "adapted layer").items():
-        known = _known(search.modules, path)
-        split = {"sizes": known, **_spelt(config.options["fused"][name])}
-        fused[path] = {path: split}
-        if split["sizes"] is None:
-            search.fault(
-                "fused",
-                f"how {path} is split is not known: give {{'r': …, 'sizes': …}}, sizes being the rows of "
-                "its parts (of one head's, where the heads are interleaved)",
-            )
-        elif known and split["sizes"] != known:
-            search.fault("fused", f"{path} is split into parts of {known} rows, not of {shown(split['sizes'])}")
-    if start_of(config) in (*FROM_WEIGHT, *FROM_DATA):
-        how = config.init_lora_weights
-        search.fault("fused", f"parts cannot start from the weight or from data, as init_lora_weights={how!r} asks")
-    return {path: {"options": {**config.options, "fused": split}} for path, split in fused.items()}
 
 
 def _known(modules: Mapping[str, nn.Module], path: str) -> list[int] | None:

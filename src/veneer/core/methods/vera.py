@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from veneer.core.config import LoraConfig
 from veneer.core.ranges import is_finite
-from veneer.core.update import LORAS_OWN, Factors, Option, Update, own_precision, switch
+from veneer.core.update import Factors, Option, Update, own_precision, switch
 
 
 class Projection(nn.Module):
@@ -50,7 +50,7 @@ class Vera(Update):
 
     file_names: ClassVar = {"b": "vera_lambda_b", "d": "vera_lambda_d", "A": "vera_A", "B": "vera_B"}
     reads_weight: ClassVar = False
-    peft_names: ClassVar = {**LORAS_OWN, "lora_dropout": "vera_dropout", "init_lora_weights": "init_weights"}
+    peft_names: ClassVar = {"lora_dropout": "vera_dropout", "init_lora_weights": "init_weights"}
     options: ClassVar = {
         "projection_prng_key": Option(0, lambda key: type(key) is int and 0 <= key < 2**63, "a whole number < 2^63"),
         "save_projection": switch(True),

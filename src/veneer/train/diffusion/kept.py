@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from veneer import files
 from veneer.apart.changes import Change, adapter_of, changes
 from veneer.core.adapter import Adapter
@@ -15,9 +13,10 @@ from veneer.core.errors import AdapterError
 from veneer.core.model import PeftModel
 from veneer.files import diffusers
 from veneer.files.attach import matched
+from veneer.files.folder import content, put
 from veneer.files.parts import by_part, joined
 from veneer.files.stored import save
-from veneer.safe.whole import Write, write_whole
+from veneer.safe.whole import Write
 
 FILE = "pytorch_lora_weights.safetensors"  # which diffusers looks for
 
@@ -36,19 +35,13 @@ def written(adapter: Adapter, folder: Path) -> dict[Path, Write]:
         flat, about = diffusers.content(adapter)
     except AdapterError:  # no place for the method
         every = {folder / part: own for part, own in by_part(adapter).items()}
-        return {path: write for place, own in every.items() for path, write in own.files(place).items()}
+        return {path: write for place, own in every.items() for path, write in content(own, place).items()}
     return {folder / FILE: lambda path: save(flat, path, about)}
 
 
 def keep(adapter: Adapter, folder: Path) -> None:
     """Write the adapter, whole or not at all. Raises `AdapterError`."""
-    files_there = written(adapter, folder)
-    try:
-        for path in files_there:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(files_there)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
+    put(written(adapter, folder), folder)
 
 
 def exchange(model: PeftModel, folder: Path, name: str = "default") -> None:

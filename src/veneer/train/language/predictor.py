@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer import zoo
-from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError
 from veneer.core.model import PeftModel
+from veneer.files.folder import read_config
 from veneer.train.bases.loading import choose_device, choose_dtype
 from veneer.train.data.rows import read_rows
 from veneer.train.language.head_task import HeadTask

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from veneer import zoo
-from veneer.core.adapter import read_config
 from veneer.core.errors import AdapterError, listed
 from veneer.core.model import PeftModel
+from veneer.files.folder import read_config
 from veneer.safe.whole import write_folder
 from veneer.train.bases.loading import choose_device, choose_dtype
 from veneer.train.data.pictures import inside

@@ -1,25 +1,52 @@
-"""The values of one adapter into another one that is live."""
+"""The adapters of a live model and their folders: how they are saved, and read into those that act."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from veneer.core.adapter import Adapter
-from veneer.core.config import LoraConfig
 from veneer.core.errors import AdapterError, collapsed
 from veneer.core.inject import carrying, entries, prepared, said
+from veneer.core.trainer import own_state
+from veneer.files.folder import put
+from veneer.safe.ordered import save_ordered
+
+if TYPE_CHECKING:
+    from veneer.core.trainer import Trainable
+
+# all that adapters are, to the bit and under the model's own names: what Trainer reads back into a model that is not of
+# PEFT's own class
+_STATE = "model.safetensors"
+
+
+def save(model: "Trainable", folder: Path, adapter_name: str | None, is_main_process: bool) -> Path:
+    """What `save_pretrained` says."""
+    acting = model.active_adapters
+    resumable = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    several = resumable and len(acting) > 1 and adapter_name is None
+    names = {folder / name: name for name in acting} if several else {folder: adapter_name}
+    adapters = {path: model.get_adapter(name) for path, name in names.items()}
+    state = own_state(model) if resumable else {}
+    if is_main_process:
+        for path, adapter in adapters.items():
+            adapter.save(path)
+        if resumable:
+            put({folder / _STATE: lambda path: save_ordered(state, path, {"format": "pt"})}, folder)
+    return folder
 
 
 @torch.no_grad()
-def hotswap(model: nn.Module, name: str, config: LoraConfig, values: Adapter) -> None:
+def hotswap(model: "Trainable", name: str, values: Adapter) -> None:
     """Copy `values` into the live adapter `name`: compiled code, CUDA graphs and optimizers go on with its tensors.
 
     A smaller rank is filled up with zeros. The live scale stays, as compiled code holds it: B is multiplied by the
     ratio of the scales. So the config stays too, and what is saved gives the same outputs. Raises one `AdapterError`
     with all that does not fit, before anything is copied.
     """
-    faults, found = values.faults, values.config
+    config, found, faults = model.peft_config[name], values.config, values.faults
     loras = all(each.peft_type == "LORA" for own in (config, found) for each in own.by_method())
     if not loras or found.use_dora != config.use_dora:
         one, other = (own.peft_type + " with use_dora" * own.use_dora for own in (config, found))

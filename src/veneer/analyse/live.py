@@ -1,4 +1,4 @@
-"""What a model carries, layer by layer and as a whole: PEFT's names for it, and nothing but reading."""
+"""What a live model carries, layer by layer and as a whole: PEFT's names for it, and nothing but reading."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,7 +9,7 @@ from veneer.core.kinds.layer import AdaptedLayer
 from veneer.core.reclass import mixin_of
 
 if TYPE_CHECKING:
-    from veneer.core.model import PeftModel
+    from veneer.core.trainer import Trainable
 
 
 @dataclass(kw_only=True)
@@ -57,8 +57,8 @@ class ModelStatus(_Status):
     weights: dict[str, float]
 
 
-def get_layer_status(model: "PeftModel") -> list[LayerStatus]:
-    """What each adapted layer carries, in the model's order."""
+def layer_status(model: "Trainable") -> list[LayerStatus]:
+    """What `get_layer_status` says."""
     return [
         LayerStatus(
             **_carried(model, [layer]),
@@ -70,8 +70,8 @@ def get_layer_status(model: "PeftModel") -> list[LayerStatus]:
     ]
 
 
-def get_model_status(model: "PeftModel") -> ModelStatus:
-    """What the model carries as a whole; `print` shows it a fact a line."""
+def model_status(model: "Trainable") -> ModelStatus:
+    """What `get_model_status` says."""
     layers = [layer for _, layer in adapted_layers(model)]
     terms = model.adapter_plan.terms or model.adapter_plan.merged
     trainable, total = model.get_nb_trainable_parameters()
@@ -85,7 +85,7 @@ def get_model_status(model: "PeftModel") -> ModelStatus:
     )
 
 
-def _carried(model: "PeftModel", layers: list[AdaptedLayer]) -> dict[str, Any]:
+def _carried(model: "Trainable", layers: list[AdaptedLayer]) -> dict[str, Any]:
     configs = {name: own for name, own in model.peft_config.items() if any(name in layer.adapters for layer in layers)}
     updates = {name: [layer.adapters[name] for layer in layers if name in layer.adapters] for name in configs}
     parameters = {name: [p for update in own for p in update.parameters()] for name, own in updates.items()}
