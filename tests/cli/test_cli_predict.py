@@ -50,12 +50,12 @@ def test_a_classifier_from_rows_to_predictions(veneer, headed, tmp_path):
     for words in ("pipeline_tag: text-classification", 'veneer predict ADAPTER --text "…"', "| label | predicted |"):
         assert words in card
     texts = ["bad film 77", "good film 3"]
-    said = veneer("predict", run, *(part for text in texts for part in ("--text", text)))
+    said = veneer("predict", run, "--dtype", "float32", *(part for text in texts for part in ("--text", text)))
     rows = list(map(json.loads, said.out.splitlines()))
     assert [row["label"] for row in rows] == ["no", "yes"]
     assert all(row["probability"] > 0.5 for row in rows)
     (tmp_path / "texts.csv").write_text("text\nbad film 77\ngood film 3\n")
-    veneer("predict", run, "--input", tmp_path / "texts.csv", "--out", tmp_path / "said.jsonl")
+    veneer("predict", run, "--dtype", "float32", "--input", tmp_path / "texts.csv", "--out", tmp_path / "said.jsonl")
     assert [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()] == rows
     said = veneer("evaluate", run, "--json")
     assert json.loads(said.out)["adapted"]["accuracy"] == 1

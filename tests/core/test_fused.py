@@ -83,7 +83,7 @@ def test_a_gain_multiplies_the_rows_of_the_base_without_its_bias():
 @pytest.mark.parametrize("tokens", [65, 200])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_where_bf16_products_are_slow_they_are_made_in_fp32_and_rounded_once(monkeypatch, tokens, dropout):
-    monkeypatch.setattr(fused, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(fused, "is_quick", lambda dtype: False)
     x, W, b, _, _ = problem(torch.bfloat16, tokens)
     A, B = torch.randn(2, 8, requires_grad=True), torch.randn(5, 2, requires_grad=True)
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from veneer.core.plan import by_row
 
 FEW = 64  # tokens, which take less time than to round A and B
 MANY = 512  # tokens, whose product with a weight is as fast by rows as by columns
+_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 BLOCK = 2**19  # numbers of a weight in fp32 that stay in the cache
 
 
@@ -27,20 +28,19 @@ class Change(NamedTuple):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What a product of many rows is computed in: x's dtype, but fp32 for bf16 and fp16 on a CPU without matrix units.
+    """What a product of many rows is computed in: x's dtype, but fp32 for bf16 and fp16 on a CPU that is slow at them.
 
-    There, bf16 products take twice as long as those of the same numbers in fp32, and round more.
+    There, such products take at least twice as long as those of the same numbers in fp32, and round more.
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return (
-        torch.float32 if half and x.device.type == "cpu" and 2 * len(x) >= FEW and not has_matrix_units() else x.dtype
-    )
+    slow = x.dtype in _UNITS and x.device.type == "cpu" and 2 * len(x) >= FEW and not is_quick(x.dtype)
+    return torch.float32 if slow else x.dtype
 
 
 @cache
-def has_matrix_units() -> bool:
-    """Whether this CPU multiplies matrices of bf16 faster than those of fp32 (AMX, AVX-512 BF16)."""
-    return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
+def is_quick(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of that half precision faster than those of fp32."""
+    told: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(told.get(unit) for unit in _UNITS[dtype])
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from veneer.core.errors import AdapterError, collapsed, listed
-from veneer.core.fused import has_matrix_units
+from veneer.core.fused import is_quick
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # a base brings no programs
 LARGE = 2**30  # bytes of a base in float32
@@ -106,7 +106,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, folder: Path | None = None) -> str:
-    """For `auto`, bfloat16 where the device multiplies it faster than float32: with AMX on a CPU, or on a GPU.
+    """For `auto`, bfloat16 where the device multiplies it faster than float32: on a CPU with AMX or AVX-512
+    instructions for it, or on a GPU.
 
     Elsewhere float32, unless the base in `folder` would be large in it: what is trained over bfloat16 is multiplied in
     float32 there, for a tenth more time and half the memory.
@@ -116,7 +117,7 @@ def choose_dtype(name: str, device: torch.device, folder: Path | None = None) ->
     if name != "auto":
         return name
     if device.type == "cpu":
-        fast = has_matrix_units()
+        fast = is_quick(torch.bfloat16)
     else:
         fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if fast or (folder is not None and 4 * _parameters(folder) > LARGE) else "float32"

@@ -1,6 +1,6 @@
 """Attention of diffusers' layers: softmax(q kᵀ · scale) v by the CPU's flash kernel in fp32, also of half precision.
 
-Without matrix units the kernel takes half the time in fp32, forward and backward, and rounds less.
+Where products of half precision are slow, the kernel takes half the time in fp32, both ways, and rounds less.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Frozen linear layers and convolutions: y = W x + b, where only x has a gradient; of the activations nothing is kept.
 
-PyTorch's own convolution keeps its input, which only the gradient of W wants. On a CPU without matrix units, products
-of half precision are computed in fp32, as those of adapted layers are.
+PyTorch's own convolution keeps its input, which only the gradient of W wants. On a CPU that is slow at products of
+half precision they are computed in fp32, as those of adapted layers are.
 """
 
 from typing import Any, NamedTuple
