@@ -12,7 +12,7 @@ from train.diffusion.test_painter import adapter_for, merge_by_hand, plain
 from veneer import LoraConfig, files
 from veneer.apart.changes import Change, adapter_of, changes
 
-FEW = ("--steps", 2, "--device", "cpu")
+FEW = ("--steps", 2, "--device", "cpu", "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_a_classifier_of_pictures_is_trained_resumed_measured_asked_and_merged(
     measured = json.loads(veneer("evaluate", run, "--no-base", "--json").out)["adapted"]
     assert measured == figures(run)
     names = [str(path) for path in sorted((shapes / "classes").rglob("*.png"))]
-    said = veneer("predict", run, "--picture", shapes / "classes")
+    said = veneer("predict", run, "--dtype", "float32", "--picture", shapes / "classes")
     rows = list(map(json.loads, said.out.splitlines()))
     assert [row["picture"] for row in rows] == names
     assert veneer("merge", run, "--out", tmp_path / "merged").code == 0
