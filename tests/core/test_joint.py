@@ -104,6 +104,15 @@ def test_nothing_goes_stale(model, act):
     assert act is _moved or not torch.allclose(before, after)
 
 
+def test_a_parametrised_layer_is_served(model):
+    x = torch.randn(4, 6)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    torch.testing.assert_close(mixed(model, x, NAMES), alone(model, x, NAMES))
+    with torch.no_grad():
+        served = model(x)
+    torch.testing.assert_close(served, model(x).detach())
+
+
 def test_copies_and_files_have_memory_of_their_own(model):
     x = torch.randn(4, 6)
     before = mixed(model, x, NAMES)

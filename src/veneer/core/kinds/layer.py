@@ -29,18 +29,21 @@ def _never_called(module: nn.Module, inputs: object) -> None:
 class Adapters(nn.ModuleDict):
     """The one child that an adapted layer has more than its base: an `Update` for each adapter name."""
 
+    plan: Plan
+    key: str
     original: dict[str, Tensor] | None = None  # the layer's own parameters, while adapters are merged
     joint: Joint | None = None  # the memory that the factors of several adapters share, once rows were mixed
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         plan.layers += 1
-        self.plan, self.key = plan, str(plan.layers)
-        # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook
-        self.register_forward_pre_hook(_never_called)
+        vars(self).update(plan=plan, key=str(plan.layers))
+        # nn.TransformerEncoderLayer reads its linear layers' weights itself, unless a module inside has a hook; entered
+        # under no handle's number, as making a handle takes longer than all the rest
+        self._forward_pre_hooks[-1] = _never_called
 
     def __setitem__(self, name: str, update: nn.Module) -> None:
-        super().__setitem__(name, update)
+        self._modules[name] = update  # `_refuse_name` asked all that `add_module` would
         self.plan.updates[name][self.key] = update
 
     def __delitem__(self, name: str) -> None:
@@ -103,14 +106,14 @@ class Adapters(nn.ModuleDict):
 
     def jointly(self, x: Tensor, training: bool) -> Tensor | None:
         """Σ weight · ΔW x of all that acts on x `(rows, …, in)` in a mixed batch, if it can be had at once."""
-        terms, modules = self.plan.terms, self._modules
-        if not terms or terms[0].rows is None or torch.compiler.is_compiling():
+        plan, modules = self.plan, self._modules
+        if not plan.terms or plan.terms[0].rows is None:
             return None
-        names = tuple(term.adapter for term in terms if term.adapter in modules)
+        names = tuple(filter(modules.__contains__, plan.names))
         if len(names) < 2 or (training and any(modules[name].dropout for name in names)):
             return None
         self.joint = joined(self.joint, self, names)
-        return None if self.joint is None else self.joint.change(x, names, self.plan.groups(names, x))
+        return None if self.joint is None else self.joint.change(x, names, plan.groups(names, x))
 
     def acting_on(self, x: Tensor) -> Iterator[tuple[Update, float, Tensor | None]]:
         """The same for an input or output x `(rows, …)`, and in a mixed batch the weight `(rows)` of each row."""

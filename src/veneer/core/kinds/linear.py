@@ -34,13 +34,9 @@ class AdaptedLinear(AdaptedLayer):
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         (x,) = *inputs, *named.values()  # by whatever name the base calls it
-        adapters: Any = self._modules["adapters"]
+        if not torch.is_grad_enabled() and not is_traced() and (y := self._without_gradients(x)) is not None:
+            return y
         matrix, bias = self.matrix(self.weight), self.bias
-        if not torch.is_grad_enabled() and not is_traced():
-            if (alone := adapters.alone(self.training)) and x.numel() <= FEW * x.shape[-1]:
-                return few_linear(x, matrix, bias, *alone)
-            if (change := adapters.jointly(x, self.training)) is not None:
-                return F.linear(x, matrix, bias).add_(change)
         thin, dense, gains, shifts = self._changes(x, matrix, bias)
         if not thin and not dense and not gains:
             return super().forward(x)
@@ -48,6 +44,19 @@ class AdaptedLinear(AdaptedLayer):
         for shift in shifts:
             y = (y.reshape(len(shift), -1, len(matrix)) + shift.unsqueeze(1).to(y.dtype)).view(y.shape)
         return self._with_dense(y, x, dense)
+
+    def _without_gradients(self, x: Tensor) -> Tensor | None:
+        """The same for what is served: one adapter on few tokens, or a mixed batch; None where it is something else."""
+        adapters: Any = self._modules["adapters"]
+        own: Any = self._parameters
+        try:
+            weight, bias = own["weight"], own["bias"]  # `__getattr__` takes a microsecond
+        except KeyError:  # parametrised
+            weight, bias = self.weight, self.bias
+        if x.numel() <= FEW * x.shape[-1] and (alone := adapters.alone(self.training)):
+            return few_linear(x, self.matrix(weight), bias, *alone)
+        change = adapters.jointly(x, self.training)
+        return None if change is None else F.linear(x, self.matrix(weight), bias).add_(change)
 
     def _changes(
         self, x: Tensor, matrix: Tensor | None, bias: Tensor | None

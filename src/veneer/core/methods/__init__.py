@@ -30,7 +30,8 @@ def maker(config: LoraConfig, layers: Iterable[tuple[Tensor, LoraConfig]]) -> Ca
         if weight.ndim == 3:
             return Stack(lambda matrix: make(matrix, own, start), weight)
         update = (PartedLora if own.options.get("fused") else own.method)(weight, own, *common)
-        update.dropout = own.lora_dropout
+        if own.lora_dropout:
+            update.dropout = own.lora_dropout
         start(update, own.init_lora_weights)
         return Dora(weight, update) if own.use_dora else update
 
