@@ -103,3 +103,14 @@ def test_the_loss_s_own_gradient_is_not_rounded(dtype):
     for scale in (65536.0, 1 / 301):
         (found,) = torch.autograd.grad(loss * scale, hidden, retain_graph=True)
         assert torch.equal(found, (one.float() * scale).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_logits_of_any_size_have_the_losses_of_fp64(dtype, size, smoothing):
+    logits, targets = (size * torch.randn(TOKENS, VOCABULARY)).to(dtype), torch.randint(VOCABULARY, (TOKENS,))
+    wanted = F.cross_entropy(logits.double(), targets, reduction="none", label_smoothing=smoothing)
+    found = losses._losses_in_place(logits.clone(), targets[:, None], smoothing)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
