@@ -73,7 +73,7 @@ class _FrozenHead(torch.autograd.Function):
 def _losses_in_place(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """The losses of logits `(tokens, vocabulary)`, targets `(tokens, 1)`, and p - target in the logits' place.
 
-    By blocks of rows that stay in the cache, in fp32. log Σ exp(logits) is the largest entry less the logarithm of its p.
+    By blocks of rows that stay in the cache, in fp32; log Σ exp(logits) is the largest entry less the log of its p.
     """
     wide, losses = torch.promote_types(logits.dtype, torch.float32), []
     for rows, wanted in zip(*(own.split(max(1, BLOCK // logits.shape[1])) for own in (logits, targets)), strict=True):
