@@ -18,13 +18,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from veneer.core.errors import AdapterError
+from veneer.core.fused import product_dtype
 
 NAME = "veneer"  # in a model's config, in place of "sdpa"
 HARMLESS = {"position_ids", "cache_position", "use_cache", "return_dict", "deterministic"}  # output_… are, too
 LIKE = 0.75  # of the longest document: the shortest that is taken together with it
 KEPT = 2  # times a query's numbers: the most probabilities of it that are kept for the backward
 HALF = (torch.bfloat16, torch.float16)
-SHORT = 192  # tokens; with more, torch's own kernel is faster on a CPU too
+SHORT = 192  # tokens; with more, torch's own kernel is faster on a CPU too, but for half precision that is quick there
+MOST = 2**21  # probabilities that are made at once: 8 MB in fp32
 
 
 class Layout(NamedTuple):
@@ -131,8 +133,9 @@ def _inside(
 ) -> Tensor:
     """Attention inside documents, q `(documents, key heads, queries a key, longest, size)`; of padding, anything."""
     lengths = (max(lengths),) if causal else lengths  # a causal query sees no padding
-    if q.device.type == "cpu" and not dropout and max(lengths) <= SHORT:
-        return _Products.apply(q, k, v, _bias(lengths, window, causal, q.dtype, q.device), scale)
+    quick = q.dtype in HALF and product_dtype(q.flatten(0, -2)) == q.dtype
+    if q.device.type == "cpu" and not dropout and (quick or max(lengths) <= SHORT):
+        return _Products.apply(q, k, v, _bias(lengths, window, causal, q.dtype, q.device), scale, causal)
     k, v = (own.expand(q.shape).flatten(1, 2) for own in (k, v))
     plain = causal and window is None
     mask = None if plain else _bias(lengths, window, causal, q.dtype, q.device).unsqueeze(1)
@@ -215,32 +218,60 @@ class _Returned(torch.autograd.Function):
 
 
 class _Products(torch.autograd.Function):
-    """softmax(scale · q kᵀ + bias) v by batched products; keeps q, k and v, and of short documents the probabilities,
-    which are made again of longer ones.
+    """softmax(scale · q kᵀ + bias) v by batched products, some queries after others, with the keys that these may see.
+
+    Keeps q, k and v, and of short documents the probabilities, which are made again of longer ones.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        ctx.shapes, ctx.scale = (q.shape, k.shape), scale
-        bias = bias.repeat_interleave(q.shape[1], 0) if len(bias) > 1 else bias
-        bias = bias.repeat(1, q.shape[2], 1)  # (…, queries a key · longest, longest)
-        q, k, v = q.flatten(0, 1).flatten(1, 2), k.flatten(0, 2), v.flatten(0, 2)
-        p = _probabilities(q, k, bias, scale)  # (documents · key heads, queries a key · longest, longest)
-        ctx.kept = p.numel() <= KEPT * q.numel()
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, causal: bool) -> Tensor:
+        ctx.shape, ctx.scale, ctx.causal = k.shape, scale, causal
+        k, v = k.flatten(0, 2), v.flatten(0, 2)  # (documents · key heads, longest, size)
+        parts, p = [], q
+        for rows, seen in _blocks(q, causal):
+            p = _probabilities(_flat(q, rows), k[:, :seen], _of_rows(bias, q, rows, seen), scale)
+            parts.append(torch.bmm(p, v[:, :seen]).view(*q.shape[:3], -1, q.shape[4]))
+        ctx.kept = len(parts) == 1 and p.numel() <= KEPT * q.numel()
         ctx.save_for_backward(q, k, v, p if ctx.kept else bias)
-        return torch.bmm(p, v).view(ctx.shapes[0])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, own = ctx.saved_tensors
-        grad = grad.reshape(q.shape)
-        p = own if ctx.kept else _probabilities(q, k, own, ctx.scale)
-        dv = torch.bmm(p.transpose(1, 2), grad)
-        dp = torch.bmm(grad, v.transpose(1, 2))
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
-        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-        return dq.view(ctx.shapes[0]), dk.view(ctx.shapes[1]), dv.view(ctx.shapes[1]), None, None
+        blocks, dqs = _blocks(q, ctx.causal), []
+        dk, dv = (torch.zeros_like(k, dtype=torch.promote_types(k.dtype, torch.float32)) for _ in range(2))
+        for rows, seen in blocks:
+            q_own, grad_own = _flat(q, rows), _flat(grad, rows)
+            again = own if ctx.kept else _of_rows(own, q, rows, seen)
+            p = own if ctx.kept else _probabilities(q_own, k[:, :seen], again, ctx.scale)
+            dv[:, :seen] += torch.bmm(p.transpose(1, 2), grad_own)
+            dp = torch.bmm(grad_own, v[:, :seen].transpose(1, 2))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
+            dqs.append(torch.bmm(ds, k[:, :seen]).view(*q.shape[:3], -1, q.shape[4]))
+            dk[:, :seen] += torch.bmm(ds.transpose(1, 2), q_own)
+        dq = dqs[0] if len(dqs) == 1 else torch.cat(dqs, 3)
+        return dq, dk.to(k.dtype).view(ctx.shape), dv.to(v.dtype).view(ctx.shape), None, None, None
+
+
+def _blocks(q: Tensor, causal: bool) -> list[tuple[slice, int]]:
+    """Which queries are taken at once, and how many keys they may see."""
+    longest = q.shape[3]
+    size = max(1, MOST // (q.shape[:3].numel() * longest * 64)) * 64
+    stops = [*range(size, longest, size), longest]
+    return [(slice(start, stop), stop if causal else longest) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _flat(q: Tensor, rows: slice) -> Tensor:
+    """(documents · key heads, queries a key · rows, size)."""
+    return q[:, :, :, rows].flatten(0, 1).flatten(1, 2)
+
+
+def _of_rows(bias: Tensor, q: Tensor, rows: slice, seen: int) -> Tensor:
+    """(1 or documents · key heads, queries a key · rows, seen)."""
+    bias = bias[:, rows, :seen]
+    bias = bias.repeat_interleave(q.shape[1], 0) if len(bias) > 1 else bias
+    return bias.repeat(1, q.shape[2], 1)
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
