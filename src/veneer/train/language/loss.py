@@ -82,7 +82,7 @@ def _losses_in_place(logits: Tensor, targets: Tensor, smoothing: float) -> Tenso
         top = block.amax(-1, keepdim=True)  # (rows, 1); differences first: what is left of large logits is exact
         loss = (top - block.gather(1, wanted)).mul_(1 - smoothing).sub_(p.amax(-1, keepdim=True).log_())
         if smoothing:
-            loss.add_(top - block.mean(-1, keepdim=True), alpha=smoothing)
+            loss.sub_(block.sub_(top).mean(-1, keepdim=True), alpha=smoothing)
             p.sub_(smoothing / p.shape[1])
         losses.append(loss)
         rows.copy_(p.scatter_add_(1, wanted, torch.full_like(loss, smoothing - 1)))
