@@ -194,6 +194,14 @@ def test_what_one_adapter_spoils_is_its_own_row_alone(model, grad, fault):
 
 
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("names", [["b", "c", {"b": 1.0, "a": 0.0}], ["b", "__base__", {"a": 0.0}]], ids=str)
+def test_an_adapter_of_weight_0_in_every_row_spoils_none(model, grad, names):
+    nn.init.constant_(model[0].adapters["a"].A, torch.nan)
+    with torch.set_grad_enabled(grad):
+        assert model(torch.randn(3, 6), adapter_names=names).isfinite().all()
+
+
+@pytest.mark.parametrize("grad", [False, True])
 def test_rows_are_mixed_under_autocast(model, grad):
     x = torch.randn(4, 6)
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):

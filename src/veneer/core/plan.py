@@ -154,7 +154,7 @@ class Plan:
 
 def _grouped(terms: tuple[Term, ...], names: tuple[str, ...], device: torch.device) -> Groups:
     of = {term.adapter: term.rows or () for term in terms}
-    own = {name: [row for row, weight in enumerate(of[name]) if weight] or [0] for name in names}
+    own = {name: [row for row, weight in enumerate(of[name]) if weight] for name in names}
     most = max(map(len, own.values()))
     take = [row for rows in own.values() for row in (rows * most)[:most]]
     weights = [[of[name][row] for row in rows] + [0.0] * (most - len(rows)) for name, rows in own.items()]
@@ -193,6 +193,8 @@ def terms_by_row(specs: Rows, known: Iterable[str]) -> tuple[Term, ...]:
     rows: dict[str, list[float]] = {}
     for i, spec in enumerate(specs):
         for term in () if spec == BASE else terms_of(spec, known):
+            if not term.weight:
+                continue  # it acts on no row, and spoils none
             rows.setdefault(term.adapter, [0.0] * len(specs))[i] = term.weight
     return tuple(Term(name, rows=tuple(weights)) for name, weights in rows.items())
 

@@ -6,7 +6,7 @@ import platform
 
 PIECE = 2**25 - 2**16  # bytes: the most that glibc takes from its heap, and not as a mapping of its own
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
-_NEVER = 2**31 - 1
+_NEVER = -1  # the largest there is; 2 GB would be less than the heap that is to be kept
 
 
 def use_large_pages(size: int) -> None:

@@ -46,6 +46,30 @@ def test_each_token_has_a_loss_and_a_gradient_of_its_own(kind):
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_large_logits_lose_nothing(smoothing):
+    head, hidden = head_of("frozen", torch.float32), torch.eye(SIZE, requires_grad=True)
+    with torch.no_grad():
+        head.weight.add_(1e4)
+    logits = head(hidden).double()
+    found = learned_losses(hidden, head, logits.argmax(-1), smoothing).double()
+    wanted = F.cross_entropy(logits, logits.argmax(-1), reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_logit_of_minus_infinity_is_a_token_that_is_never_said(smoothing):
+    head, hidden = head_of("frozen, bias", torch.float32), torch.randn(3, SIZE, requires_grad=True)
+    with torch.no_grad():
+        head.bias[-1] = -torch.inf
+    targets = torch.tensor([0, 1, VOCABULARY - 1])
+    found = learned_losses(hidden, head, targets, smoothing)
+    torch.testing.assert_close(
+        found, F.cross_entropy(head(hidden), targets, reduction="none", label_smoothing=smoothing)
+    )
+    assert torch.autograd.grad(found[:2].sum(), hidden)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["frozen", "adapted"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_all_logits_never_exist(kind, grad, monkeypatch):

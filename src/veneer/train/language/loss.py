@@ -73,16 +73,16 @@ class _FrozenHead(torch.autograd.Function):
 def _losses_in_place(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """The losses of logits `(tokens, vocabulary)`, targets `(tokens, 1)`, and p - target in the logits' place.
 
-    By blocks of rows that stay in the cache, in fp32; log Σ exp(logits) is the largest entry less the log of its p.
+    By blocks of rows that stay in the cache, in fp32. log Σ exp(logits) is the largest logit less the log of its p.
     """
     wide, losses = torch.promote_types(logits.dtype, torch.float32), []
     for rows, wanted in zip(*(own.split(max(1, BLOCK // logits.shape[1])) for own in (logits, targets)), strict=True):
         block = rows.to(wide)
         p = block.softmax(-1)
-        largest, loss = block.amax(-1, keepdim=True), p.amax(-1, keepdim=True).log_().neg_()  # (rows, 1)
-        loss.add_(largest - block.gather(1, wanted), alpha=1 - smoothing)
+        top = block.amax(-1, keepdim=True)  # (rows, 1); differences first: what is left of large logits is exact
+        loss = (top - block.gather(1, wanted)).mul_(1 - smoothing).sub_(p.amax(-1, keepdim=True).log_())
         if smoothing:
-            loss.add_(largest - block.mean(-1, keepdim=True), alpha=smoothing)
+            loss.sub_(block.sub_(top).mean(-1, keepdim=True), alpha=smoothing)
             p.sub_(smoothing / p.shape[1])
         losses.append(loss)
         rows.copy_(p.scatter_add_(1, wanted, torch.full_like(loss, smoothing - 1)))
