@@ -67,7 +67,8 @@ def train(
     step left it; Ctrl-C pressed again ends the step or the measurement too.
     """
     steps = count_steps(settings, task.size)
-    if not settings.gradient_checkpointing:  # whoever asks for it wants freed memory back
+    on_cpu = all(parameter.device.type == "cpu" for parameter in task.model.parameters())
+    if on_cpu and not settings.gradient_checkpointing:  # whoever asks for it wants freed memory back
         use_large_pages(HEAP)
     began = time.perf_counter() - outcome.seconds
     with _finishing_the_step() as stop, quick_pieces(task.model), quick_products():

@@ -11,9 +11,13 @@ _NEVER = -1  # the largest there is; 2 GB would be less than the heap that is to
 
 def use_large_pages(size: int) -> None:
     """From now on the heap's next `size` bytes come in large pages, and are kept when they are freed. Elsewhere than
-    under glibc, and where there is not so much memory, nothing happens.
+    under glibc, and where addresses are limited (`ulimit -v`), nothing happens.
     """
     if platform.libc_ver()[0] != "glibc" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    import resource  # which Windows has not
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
