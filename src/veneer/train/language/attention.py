@@ -25,7 +25,8 @@ HARMLESS = {"position_ids", "cache_position", "use_cache", "return_dict", "deter
 LIKE = 0.75  # of the longest document: the shortest that is taken together with it
 KEPT = 2  # times a query's numbers: the most probabilities of it that are kept for the backward
 HALF = (torch.bfloat16, torch.float16)
-SHORT = 192  # tokens; with more, torch's own kernel is faster on a CPU too, but for half precision that is quick there
+# tokens; with more, torch's own kernel is faster on a CPU too: in fp32, and in half precision that is quick there
+SHORT, SHORT_HALF = 192, 1024
 MOST = 2**21  # probabilities that are made at once: 8 MB in fp32
 
 
@@ -134,7 +135,7 @@ def _inside(
     """Attention inside documents, q `(documents, key heads, queries a key, longest, size)`; of padding, anything."""
     lengths = (max(lengths),) if causal else lengths  # a causal query sees no padding
     quick = q.dtype in HALF and product_dtype(q.flatten(0, -2)) == q.dtype
-    if q.device.type == "cpu" and not dropout and (quick or max(lengths) <= SHORT):
+    if q.device.type == "cpu" and not dropout and max(lengths) <= (SHORT_HALF if quick else SHORT):
         return _Products.apply(q, k, v, _bias(lengths, window, causal, q.dtype, q.device), scale, causal)
     k, v = (own.expand(q.shape).flatten(1, 2) for own in (k, v))
     plain = causal and window is None
