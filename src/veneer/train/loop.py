@@ -18,15 +18,12 @@ import torch
 
 from veneer.core.errors import listed
 from veneer.train.optimizers import Stepper
-from veneer.train.pages import use_large_pages
 from veneer.train.pieces import quick_pieces
 from veneer.train.processes import ALONE, World
 from veneer.train.products import quick_products
 from veneer.train.schedules import rate
 from veneer.train.settings import TrainSettings
 from veneer.train.task import Batch, Task
-
-HEAP = 2**32  # bytes of large pages: more than most passes hold; what is not used is not taken
 
 
 @dataclass
@@ -67,9 +64,6 @@ def train(
     step left it; Ctrl-C pressed again ends the step or the measurement too.
     """
     steps = count_steps(settings, task.size)
-    on_cpu = all(parameter.device.type == "cpu" for parameter in task.model.parameters())
-    if on_cpu and not settings.gradient_checkpointing:  # whoever asks for it wants freed memory back
-        use_large_pages(HEAP)
     began = time.perf_counter() - outcome.seconds
     with _finishing_the_step() as stop, quick_pieces(task.model), quick_products():
         try:
