@@ -13,8 +13,9 @@ from veneer.core.plan import by_row
 
 FEW = 64  # tokens, which take less time than to round A and B
 MANY = 512  # tokens, whose product with a weight is as fast by rows as by columns
-_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
-BLOCK = 2**19  # numbers of a weight in fp32 that stay in the cache
+BLOCK = 2**19  # numbers in fp32 that stay in the cache
+# half precision, and by what a CPU is quick at it
+HALF = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 
 
 class Change(NamedTuple):
@@ -32,7 +33,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
     There, such products take at least twice as long as those of the same numbers in fp32, and round more.
     """
-    slow = x.dtype in _UNITS and x.device.type == "cpu" and 2 * len(x) >= FEW and not is_quick(x.dtype)
+    slow = x.dtype in HALF and x.device.type == "cpu" and 2 * len(x) >= FEW and not is_quick(x.dtype)
     return torch.float32 if slow else x.dtype
 
 
@@ -40,7 +41,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def is_quick(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of that half precision faster than those of fp32."""
     told: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(told.get(unit) for unit in _UNITS[dtype])
+    return any(told.get(unit) for unit in HALF[dtype])
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from veneer import __version__
 from veneer.core.errors import shown
-from veneer.core.fused import is_quick
+from veneer.core.fused import HALF, is_quick
 from veneer.train.settings import Recipe
 
 _PACKAGES = ("torch", "transformers", "diffusers", "tokenizers", "safetensors", "bitsandbytes", "pillow")
@@ -29,7 +29,7 @@ def circumstances(device: torch.device, processes: int) -> dict[str, str]:
         "processes": str(processes),
     }
     if device.type == "cpu":
-        units = "".join(f" {name}" for name in ("bfloat16", "float16") if is_quick(getattr(torch, name)))
+        units = "".join(f" {str(dtype).removeprefix('torch.')}" for dtype in HALF if is_quick(dtype))
         here["processor"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{units}"
     elif device.type == "cuda":
         here["processor"] = torch.cuda.get_device_name(device)

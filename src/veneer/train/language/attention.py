@@ -18,13 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from veneer.core.errors import AdapterError
-from veneer.core.fused import product_dtype
+from veneer.core.fused import HALF, product_dtype
 
 NAME = "veneer"  # in a model's config, in place of "sdpa"
 HARMLESS = {"position_ids", "cache_position", "use_cache", "return_dict", "deterministic"}  # output_… are, too
 LIKE = 0.75  # of the longest document: the shortest that is taken together with it
 KEPT = 2  # times a query's numbers: the most probabilities of it that are kept for the backward
-HALF = (torch.bfloat16, torch.float16)
 # tokens; with more, torch's own kernel is faster on a CPU too: in fp32, and in half precision that is quick there
 SHORT, SHORT_HALF = 192, 1024
 MOST = 2**21  # probabilities that are made at once: 8 MB in fp32
@@ -240,19 +239,19 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, own = ctx.saved_tensors
-        blocks, dqs = _blocks(q, ctx.causal), []
-        dk, dv = (torch.zeros_like(k, dtype=torch.promote_types(k.dtype, torch.float32)) for _ in range(2))
-        for rows, seen in blocks:
+        dqs, dks, dvs = [], [], []
+        for rows, seen in _blocks(q, ctx.causal):
             q_own, grad_own = _flat(q, rows), _flat(grad, rows)
-            again = own if ctx.kept else _of_rows(own, q, rows, seen)
-            p = own if ctx.kept else _probabilities(q_own, k[:, :seen], again, ctx.scale)
-            dv[:, :seen] += torch.bmm(p.transpose(1, 2), grad_own)
+            p = own
+            if not ctx.kept:
+                p = _probabilities(q_own, k[:, :seen], _of_rows(own, q, rows, seen), ctx.scale)
+            dvs.append(torch.bmm(p.transpose(1, 2), grad_own))
             dp = torch.bmm(grad_own, v[:, :seen].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
             dqs.append(torch.bmm(ds, k[:, :seen]).view(*q.shape[:3], -1, q.shape[4]))
-            dk[:, :seen] += torch.bmm(ds.transpose(1, 2), q_own)
+            dks.append(torch.bmm(ds.transpose(1, 2), q_own))
         dq = dqs[0] if len(dqs) == 1 else torch.cat(dqs, 3)
-        return dq, dk.to(k.dtype).view(ctx.shape), dv.to(v.dtype).view(ctx.shape), None, None, None
+        return dq, _summed(dks).view(ctx.shape), _summed(dvs).view(ctx.shape), None, None, None
 
 
 def _blocks(q: Tensor, causal: bool) -> list[tuple[slice, int]]:
@@ -261,6 +260,16 @@ def _blocks(q: Tensor, causal: bool) -> list[tuple[slice, int]]:
     size = max(1, MOST // (q.shape[:3].numel() * longest * 64)) * 64
     stops = [*range(size, longest, size), longest]
     return [(slice(start, stop), stop if causal else longest) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _summed(parts: list[Tensor]) -> Tensor:
+    """The sum, in fp32, of parts `(…, keys, size)` of which the last has all keys, and the others the first of them."""
+    if len(parts) == 1:
+        return parts[0]
+    total = torch.zeros_like(parts[-1], dtype=torch.promote_types(parts[-1].dtype, torch.float32))
+    for part in parts:
+        total[:, : part.shape[1]] += part
+    return total.to(parts[-1].dtype)
 
 
 def _flat(q: Tensor, rows: slice) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from veneer.core.fused import is_traced, product_dtype, wide_linear, wide_product
+from veneer.core.fused import HALF, is_traced, product_dtype, wide_linear, wide_product
 from veneer.train.pieces.piece import Piece
 
 
@@ -151,6 +151,6 @@ def quick_frozen(module: nn.Module) -> type[Piece] | None:
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.requires_grad:
         return None
     if forward is nn.Linear.forward:
-        return QuickLinear if weight.dtype in (torch.bfloat16, torch.float16) else None
+        return QuickLinear if weight.dtype in HALF else None
     plain = forward is nn.Conv2d.forward and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return QuickConv2d if plain and module.groups == 1 else None
