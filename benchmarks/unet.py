@@ -143,6 +143,7 @@ def loss_of(unet: Any, parts: dict[str, Any], step: int, latents: Any, autocast:
 def veneer_side(turn: Any, side: Side, start: Path, steps: int) -> None:
     """veneer's adapter, its pieces and its optimizer step, in the base's dtype."""
     import veneer
+    from veneer.train.heap import step_heap
     from veneer.train.optimizers import Stepper
     from veneer.train.pieces import quick_pieces
     from veneer.train.recompute import recompute_layers
@@ -156,7 +157,7 @@ def veneer_side(turn: Any, side: Side, start: Path, steps: int) -> None:
         recompute_layers(unet)
     stepper = Stepper(unet, TrainSettings(lr=LR, weight_decay=DECAY, max_grad_norm=CLIP))
     turn()
-    with quick_pieces(unet):
+    with step_heap(keeps=not side.option), quick_pieces(unet):
         for step in range(steps):
             loss = loss_of(unet, parts, step, latents[step], nullcontext())
             stepper.backward(loss)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from veneer.core.errors import listed
+from veneer.train.heap import step_heap
 from veneer.train.optimizers import Stepper
 from veneer.train.pieces import quick_pieces
 from veneer.train.processes import ALONE, World
@@ -65,7 +66,8 @@ def train(
     """
     steps = count_steps(settings, task.size)
     began = time.perf_counter() - outcome.seconds
-    with _finishing_the_step() as stop, quick_pieces(task.model), quick_products():
+    heap = step_heap(keeps=not settings.gradient_checkpointing)
+    with _finishing_the_step() as stop, heap, quick_pieces(task.model), quick_products():
         try:
             for step in range(outcome.steps, steps):
                 outcome.stopped_by = int(world.gathered([stop[-1] if stop else 0]).max())
