@@ -1,5 +1,7 @@
 """Products of fp32 are fp32's, whichever library makes them, and afterwards all is as before."""
 
+import os
+
 import pytest
 import torch
 
@@ -35,3 +37,11 @@ def test_the_setting_is_put_back_also_after_an_error(monkeypatch, amd, exact, in
         failing()
     assert there == [inside or before]
     assert MATMUL.fp32_precision == before
+
+
+def test_few_programs_are_kept_unless_the_user_has_said_how_many(monkeypatch):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    for before, after in ((None, str(products.PROGRAMS)), ("7", "7")):
+        monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+        products.keep_few_programs()
+        assert os.environ[name] == after

@@ -1,12 +1,23 @@
-"""Which library multiplies matrices of fp32 on a CPU: oneDNN on AMD's, where MKL takes twice its time."""
+"""How a CPU's products are made: those of fp32 by oneDNN on AMD's, where MKL takes twice its time; and what is kept."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+PROGRAMS = 128  # that oneDNN keeps; a pass through a language model needs about 60
 EXACT = 2e-6  # of the products' size: fp32's own rounding makes 4e-7 of sums of 512, bf16's 3e-3
+
+
+def keep_few_programs() -> None:
+    """Let oneDNN keep no more than the last programs that it made, each for products of one size and 0.6 MB large.
+
+    Steps differ in their number of tokens, so most are never called again, and 1,024 are kept. It reads the setting
+    before its first product: a process that has made one is left as it is, and so is a setting of the user's.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PROGRAMS))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from veneer.train.language.packing import extra_tokens, filled, level_passes, mo
 from veneer.train.language.parts import read_sides
 from veneer.train.language.shapes import made_of_rows
 from veneer.train.language.sources import Documents, kept, program
+from veneer.train.products import keep_few_programs
 from veneer.train.sameness import digest_of_base
 from veneer.train.store import Columns
 from veneer.train.task import Batch, Reporter, Task
@@ -46,6 +47,7 @@ class HeadTask(Task):
 
     def __init__(self, recipe: Any, reporter: Reporter) -> None:
         self.recipe, self.reporter, self.data = recipe, reporter, recipe.data
+        keep_few_programs()
         device = choose_device(recipe.device)
         recipe.device = str(device)
         learned, held_out = read_sides(self.data, recipe.train.seed, self._read, reporter)

@@ -30,6 +30,7 @@ from veneer.train.language.shapes import opening, typed
 from veneer.train.language.sources import Documents
 from veneer.train.language.text_figures import perplexity, text_figures
 from veneer.train.language.tokens import Example, coloured, encode, encode_prompt
+from veneer.train.products import keep_few_programs
 from veneer.train.sameness import digest_of_base
 from veneer.train.task import Batch, Reporter, Task
 
@@ -45,6 +46,7 @@ class TextTask(Task):
 
     def __init__(self, recipe: Any, reporter: Reporter) -> None:
         self.recipe, self.reporter = recipe, reporter
+        keep_few_programs()
         device = choose_device(recipe.device)
         recipe.device = str(device)
         learned, held_out = self.read()
