@@ -39,9 +39,13 @@ def test_the_setting_is_put_back_also_after_an_error(monkeypatch, amd, exact, in
     assert MATMUL.fp32_precision == before
 
 
-def test_few_programs_are_kept_unless_the_user_has_said_how_many(monkeypatch):
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    for before, after in ((None, str(products.PROGRAMS)), ("7", "7")):
-        monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
-        products.keep_few_programs()
-        assert os.environ[name] == after
+@pytest.mark.parametrize("own", [None, "ONEDNN", "DNNL"])
+def test_few_programs_are_kept_unless_the_user_has_said_how_many(monkeypatch, own):
+    names = [f"{name}_PRIMITIVE_CACHE_CAPACITY" for name in ("ONEDNN", "DNNL")]
+    for name in names:
+        monkeypatch.setenv(name, "7")
+        if not own or not name.startswith(own):
+            monkeypatch.delenv(name)
+    products.keep_few_programs()
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == ({f"{own}_PRIMITIVE_CACHE_CAPACITY": "7"} if own else {names[0]: str(products.PROGRAMS)})

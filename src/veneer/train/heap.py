@@ -1,6 +1,7 @@
 """What glibc's heap does with memory that a step frees on a CPU: the next step would get it again page by page."""
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +15,21 @@ SPARING = {MMAP_THRESHOLD: 1 << 20}
 
 @contextmanager
 def step_heap(keeps: bool) -> Iterator[None]:
-    """Inside, the heap keeps all that is freed; or else, large memory is no part of it. Afterwards it is given back."""
-    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-    if libc is None:
+    """Inside, the main thread's heap keeps all that is freed; or else, memory of 1 MB and more is no part of it.
+    Afterwards what is free is given back. Not to be nested; a heap that the user's environment rules is left alone.
+    """
+    ruled = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if ruled or platform.libc_ver()[0] != "glibc":
         yield
         return
+    libc = ctypes.CDLL(None)
     try:
+        if not keeps:
+            libc.malloc_trim(ctypes.c_size_t(0))  # else what was freed before would be taken first
         for option, value in (KEEPING if keeps else SPARING).items():
             libc.mallopt(option, value)
         yield
     finally:
         for option, value in USUAL.items():
             libc.mallopt(option, value)
-        libc.malloc_trim(0)
+        libc.malloc_trim(ctypes.c_size_t(0))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.train.heap import step_heap
 from veneer.train.loop import count_steps, rows_of
 from veneer.train.pieces import quick_pieces
 from veneer.train.record import held_memory, peak_memory
@@ -17,7 +18,7 @@ from veneer.train.task import Batch, Task
 ADAM = 4  # fp32 numbers a trained parameter: itself, its gradient, two averages
 STEPS = 64  # how many steps are looked through for the largest pass
 # measured on CPUs: what matrix libraries keep of their own, and, as a share of the activations of passes of many sizes,
-# what glibc's heap holds freed between them (0.2 to 0.6; next to nothing where layers run again, see recompute.py)
+# what glibc's heap holds freed between them (0.2 to 0.6; next to nothing where layers run again, see heap.py)
 KERNELS, SLACK = 100e6, 0.4
 
 
@@ -47,7 +48,7 @@ def estimate(task: Task, settings: TrainSettings) -> Estimate:
     eighth = max(1, len(rows) // 8)
     few, more = (max(task.batches(rows[:count]), key=_size) for count in (eighth, 2 * eighth))
     task.model.train()
-    with torch.no_grad():
+    with torch.no_grad(), step_heap(keeps=False):
         task.loss(few)  # the weights and kernels that a pass needs are in memory from now on
     device = next(task.model.parameters()).device
     tensors = list(chain(task.model.parameters(), task.model.buffers()))

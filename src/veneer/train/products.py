@@ -17,7 +17,8 @@ def keep_few_programs() -> None:
     Steps differ in their number of tokens, so most are never called again, and 1,024 are kept. It reads the setting
     before its first product: a process that has made one is left as it is, and so is a setting of the user's.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PROGRAMS))
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # its name before
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PROGRAMS))
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def answer(
             chosen = order[start : start + batch_size]
             inputs = on_device(padded([prompts[i] for i in chosen], pad_of(tokenizer), left=goes_on), model.device)
             options = {"do_sample": False, "num_beams": 1, **generation}
-            with quiet(), _whole_inputs(model.get_output_embeddings()):  # quiet of a base's own settings
+            # quiet of a base's own settings, which these replace
+            with quiet(), _whole_inputs(model.get_output_embeddings()):
                 tokens = model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
@@ -64,7 +65,7 @@ def _whole_inputs(head: nn.Module | None) -> Iterator[None]:
     if head is None:
         yield
         return
-    with head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])):
+    with head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args)):
         yield
 
 
