@@ -17,5 +17,7 @@ def test_an_output_layer_is_given_one_piece_of_memory(base_of, beams):
         together = answer(model, tokenizer, PROMPTS, 4, num_beams=beams, min_new_tokens=4)
     assert len(given) >= 4
     assert all(x.is_contiguous() and len(x) in (len(PROMPTS), beams * len(PROMPTS)) for x in given)
-    assert together == [answer(model, tokenizer, [prompt], 4, num_beams=beams, min_new_tokens=4)[0] for prompt in PROMPTS]
+    assert together == [
+        answer(model, tokenizer, [prompt], 4, num_beams=beams, min_new_tokens=4)[0] for prompt in PROMPTS
+    ]
     assert not model.lm_head._forward_pre_hooks
