@@ -1,7 +1,7 @@
 """What a model answers to prompts."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -57,16 +57,13 @@ def answer(
     return answers
 
 
-@contextmanager
-def _whole_inputs(head: nn.Module | None) -> Iterator[None]:
+def _whole_inputs(head: nn.Module | None) -> AbstractContextManager[Any]:
     """Inside, what the output layer is given lies in one piece: of the last places of several rows, which do not, a CPU
     would make a copy of the weight for each row (1.4 GB for 25 rows of SmolLM2).
     """
     if head is None:
-        yield
-        return
-    with head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args)):
-        yield
+        return nullcontext()
+    return head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args))
 
 
 def pad_of(tokenizer: Any) -> int:
